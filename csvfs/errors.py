@@ -1,0 +1,167 @@
+"""The one error tree: what went wrong, its errno, whether to try again, and what the human does next.
+
+Place      ground floor. No I/O.
+Rule       only mount/errno_border.py turns these into FUSE replies; only wire/control.py puts them on a wire.
+"""
+
+import errno
+from typing import ClassVar
+
+
+class CsvfsError(Exception):
+    """Base of all errors that csvfs raises on purpose.
+
+    A message names the thing, the numbers and the next step, in one line.
+    """
+
+    posix_errno: ClassVar[int] = errno.EIO
+    retryable: ClassVar[bool] = False
+
+
+class BadRequest(CsvfsError):
+    """The caller asked for something that can never work: wrong size, unknown option, bad name."""
+
+    posix_errno = errno.EINVAL
+
+
+class NotFound(CsvfsError):
+    """The named thing does not exist."""
+
+    posix_errno = errno.ENOENT
+
+
+class Exists(CsvfsError):
+    """The named thing exists already."""
+
+    posix_errno = errno.EEXIST
+
+
+class NotADirectory(CsvfsError):
+    posix_errno = errno.ENOTDIR
+
+
+class IsADirectory(CsvfsError):
+    posix_errno = errno.EISDIR
+
+
+class NotEmpty(CsvfsError):
+    """A directory, or a volume, that still holds something."""
+
+    posix_errno = errno.ENOTEMPTY
+
+
+class NameTooLong(CsvfsError):
+    posix_errno = errno.ENAMETOOLONG
+
+
+class TooManyLinks(CsvfsError):
+    posix_errno = errno.EMLINK
+
+
+class FileTooBig(CsvfsError):
+    posix_errno = errno.EFBIG
+
+
+class NotPermitted(CsvfsError):
+    posix_errno = errno.EPERM
+
+
+class AccessDenied(CsvfsError):
+    posix_errno = errno.EACCES
+
+
+class NoAttribute(CsvfsError):
+    """The extended attribute does not exist."""
+
+    posix_errno = errno.ENODATA
+
+
+class ResultTooLarge(CsvfsError):
+    """An extended attribute exceeds the caller's buffer or our limit."""
+
+    posix_errno = errno.ERANGE
+
+
+class NotSupported(CsvfsError):
+    posix_errno = errno.ENOTSUP
+
+
+class NoSpace(CsvfsError):
+    """Pool, drive or volume has no room left."""
+
+    posix_errno = errno.ENOSPC
+
+
+class Conflict(CsvfsError):
+    """A compare-and-swap lost, or a thing is in the wrong state for the request."""
+
+    posix_errno = errno.EBUSY
+
+
+class Unavailable(CsvfsError):
+    """Nobody can serve this now; trying again later may work."""
+
+    posix_errno = errno.EAGAIN
+    retryable = True
+
+
+class NotCoordinator(Unavailable):
+    """This host does not coordinate the volume (any more); find its owner in the cluster store."""
+
+
+class LeaseLost(Unavailable):
+    """This node may not serve any more: its lease in the cluster store has run out."""
+
+
+class StaleEpoch(CsvfsError):
+    """The slab has moved on to another epoch; fetch its descriptor and send again."""
+
+    posix_errno = errno.ESTALE
+    retryable = True
+
+
+class Fenced(CsvfsError):
+    """This incarnation was evicted; nothing it sends is taken any more."""
+
+    posix_errno = errno.ESTALE
+
+
+class Corrupt(CsvfsError):
+    """No copy matched its checksum, or a structure on a drive is damaged."""
+
+
+class DriveFailed(CsvfsError):
+    """The drive gave an I/O error."""
+
+
+class DriveRefused(CsvfsError):
+    """The drive may not be used; the message says why by name. Nothing was written."""
+
+    posix_errno = errno.EBUSY
+
+
+class ProtocolError(CsvfsError):
+    """The peer sent bytes that are not of the protocol; its connection is closed."""
+
+    posix_errno = errno.EPROTO
+
+
+class Disconnected(Unavailable):
+    """The connection broke before an answer came."""
+
+
+class TimedOut(Unavailable):
+    """No answer within the deadline."""
+
+    posix_errno = errno.ETIMEDOUT
+
+
+def error_kinds() -> dict[str, type[CsvfsError]]:
+    """All kinds by class name: what travels on a wire as the kind of an error."""
+    kinds: dict[str, type[CsvfsError]] = {}
+    waiting: list[type[CsvfsError]] = [CsvfsError]
+    while waiting:
+        kind = waiting.pop()
+        kinds[kind.__name__] = kind
+        waiting.extend(kind.__subclasses__())
+    return kinds
