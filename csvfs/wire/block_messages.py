@@ -1,0 +1,104 @@
+"""Heads of the hot messages to drive servers, and the block checksum (PROTOCOL.md, "Kinds").
+
+Place      wire floor. Sans-IO.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from crc32c import crc32c
+
+from csvfs.errors import ProtocolError
+from csvfs.ids import DriveId, Epoch, NodeName, SlabId, VolumeId
+from csvfs.units import BLOCK_SIZE
+
+BLOCK_HEAD = struct.Struct("<QQIIIHHI")  # slab, completed_below, epoch, block, count, drive, flags, reserved
+assert BLOCK_HEAD.size == 36  # PROTOCOL.md
+BLOCK_COUNT_MAX = 256  # 1 MiB
+_CHECKSUMS = [struct.Struct(f"<{count}I") for count in range(BLOCK_COUNT_MAX + 1)]
+_SLAB = struct.Struct("<Q")
+NEVER_WRITTEN = 0
+ZERO_BLOCK = bytes(BLOCK_SIZE)
+
+ROLE_ABSENT = 0
+ROLE_IN_SYNC = 1
+ROLE_JOINING = 2
+
+
+def slab_seed(volume: VolumeId, slab: SlabId) -> int:
+    """Where the checksums of a slab's blocks start from, so that a misplaced block does not verify."""
+    return int(crc32c(volume + _SLAB.pack(slab)))
+
+
+def block_checksum(data: memoryview | bytes, seed: int, block: int) -> int:
+    """Checksum of one block of 4,096 bytes: never 0, which means never written."""
+    return crc32c(data, seed ^ block) or 1
+
+
+def block_checksums(data: memoryview, seed: int, block: int) -> list[int]:
+    """Checksums of consecutive blocks that start at block number `block` of their slab."""
+    if len(data) == BLOCK_SIZE:
+        return [crc32c(data, seed ^ block) or 1]
+    return [
+        crc32c(data[offset : offset + BLOCK_SIZE], seed ^ (block + index)) or 1
+        for index, offset in enumerate(range(0, len(data), BLOCK_SIZE))
+    ]
+
+
+def pack_checksums(checksums: list[int]) -> bytes:
+    return _CHECKSUMS[len(checksums)].pack(*checksums)
+
+
+def unpack_checksums(packed: memoryview | bytes, count: int) -> tuple[int, ...]:
+    """Raises ProtocolError when `packed` does not hold exactly `count` checksums."""
+    if not 0 < count <= BLOCK_COUNT_MAX or len(packed) != 4 * count:
+        raise ProtocolError(f"{len(packed)} bytes of checksums for {count} blocks")
+    return _CHECKSUMS[count].unpack(packed)
+
+
+@dataclass(slots=True, frozen=True)
+class Member:
+    """One drive's part in a slab. `since`: for those not in sync, the epoch that took them out (0: unknown)."""
+
+    drive: DriveId
+    node: NodeName
+    role: int
+    since: Epoch = Epoch(0)
+
+
+@dataclass(slots=True, frozen=True)
+class SlabDescriptor:
+    """Who holds a slab, as of `epoch`. A larger epoch replaces a smaller one wherever it is seen."""
+
+    slab: SlabId
+    epoch: Epoch
+    members: tuple[Member, ...]
+
+    @property
+    def in_sync(self) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.role == ROLE_IN_SYNC)
+
+    @property
+    def writable(self) -> tuple[Member, ...]:
+        """The members that every write goes to: in sync and joining."""
+        return tuple(member for member in self.members if member.role != ROLE_ABSENT)
+
+    def to_wire(self) -> list:
+        return [self.slab, self.epoch, [[m.drive, m.node, m.role, m.since] for m in self.members]]
+
+    @staticmethod
+    def from_wire(value: object) -> "SlabDescriptor":
+        """Raises ProtocolError on anything but a descriptor (PROTOCOL.md, "Slab descriptor")."""
+        try:
+            slab, epoch, rows = value  # type: ignore[misc]
+            members = tuple(
+                Member(DriveId(bytes(drive)), NodeName(str(node)), int(role), Epoch(int(since)))
+                for drive, node, role, since in rows
+            )
+            descriptor = SlabDescriptor(SlabId(int(slab)), Epoch(int(epoch)), members)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"not a slab descriptor: {error}") from None
+        roles_known = all(member.role in (ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING) for member in members)
+        if not roles_known or descriptor.slab < 0 or descriptor.epoch < 0:
+            raise ProtocolError(f"slab descriptor of slab {slab} has numbers out of range")
+        return descriptor
