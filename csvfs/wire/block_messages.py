@@ -4,7 +4,9 @@ Place      wire floor. Sans-IO.
 """
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from crc32c import crc32c
 
@@ -19,6 +21,8 @@ _CHECKSUMS = [struct.Struct(f"<{count}I") for count in range(BLOCK_COUNT_MAX + 1
 _SLAB = struct.Struct("<Q")
 NEVER_WRITTEN = 0
 ZERO_BLOCK = bytes(BLOCK_SIZE)
+
+EPOCH_UNKNOWN = Epoch(0)
 
 ROLE_ABSENT = 0
 ROLE_IN_SYNC = 1
@@ -63,7 +67,7 @@ class Member:
     drive: DriveId
     node: NodeName
     role: int
-    since: Epoch = Epoch(0)
+    since: Epoch = EPOCH_UNKNOWN
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,7 +94,7 @@ class SlabDescriptor:
     def from_wire(value: object) -> "SlabDescriptor":
         """Raises ProtocolError on anything but a descriptor (PROTOCOL.md, "Slab descriptor")."""
         try:
-            slab, epoch, rows = value  # type: ignore[misc]
+            slab, epoch, rows = cast(Iterable[Any], value)
             members = tuple(
                 Member(DriveId(bytes(drive)), NodeName(str(node)), int(role), Epoch(int(since)))
                 for drive, node, role, since in rows
