@@ -14,8 +14,8 @@ from csvfs.errors import ProtocolError
 from csvfs.ids import DriveId, Epoch, NodeName, SlabId, VolumeId
 from csvfs.units import BLOCK_SIZE
 
-BLOCK_HEAD = struct.Struct("<QQIIIHHI")  # slab, completed_below, epoch, block, count, drive, flags, reserved
-assert BLOCK_HEAD.size == 36  # PROTOCOL.md
+BLOCK_HEAD = struct.Struct("<QQQIIIHH")  # slab, sequence, completed_below, epoch, block, count, drive, flags
+assert BLOCK_HEAD.size == 40  # PROTOCOL.md
 BLOCK_COUNT_MAX = 256  # 1 MiB
 _CHECKSUMS = [struct.Struct(f"<{count}I") for count in range(BLOCK_COUNT_MAX + 1)]
 _SLAB = struct.Struct("<Q")
