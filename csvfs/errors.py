@@ -105,6 +105,10 @@ class Unavailable(CsvfsError):
     retryable = True
 
 
+class LastCopy(Unavailable):
+    """Doing this would drop the last in-sync copy of a slab (I1); wait until one of its drives is back."""
+
+
 class NotCoordinator(Unavailable):
     """This host does not coordinate the volume (any more); find its owner in the cluster store."""
 
