@@ -1,0 +1,120 @@
+"""Transitions of a slab descriptor: who is in sync, who joins, who is out, and the epoch of each change.
+
+Place      block floor. Pure: descriptors in, descriptors out; whoever owns the descriptor commits the result
+           (the coordinator: a row of its database for data slabs, a CAS in the cluster store for metadata).
+
+Invariants
+  I1  Every transition raises the epoch by one, two successive in-sync sets share a member, and no in-sync
+      set is empty. `since` of a member out of sync never grows: a second outage starts from the first.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from csvfs.errors import Conflict, LastCopy
+from csvfs.ids import DriveId, Epoch, NodeName, SlabId
+from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING, Member, SlabDescriptor
+
+EPOCH_FIRST = Epoch(1)
+EPOCH_MAX = (1 << 32) - 1
+SINCE_UNKNOWN = Epoch(0)  # a full copy
+
+
+def new_slab(slab: SlabId, places: Sequence[tuple[DriveId, NodeName]]) -> SlabDescriptor:
+    """A slab nobody has written to: all its members are in sync, at the first epoch."""
+    assert len({drive for drive, _ in places}) == len(places) > 0
+    return SlabDescriptor(
+        slab, EPOCH_FIRST, tuple(Member(drive, node, ROLE_IN_SYNC, SINCE_UNKNOWN) for drive, node in places)
+    )
+
+
+def bump(descriptor: SlabDescriptor) -> SlabDescriptor:
+    """The same members at the next epoch: writes of the epoch before are refused once it is installed."""
+    return _next(descriptor, descriptor.members)
+
+
+def drop_members(descriptor: SlabDescriptor, drives: Collection[DriveId]) -> SlabDescriptor:
+    """Take `drives` out of the slab's in-sync and joining sets.
+
+    Returns  the descriptor itself when none of them was in: the report was late, and nothing changes.
+    Raises   LastCopy: no in-sync member would be left; nothing of the request is done.
+    """
+    leaving = {member.drive for member in descriptor.writable if member.drive in drives}
+    if not leaving:
+        return descriptor
+    if all(member.drive in leaving for member in descriptor.in_sync):
+        names = ", ".join(f"{m.drive.hex()[:8]} on {m.node}" for m in descriptor.in_sync)
+        raise LastCopy(
+            f"slab {descriptor.slab} epoch {descriptor.epoch}: drives {names} hold its last in-sync copies; "
+            "bring one of them back"
+        )
+    # The epoch that the commit of this change makes: what is written from it on is what the member misses.
+    since = Epoch(descriptor.epoch + 1)
+    members = tuple(
+        _absent(member, since) if member.drive in leaving else member for member in descriptor.members
+    )
+    return _next(descriptor, members)
+
+
+def begin_joining(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescriptor:
+    """An absent member takes writes from now on, while it is copied what it missed. Raises Conflict."""
+    member = member_of(descriptor, drive, ROLE_ABSENT)
+    return _with(descriptor, replace(member, role=ROLE_JOINING))
+
+
+def complete_joining(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescriptor:
+    """A joining member that misses nothing becomes in sync (I7: nothing else makes it so). Raises Conflict."""
+    member = member_of(descriptor, drive, ROLE_JOINING)
+    return _with(descriptor, replace(member, role=ROLE_IN_SYNC, since=SINCE_UNKNOWN))
+
+
+def replace_member(
+    descriptor: SlabDescriptor, drive: DriveId, new_drive: DriveId, new_node: NodeName
+) -> SlabDescriptor:
+    """A drive that never held the slab takes an absent member's place and joins, by a full copy.
+
+    Raises  Conflict when `drive` is not an absent member, or `new_drive` is a member already.
+    """
+    member_of(descriptor, drive, ROLE_ABSENT)
+    if any(member.drive == new_drive for member in descriptor.members):
+        raise Conflict(f"slab {descriptor.slab}: drive {new_drive.hex()[:8]} is a member already")
+    joining = Member(new_drive, new_node, ROLE_JOINING, SINCE_UNKNOWN)
+    return _next(descriptor, tuple(joining if m.drive == drive else m for m in descriptor.members))
+
+
+def forget_history(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescriptor:
+    """An absent member's content is not what we left there: it will be copied in full. Raises Conflict."""
+    member = member_of(descriptor, drive, ROLE_ABSENT)
+    return _with(descriptor, replace(member, since=SINCE_UNKNOWN))
+
+
+def member_of(descriptor: SlabDescriptor, drive: DriveId, role: int) -> Member:
+    """The member on `drive`. Raises Conflict when there is none, or it is in another role."""
+    for member in descriptor.members:
+        if member.drive == drive:
+            if member.role == role:
+                return member
+            raise Conflict(
+                f"slab {descriptor.slab} epoch {descriptor.epoch}: drive {drive.hex()[:8]} "
+                f"has role {member.role}, not {role}"
+            )
+    raise Conflict(f"slab {descriptor.slab} epoch {descriptor.epoch}: no member on drive {drive.hex()[:8]}")
+
+
+def _absent(member: Member, since: Epoch) -> Member:
+    if member.role == ROLE_IN_SYNC:
+        return replace(member, role=ROLE_ABSENT, since=since)
+    return replace(member, role=ROLE_ABSENT)  # It was joining: what it missed since its first outage is still missed.
+
+
+def _with(descriptor: SlabDescriptor, changed: Member) -> SlabDescriptor:
+    members = tuple(changed if m.drive == changed.drive else m for m in descriptor.members)
+    return _next(descriptor, members)
+
+
+def _next(descriptor: SlabDescriptor, members: tuple[Member, ...]) -> SlabDescriptor:
+    assert descriptor.epoch < EPOCH_MAX  # 4 billion changes of one slab: one a second for 136 years
+    changed = SlabDescriptor(descriptor.slab, Epoch(descriptor.epoch + 1), members)
+    before = {member.drive for member in descriptor.in_sync}
+    assert before & {member.drive for member in changed.in_sync}  # I1
+    return changed
