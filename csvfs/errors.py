@@ -131,7 +131,12 @@ class Fenced(CsvfsError):
 
 
 class Corrupt(CsvfsError):
-    """No copy matched its checksum, or a structure on a drive is damaged."""
+    """No copy matched its checksum, or a structure on a drive is damaged.
+
+    `bad_blocks`: of a read of a slab, the numbers of the blocks that do not verify (does not go over a wire).
+    """
+
+    bad_blocks: tuple[int, ...] = ()
 
 
 class DriveFailed(CsvfsError):
