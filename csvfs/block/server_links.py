@@ -16,6 +16,8 @@ from csvfs.errors import Disconnected, DriveFailed, Fenced, ProtocolError, Unava
 from csvfs.ids import DriveId, Incarnation, NodeName, VolumeId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Address, Link, connect
+from csvfs.wire.control import pack_call
+from csvfs.wire.frames import Kind
 
 CONNECT_TIMEOUT_S = 2.0
 WATCH_INTERVAL_S = 0.5
@@ -143,6 +145,11 @@ class ServerLinks:
         server = await self.connected(node)
         return await server.link.call(name, args, timeout_s=timeout_s)
 
+    def tell_all(self, name: str, args: dict[str, Any]) -> None:
+        """Send a call over every open link and ignore the answers: for hints that may get lost."""
+        for server in self._links.values():
+            server.link.request(Kind.CALL, pack_call(name, args), None, lambda frame, error: None)
+
     async def refresh(self, node: NodeName) -> ServerLink:
         """Like connected, but by a new link: the drives it lists are as of now."""
         self.drop(node, "asking for its drives anew")
@@ -176,6 +183,7 @@ def _parse_hello(node: NodeName, link: Link, answer: Any) -> ServerLink:
             drive = DriveId(bytes(row["id"]))
             server.drives[drive] = RemoteDrive(drive, int(row["index"]), str(row["path"]), str(row["state"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"the drive server of node {node} answered hello with nonsense: {error!r}") from None
+        raise ProtocolError(
+            f"the drive server of node {node} answered hello with nonsense: {error!r}"
+        ) from None
     return server
-

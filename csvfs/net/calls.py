@@ -42,7 +42,9 @@ class CallTable:
     """Names to handlers. Tasks run in the nursery given at `handle`."""
 
     def __init__(self, handlers: dict[str, Handler]) -> None:
-        self._handlers = {name: (function, inspect.iscoroutinefunction(function)) for name, function in handlers.items()}
+        self._handlers = {
+            name: (function, inspect.iscoroutinefunction(function)) for name, function in handlers.items()
+        }
         self._running = 0
 
     def handle(self, link: Link, frame: Frame, nursery: trio.Nursery) -> None:
@@ -56,7 +58,9 @@ class CallTable:
             link.reply_error(frame.request_id, BadRequest(f"call {name!r} is not served here"))
         elif is_async:
             if self._running >= TASKS_MAX:
-                link.reply_error(frame.request_id, Unavailable(f"{self._running} calls are under way; try again"))
+                link.reply_error(
+                    frame.request_id, Unavailable(f"{self._running} calls are under way; try again")
+                )
                 return
             self._running += 1
             nursery.start_soon(self._run, handler, link, frame.request_id, name, args)
@@ -68,7 +72,9 @@ class CallTable:
             except Exception:
                 self._report_bug(link, frame.request_id, name)
 
-    async def _run(self, handler: Handler, link: Link, request_id: int, name: str, args: dict[str, Any]) -> None:
+    async def _run(
+        self, handler: Handler, link: Link, request_id: int, name: str, args: dict[str, Any]
+    ) -> None:
         try:
             link.reply(request_id, await handler(link, args))
         except CsvfsError as error:
@@ -80,4 +86,6 @@ class CallTable:
 
     def _report_bug(self, link: Link, request_id: int, name: str) -> None:
         log.exception("call %r of %s failed in a way nobody planned for", name, link.peer)
-        link.reply_error(request_id, CsvfsError(f"call {name!r} failed; the log of the serving process says how"))
+        link.reply_error(
+            request_id, CsvfsError(f"call {name!r} failed; the log of the serving process says how")
+        )

@@ -81,7 +81,9 @@ class Link:
 
     # -- sending ---------------------------------------------------------------------------------
 
-    def send(self, kind: int, request_id: int, head: bytes = b"", payload: memoryview | bytes | None = None) -> None:
+    def send(
+        self, kind: int, request_id: int, head: bytes = b"", payload: memoryview | bytes | None = None
+    ) -> None:
         """Queue one frame; `payload` must not change until it has left. A closed link drops it."""
         if self.closed is not None:
             return
@@ -310,7 +312,9 @@ async def connect(engine: Engine, address: Address, *, timeout_s: float) -> Link
         return Link(engine, sock, describe_address(address), accepting=False)
     except OSError as error:
         sock.close()
-        raise Unavailable(f"cannot connect to {describe_address(address)}: {error.strerror or error}") from None
+        raise Unavailable(
+            f"cannot connect to {describe_address(address)}: {error.strerror or error}"
+        ) from None
     except BaseException:
         sock.close()
         raise
@@ -352,4 +356,3 @@ class Listener:
         if self._socket.fileno() >= 0:
             self._engine.unregister(self._socket.fileno())
             self._socket.close()
-

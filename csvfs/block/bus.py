@@ -1,0 +1,391 @@
+"""The bus: the client of all drive servers, for one volume and one writer (DESIGN section 5).
+
+Place      block floor. The mount uses it for data slabs, the coordinator for metadata slabs.
+Owns       the slab descriptors it has learned, and every write until it is answered.
+Hot path   `write` and `read_local` never await; a write's answers arrive in the engine's task.
+
+Invariants
+  I1  An epoch is replaced only by a larger one (`learn`).
+  I2  `done(None)` is called only after every in-sync and joining member of one epoch has answered.
+  I4  Writes of a slab are sent in the order they were given, to every member over one link; after a failure
+      they are sent again in that order, at the new epoch, with their first sequence numbers.
+  I8  `flush` returns only when every in-sync and joining member of every slab has flushed.
+  I9  What `read` and `read_local` return has verified here.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol
+
+import trio
+
+from csvfs.block.bus_reads import Reader
+from csvfs.block.bus_writes import PendingWrite, SlabState
+from csvfs.block.local_reader import LocalReader
+from csvfs.block.server_links import ServerLinks
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, StaleEpoch, Unavailable
+from csvfs.ids import DriveId, NodeName, SlabId, VolumeId
+from csvfs.wire.block_messages import (
+    BLOCK_HEAD,
+    SlabDescriptor,
+    block_checksums,
+    pack_checksums,
+    slab_seed,
+)
+from csvfs.wire.frames import Frame, Kind
+
+log = logging.getLogger(__name__)
+
+FLUSH_TIMEOUT_S = 30.0
+TRIM_TIMEOUT_S = 10.0
+COMPLETED_INTERVAL_S = 1.0
+REPAIR_RETRY_S = 0.05
+REPAIR_RETRY_S_MAX = 1.0
+
+WriteDone = Callable[[CsvfsError | None], None]
+
+
+class SlabOwner(Protocol):
+    """Who decides about a slab's members: for a mount its coordinator, for the coordinator itself."""
+
+    def slab_failed(
+        self, slab: SlabId, epoch: int, drives: list[DriveId], reason: str
+    ) -> Awaitable[SlabDescriptor]:
+        """The slab's current descriptor, after `drives` (maybe none: only asking) did not take a request.
+
+        Raises  Unavailable while nothing can be decided (asked again later); Fenced: this writer is out.
+        """
+        ...
+
+
+class Bus:
+    """Reads, writes, flushes and trims blocks of slabs. Run `run_forever` in a nursery of the process."""
+
+    def __init__(
+        self, links: ServerLinks, owner: SlabOwner, *, volume: VolumeId, local_node: NodeName
+    ) -> None:
+        self.links = links
+        self.on_fenced: Callable[[Fenced], None] = lambda error: None
+        self._owner = owner
+        self._volume = volume
+        self._slabs: dict[SlabId, SlabState] = {}
+        self._incomplete: deque[PendingWrite] = deque()  # in sequence order; complete ones leave at the front
+        self._sequence = 0
+        self._local = LocalReader(links, volume=volume, local_node=local_node)
+        self._reader = Reader(self, links, self._local, local_node=local_node)
+        self._repairs: set[SlabId] = set()
+        self._repair_queue: deque[SlabId] = deque()
+        self._repair_wanted = trio.Event()
+        links.on_lost = self._local.node_lost
+
+    # -- descriptors -----------------------------------------------------------------------------
+
+    def descriptor(self, slab: SlabId) -> SlabDescriptor | None:
+        state = self._slabs.get(slab)
+        return None if state is None else state.descriptor
+
+    def learn(self, descriptor: SlabDescriptor) -> None:
+        """Keep the descriptor if it is newer than what is known (I1)."""
+        state = self._slabs.get(descriptor.slab)
+        if state is None:
+            seed = slab_seed(self._volume, descriptor.slab)
+            self._slabs[descriptor.slab] = SlabState(descriptor, seed)
+        elif descriptor.epoch > state.descriptor.epoch:
+            state.set_descriptor(descriptor)
+        else:
+            return
+        self._local.learn(descriptor)
+
+    def seed(self, slab: SlabId) -> int:
+        """Where the checksums of the slab's blocks start from. KeyError: never learned."""
+        return self._slabs[slab].seed
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def write(self, slab: SlabId, block: int, data: memoryview | bytes, done: WriteDone) -> None:
+        """Write whole blocks of a slab whose descriptor was learned.
+
+        data   n * 4096 bytes, n from 1 to 256; kept, and must not change, until `done`.
+        done   called once: None, or Fenced, or what the owner said last (I2). While members fail it waits.
+        """
+        state = self._slabs[slab]
+        view = memoryview(data)
+        checksums = pack_checksums(block_checksums(view, state.seed, block))
+        self._sequence += 1
+        write = PendingWrite(self._sequence, state, block, view, checksums, done)
+        self._incomplete.append(write)
+        if state.parked:
+            state.parked.append(write)  # behind those that wait already (I4)
+        else:
+            self._send(write)
+
+    def _send(self, write: PendingWrite) -> None:
+        """Send to all writable members at the descriptor's epoch, or park it for repair."""
+        state = write.state
+        targets = state.targets
+        if targets is None:
+            targets = state.find_targets(self.links)
+            if targets is None:
+                self._park(write)
+                return
+        write.attempt += 1
+        write.remaining = len(targets)
+        write.failed = False
+        epoch = write.epoch = state.descriptor.epoch
+        completed_below = self.completed_below()
+        slab = state.descriptor.slab
+        for link, index, drive in targets:
+            head = BLOCK_HEAD.pack(
+                slab, write.sequence, completed_below, epoch, write.block, write.count, index, 0
+            )
+            link.request(Kind.WRITE, head + write.checksums, write.data, _Answer(self, write, drive))
+
+    def completed_below(self) -> int:
+        """All writes with a smaller sequence are complete on all members."""
+        incomplete = self._incomplete
+        while incomplete and incomplete[0].complete:
+            incomplete.popleft()
+        return incomplete[0].sequence if incomplete else self._sequence + 1
+
+    def _answered(self, write: PendingWrite, drive: DriveId, error: CsvfsError | None) -> None:
+        write.remaining -= 1
+        if error is not None:
+            write.failed = True
+            if isinstance(error, Fenced):
+                self._fenced(error)
+            write.state.note_failure(drive, error, write.epoch)
+        if write.remaining:
+            return
+        if write.failed:
+            self._park(write)
+        else:
+            write.complete = True
+            write.finish(None)
+
+    def _park(self, write: PendingWrite) -> None:
+        state = write.state
+        state.park(write)
+        self._want_repair(state)
+
+    def _want_repair(self, state: SlabState) -> None:
+        slab = state.descriptor.slab
+        if slab not in self._repairs:
+            self._repairs.add(slab)
+            self._repair_queue.append(slab)
+            self._repair_wanted.set()
+
+    def _fenced(self, error: Fenced) -> None:
+        self.on_fenced(error)
+
+    # -- after a failure -------------------------------------------------------------------------
+
+    async def run_forever(self) -> None:
+        """Repair slabs whose writes wait, until cancelled; each in a task of its own."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._local.run_forever)
+            nursery.start_soon(self._tell_completed_forever)
+            while True:
+                await self._repair_wanted.wait()
+                self._repair_wanted = trio.Event()
+                while self._repair_queue:
+                    nursery.start_soon(self._repair, self._repair_queue.popleft())
+
+    async def _tell_completed_forever(self) -> None:
+        """When writing pauses nothing carries `completed_below`; so say it once, and members unmark (I3)."""
+        told = 1
+        while True:
+            await trio.sleep(COMPLETED_INTERVAL_S)
+            below = self.completed_below()
+            if below != told:
+                told = below
+                self.links.tell_all("completed", {"below": below})
+
+    async def _repair(self, slab: SlabId) -> None:
+        state = self._slabs[slab]
+        delay_s = REPAIR_RETRY_S
+        try:
+            while state.parked:
+                try:
+                    await self._make_writable(state)
+                except Fenced as error:
+                    self._fenced(error)
+                    self._fail_parked(state, error)
+                    return
+                except CsvfsError as error:
+                    log.warning("slab %d waits: %s", slab, error)
+                    await trio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, REPAIR_RETRY_S_MAX)
+                    continue
+                parked = state.take_parked()
+                for index, write in enumerate(parked):
+                    if state.parked:  # failed again at once; the rest keeps its order behind it
+                        for rest in parked[index:]:
+                            state.park(rest)
+                        break
+                    self._send(write)
+        finally:
+            self._repairs.discard(slab)
+            if state.parked:
+                self._want_repair(state)
+
+    async def _make_writable(self, state: SlabState) -> None:
+        """One round: reach all members, or have the owner change them. Raises while neither works."""
+        before = state.descriptor
+        failures = state.take_failures(before.epoch)
+        reason = "; ".join(sorted({str(error) for error in failures.values()}))
+        unreachable: list[DriveId] = []
+        for member in before.writable:
+            try:
+                server = await self.links.connected(member.node)
+                if member.drive not in server.drives or server.drives[member.drive].state != "ok":
+                    server = await self.links.refresh(member.node)
+                server.drive_index(member.drive)
+            except Fenced:
+                raise
+            except CsvfsError as error:
+                unreachable.append(member.drive)
+                reason = reason or str(error)
+        failed = [drive for drive, error in failures.items() if _is_members_fault(error)]
+        drives = list(dict.fromkeys(unreachable + failed))
+        if not drives and not failures and before.writable:
+            return  # all are reachable (again) and nothing else was wrong: send again
+        self.learn(
+            await self._owner.slab_failed(before.slab, before.epoch, drives, reason or "no reason known")
+        )
+        if state.descriptor.epoch == before.epoch and (failures or unreachable):
+            raise Unavailable(f"slab {before.slab} is still at epoch {before.epoch}: {reason}")
+
+    def _fail_parked(self, state: SlabState, error: CsvfsError) -> None:
+        for write in state.take_parked():
+            write.complete = True
+            write.finish(error)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def read_local(self, slab: SlabId, block: int, count: int) -> bytes | bytearray | None:
+        """Blocks from this node's in-sync copy, verified, without waiting; None: use `read`."""
+        return self._local.read(slab, block, count)
+
+    async def read(self, slab: SlabId, block: int, count: int) -> bytes | bytearray:
+        """Blocks from any in-sync member, verified; bad copies found on the way are rewritten (I9).
+
+        Raises  Corrupt: no copy verified. Unavailable: no member could be reached. Cancel safe.
+        """
+        return await self._reader.read(slab, block, count)
+
+    async def ask_owner(self, slab: SlabId, reason: str) -> SlabDescriptor:
+        """Fetch the slab's descriptor from its owner, and learn it."""
+        known = self.descriptor(slab)
+        descriptor = await self._owner.slab_failed(slab, known.epoch if known else 0, [], reason)
+        self.learn(descriptor)
+        return descriptor
+
+    # -- flush and trim --------------------------------------------------------------------------
+
+    async def flush(self, slabs: Iterable[SlabId]) -> None:
+        """Put what was written to `slabs` onto the medium of every in-sync and joining member (I8).
+
+        Raises  DriveFailed, Unavailable, Fenced: then nothing is promised. Cancel safe.
+        """
+        wanted = set(slabs)
+        flushed: set[DriveId] = set()
+        while True:
+            due: dict[NodeName, dict[DriveId, SlabId]] = {}
+            for slab in wanted:
+                for member in self._slabs[slab].descriptor.writable:
+                    if member.drive not in flushed:
+                        due.setdefault(member.node, {})[member.drive] = slab
+            if not due:
+                return
+            failures: dict[DriveId, CsvfsError] = {}
+            if len(due) == 1:
+                (node, drives), *_ = due.items()
+                await self._flush_node(node, list(drives), flushed, failures)
+            else:
+                async with trio.open_nursery() as nursery:
+                    for node, drives in due.items():
+                        nursery.start_soon(self._flush_node, node, list(drives), flushed, failures)
+            if failures:
+                await self._report_failed_flush(wanted, failures)
+
+    async def _flush_node(
+        self,
+        node: NodeName,
+        drives: list[DriveId],
+        flushed: set[DriveId],
+        failures: dict[DriveId, CsvfsError],
+    ) -> None:
+        try:
+            server = await self.links.connected(node)
+            indexes = [server.drive_index(drive) for drive in drives]
+            args = {"drives": indexes, "completed_below": self.completed_below()}
+            await server.link.call("flush", args, timeout_s=FLUSH_TIMEOUT_S)
+            flushed.update(drives)
+        except CsvfsError as error:
+            failures.update(dict.fromkeys(drives, error))
+
+    async def _report_failed_flush(self, slabs: set[SlabId], failures: dict[DriveId, CsvfsError]) -> None:
+        """Have the owner take the failed members out; raises when one of them cannot be missed."""
+        for error in failures.values():
+            if isinstance(error, Fenced):
+                self._fenced(error)
+                raise error
+        for slab in slabs:
+            descriptor = self._slabs[slab].descriptor
+            drives = [member.drive for member in descriptor.writable if member.drive in failures]
+            if drives:
+                reason = str(failures[drives[0]])
+                self.learn(await self._owner.slab_failed(slab, descriptor.epoch, drives, reason))
+                if self._slabs[slab].descriptor.epoch == descriptor.epoch:
+                    raise DriveFailed(f"flush of slab {slab} failed: {reason}")
+
+    async def trim(self, items: list[tuple[SlabId, int, int]]) -> None:
+        """Make (slab, block, count) ranges never-written on every in-sync and joining member.
+
+        Raises  Unavailable, DriveFailed, Fenced: some members may have done it; trim again later.
+        """
+        by_node: dict[NodeName, list] = {}
+        for slab, block, count in items:
+            descriptor = self._slabs[slab].descriptor
+            for member in descriptor.writable:
+                server = await self.links.connected(member.node)
+                row = [server.drive_index(member.drive), slab, descriptor.epoch, block, count]
+                by_node.setdefault(member.node, []).append(row)
+        errors: list[CsvfsError] = []
+        async with trio.open_nursery() as nursery:
+            for node, rows in by_node.items():
+                nursery.start_soon(self._trim_node, node, rows, errors)
+        if errors:
+            raise errors[0]
+
+    async def _trim_node(self, node: NodeName, rows: list, errors: list[CsvfsError]) -> None:
+        try:
+            await self.links.call(node, "trim", {"items": rows}, timeout_s=TRIM_TIMEOUT_S)
+        except CsvfsError as error:
+            errors.append(error)
+
+    def close(self) -> None:
+        self._local.close()
+        self.links.close()
+
+
+class _Answer:
+    """What a member's answer to one attempt of one write does; cheaper than a closure with defaults."""
+
+    __slots__ = ("attempt", "bus", "drive", "write")
+
+    def __init__(self, bus: Bus, write: PendingWrite, drive: DriveId) -> None:
+        self.bus = bus
+        self.write = write
+        self.drive = drive
+        self.attempt = write.attempt
+
+    def __call__(self, frame: Frame | None, error: CsvfsError | None) -> None:
+        if self.write.attempt == self.attempt:
+            self.bus._answered(self.write, self.drive, error)
+
+
+def _is_members_fault(error: CsvfsError) -> bool:
+    """Whether the member, and not this writer's old epoch, is to blame."""
+    return not isinstance(error, StaleEpoch | Fenced)

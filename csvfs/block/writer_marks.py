@@ -1,0 +1,102 @@
+"""Which writer's writes keep which chunks active (I3).
+
+Place      block floor, under the drive server. No I/O: it says what may be unmarked, the server does it.
+Why        A chunk with a write that may not be on all members must be found after its writer died. The drive keeps
+           the bit (FORMAT.md, "Active map"); here stands whose it is, so that the writer's word that it is
+           complete on all members (`completed_below`) can take it away again.
+Rule       A bit goes only after the write is complete *and* the drive has been flushed since.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from csvfs.ids import Incarnation
+
+Chunk = tuple[Any, int]  # (slab copy, chunk index in it)
+
+
+class WriterMarks:
+    """Marks of one incarnation of one writer. Lives on when its link breaks."""
+
+    __slots__ = ("below", "incarnation", "marks", "writer")
+
+    def __init__(self, writer: str, incarnation: Incarnation) -> None:
+        self.writer = writer
+        self.incarnation = incarnation
+        self.marks: dict[Chunk, int] = {}  # to the sequence of the last write there
+        self.below = 0  # all sequences below are complete on all members
+
+    def take_complete(self) -> list[Chunk]:
+        """Chunks whose writes are all complete; they are no longer this writer's."""
+        below = self.below
+        complete = [chunk for chunk, sequence in self.marks.items() if sequence < below]
+        for chunk in complete:
+            del self.marks[chunk]
+        return complete
+
+
+class MarkBook:
+    """All writers of one drive server, and the chunks that wait for a flush to be unmarked."""
+
+    def __init__(self) -> None:
+        self._writers: dict[tuple[bytes, str, Incarnation], WriterMarks] = {}
+        self._awaiting_flush: dict[Any, set[Chunk]] = {}  # by drive
+
+    def writer(self, volume: bytes, writer: str, incarnation: Incarnation) -> WriterMarks:
+        key = (volume, writer, incarnation)
+        marks = self._writers.get(key)
+        if marks is None:
+            marks = self._writers[key] = WriterMarks(writer, incarnation)
+        return marks
+
+    def of_writer(self, volume: bytes, writer: str | None) -> set[Chunk]:
+        """Chunks marked by any incarnation of `writer` of the volume; None: of all its writers."""
+        return {
+            chunk
+            for (marked_volume, name, _), marks in self._writers.items()
+            if marked_volume == volume and writer in (None, name)
+            for chunk in marks.marks
+        }
+
+    def settle(self, volume: bytes, writer: str, min_incarnation: Incarnation) -> None:
+        """The members were made equal where older incarnations wrote: their marks may go after a flush."""
+        for key in [key for key in self._writers if key[:2] == (volume, writer) and key[2] < min_incarnation]:
+            self._await_flush(self._writers.pop(key).marks)
+
+    def sweep(self) -> None:
+        """Move complete marks to those that wait for a flush."""
+        for marks in self._writers.values():
+            if marks.marks:
+                self._await_flush(marks.take_complete())
+
+    def _await_flush(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self._awaiting_flush.setdefault(chunk[0].drive, set()).add(chunk)
+
+    def waiting_count(self, drive: Any) -> int:
+        return len(self._awaiting_flush.get(drive, ()))
+
+    def begin_flush(self, drive: Any) -> set[Chunk]:
+        """What a flush of `drive` that starts now will cover; give it to `flushed` or `flush_failed`."""
+        self.sweep()
+        return self._awaiting_flush.pop(drive, set())
+
+    def flush_failed(self, drive: Any, covered: set[Chunk]) -> None:
+        self._awaiting_flush.setdefault(drive, set()).update(covered)
+
+    def flushed(self, covered: set[Chunk]) -> dict[Any, list[int]]:
+        """Chunks to unmark, by slab copy: covered by the flush and not marked again meanwhile."""
+        unmark: dict[Any, list[int]] = {}
+        for chunk in covered:
+            marked_again = any(chunk in marks.marks for marks in self._writers.values())
+            if not marked_again and chunk not in self._awaiting_flush.get(chunk[0].drive, ()):
+                unmark.setdefault(chunk[0], []).append(chunk[1])
+        return unmark
+
+    def forget(self, copy: Any) -> None:
+        """The slab copy was deleted."""
+        for marks in self._writers.values():
+            for chunk in [chunk for chunk in marks.marks if chunk[0] is copy]:
+                del marks.marks[chunk]
+        for waiting in self._awaiting_flush.values():
+            waiting.difference_update([chunk for chunk in waiting if chunk[0] is copy])
