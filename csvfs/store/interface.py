@@ -63,10 +63,6 @@ class ClusterStore(Protocol):
 
     async def get(self, key: str) -> Item | None: ...
 
-    async def list(self, prefix: str) -> list[Item]:
-        """Items whose key starts with `prefix`, by key."""
-        ...
-
     async def transact(self, compares: list[Compare], changes: list[Put | Delete]) -> TransactionResult:
         """Apply all changes at once iff all compares hold; else nothing."""
         ...
@@ -98,3 +94,8 @@ class ClusterStore(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+    # Last, because in the lines below it `list` is this method and no type any more.
+    async def list(self, prefix: str) -> list[Item]:
+        """Items whose key starts with `prefix`, by key."""
+        ...
