@@ -1,0 +1,40 @@
+"""The command `csvfs`: nouns, then verbs. `csvfs COMMAND --help` explains each.
+
+Place      admin floor; the top of the house. Each noun has a module cli_<noun>.py.
+"""
+
+import click
+
+from csvfs.admin.cli_cluster import cluster_group
+from csvfs.admin.cli_context import OneLineErrors
+from csvfs.admin.cli_drive import drive_group
+from csvfs.admin.cli_lab import lab_group
+from csvfs.admin.cli_node import node_group
+from csvfs.admin.cli_pool import pool_group
+from csvfs.admin.cli_status import status_command
+from csvfs.admin.cli_volume import volume_group
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="csvfs", prog_name="csvfs")
+def main() -> None:
+    """A clustered file system for virtual-machine images.
+
+    The node is configured by /etc/csvfs/node.toml, or the file that $CSVFS_CONFIG names.
+    """
+
+
+for command in (
+    status_command,
+    cluster_group,
+    node_group,
+    drive_group,
+    pool_group,
+    volume_group,
+    lab_group,
+):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`csvfs node`: running this node, listing all."""
+
+import click
+
+from csvfs.admin.cli_context import Here, json_option, run_here
+from csvfs.admin.cluster_view import ClusterView, read_cluster_view
+from csvfs.admin.render import print_json, print_table
+from csvfs.config import load_config
+
+
+@click.group("node")
+def node_group() -> None:
+    """The servers of the cluster."""
+
+
+@node_group.command("run")
+def run_command() -> None:
+    """Run this node until it is told to stop: the one service of csvfs (examples/csvfs-node.service)."""
+    from csvfs.admin.node_run import run_node  # the service's own imports slow down no other command
+
+    run_node(load_config())
+
+
+@node_group.command("list")
+@json_option
+def list_command(as_json: bool) -> None:
+    """List the nodes that ever joined, and which are up."""
+
+    async def work(here: Here) -> ClusterView:
+        return await read_cluster_view(here.store)
+
+    view = run_here(work)
+    rows = [
+        {
+            "name": name,
+            "state": "up" if name in view.alive else "down",
+            "address": (view.alive.get(name) or view.nodes.get(name) or view.servers[name]).text("address")
+            if name in view.alive or name in view.nodes or name in view.servers
+            else "",
+            "domain": view.domain_of(name),
+            "drives": len(view.drives_of(name)),
+            "volumes": sorted(volume for volume, owner in view.owners.items() if owner.text("node") == name),
+        }
+        for name in view.node_names
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("NODE", "STATE", "ADDRESS", "DOMAIN", ">DRIVES", "COORDINATES"),
+        [
+            (
+                row["name"],
+                row["state"],
+                row["address"],
+                row["domain"],
+                row["drives"],
+                ", ".join(row["volumes"]),
+            )
+            for row in rows
+        ],
+        empty="no nodes yet: start one with csvfs node run",
+    )

@@ -1,0 +1,102 @@
+"""Calls of the command line to drive servers and coordinators: short deadlines, never a hang.
+
+Place      admin floor, over net/. One engine and one nursery per command.
+Errors     every call ends within its deadline with a value or a CsvfsError.
+"""
+
+import os
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from csvfs.admin.cluster_view import ClusterView, Record
+from csvfs.errors import CsvfsError, Unavailable
+from csvfs.net.engine import Engine
+from csvfs.net.link import Address, connect
+
+CALL_TIMEOUT_S = 2.0  # for connecting and answering together: an administrator waits, perhaps in the dark
+ADMIN_WRITER = "admin"
+
+
+class Peers:
+    """The processes of other nodes, as the cluster store names them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # A name of its own: a second hello of one writer closes the links of the first.
+        self._writer = f"{ADMIN_WRITER}/{os.uname().nodename}/{os.getpid()}"
+
+    async def drive_server(self, view: ClusterView, node: str, name: str, **args: Any) -> Any:
+        """One call to a node's drive server. Raises Unavailable or what the server answers. Cancel safe."""
+        server = view.servers.get(node)
+        if server is None:
+            raise Unavailable(f"node {node} runs no drive server")
+        hello = {
+            "cluster": view.cluster.id() if view.cluster else b"",
+            "volume": None,
+            "writer": self._writer,
+            "incarnation": 1,
+        }
+        return await self._call(_address(server), hello, name, args)
+
+    async def coordinator(self, view: ClusterView, volume: str, name: str, **args: Any) -> Any:
+        """One call to a volume's coordinator. Raises Unavailable or what it answers. Cancel safe."""
+        owner = view.owners.get(volume)
+        if owner is None:
+            raise Unavailable(f"volume {volume} has no coordinator at the moment")
+        return await self._call(_address(owner), None, name, {"volume": volume, **args})
+
+    async def _call(
+        self, address: Address, hello: dict[str, Any] | None, name: str, args: dict[str, Any]
+    ) -> Any:
+        deadline = trio.current_time() + CALL_TIMEOUT_S
+        link = await connect(self._engine, address, timeout_s=CALL_TIMEOUT_S)
+        try:
+            if hello is not None:
+                await link.call("hello", hello, timeout_s=_left_s(deadline))
+            return await link.call(name, args, timeout_s=_left_s(deadline))
+        finally:
+            link.close()
+
+
+def _left_s(deadline: float) -> float:
+    return max(deadline - trio.current_time(), 0.05)
+
+
+def _address(record: Record) -> Address:
+    host, port = record.text("address"), record.number("port")
+    if not host or not 0 < port < 65_536:
+        raise Unavailable(f"cluster store key {record.key} gives no address to call: {host!r} port {port}")
+    return (host, port)
+
+
+@asynccontextmanager
+async def open_peers() -> AsyncIterator[Peers]:
+    """An engine that runs while the context is entered."""
+    engine = Engine()
+    failure: CsvfsError | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.run_forever)
+            try:
+                yield Peers(engine)
+            except CsvfsError as error:  # carried out of the nursery, which would wrap it in a group
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        engine.close()
+    if failure is not None:
+        raise failure
+
+
+async def answer_or_error(
+    call: Awaitable[Any], key: str, answers: dict[str, Any], errors: dict[str, str]
+) -> None:
+    """Await `call`; its value goes into `answers[key]`, or its error's text into `errors[key]`."""
+    try:
+        answers[key] = await call
+    except CsvfsError as error:
+        errors[key] = str(error)

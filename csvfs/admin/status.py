@@ -1,0 +1,258 @@
+"""`csvfs status`: the state of the whole cluster as far as it can be learned within two seconds.
+
+Place      admin floor. `collect_status` asks, `ClusterStatus` is the answer and the JSON; cli_status.py
+           prints it.
+Rule       what could not be learned is None or said in a note, never guessed and never waited for.
+Words      health as in S2D: Healthy, Degraded (copies missing or stale), No redundancy (only one copy left
+           of something that should have more, or none), Unknown.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from csvfs.admin.cluster_view import (
+    VOLUME_ONLINE,
+    ClusterView,
+    Record,
+    drive_in_order,
+    read_cluster_view,
+)
+from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.store.interface import ClusterStore
+from csvfs.units import SLAB_SIZE_DEFAULT
+
+HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN = "Healthy", "Degraded", "No redundancy", "Unknown"
+HEALTH_WORDS = (HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN)
+
+
+@dataclass(slots=True)
+class DriveStatus:
+    id: str  # hex
+    node: str
+    path: str
+    state: str  # ok, or what is wrong with it
+    size: int  # bytes for slabs
+    free: int | None  # bytes; None: its server could not be asked
+
+
+@dataclass(slots=True)
+class NodeStatus:
+    name: str
+    state: str  # up, down
+    address: str
+    drives: int
+    drives_bad: list[str]  # paths
+    note: str = ""
+
+
+@dataclass(slots=True)
+class PoolStatus:
+    name: str
+    slab_size: int
+    size: int  # bytes of all drives whose server answered
+    free: int
+    nodes_unknown: list[str]  # their drives are not counted
+
+
+@dataclass(slots=True)
+class JobStatus:
+    """Something that is being repaired."""
+
+    volume: str
+    what: str
+    done: int | None = None  # bytes
+    total: int | None = None
+    rate: float | None = None  # bytes per second
+
+    @property
+    def percent(self) -> float | None:
+        if self.total is None or self.done is None:
+            return None
+        return 100.0 if self.total <= 0 else min(100.0, 100.0 * self.done / self.total)
+
+    @property
+    def eta_s(self) -> float | None:
+        if self.total is None or self.done is None or not self.rate or self.rate <= 0:
+            return None
+        return max(self.total - self.done, 0) / self.rate
+
+
+@dataclass(slots=True)
+class VolumeStatus:
+    name: str
+    resiliency: str
+    copies: int
+    state: str
+    coordinator: str  # node; empty: none at the moment
+    health: str
+    size: int | None
+    free: int | None
+    note: str = ""
+    slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
+
+
+@dataclass(slots=True)
+class ClusterStatus:
+    cluster: str | None
+    nodes: list[NodeStatus]
+    drives: list[DriveStatus]
+    pool: PoolStatus | None
+    volumes: list[VolumeStatus]
+    jobs: list[JobStatus]
+
+
+async def collect_status(store: ClusterStore, peers: Peers) -> ClusterStatus:
+    """Ask the store, then all drive servers and coordinators at once.
+
+    Raises  Corrupt, Unavailable: of the cluster store. Cancel safe.
+    """
+    view = await read_cluster_view(store)
+    servers: dict[str, Any] = {}
+    server_errors: dict[str, str] = {}
+    volumes: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    volume_errors: dict[str, str] = {}
+    async with trio.open_nursery() as nursery:
+        for node in view.servers:
+            nursery.start_soon(
+                answer_or_error, peers.drive_server(view, node, "status"), node, servers, server_errors
+            )
+        for name in view.volumes:
+            for call, answers in (("volume_status", volumes), ("statfs", figures)):
+                nursery.start_soon(
+                    answer_or_error, peers.coordinator(view, name, call), name, answers, volume_errors
+                )
+    drives = drive_statuses(view, servers)
+    return ClusterStatus(
+        cluster=view.cluster.text("name") if view.cluster else None,
+        nodes=node_statuses(view, drives, server_errors),
+        drives=drives,
+        pool=pool_status(view, drives),
+        volumes=[
+            volume_status(view, record, volumes.get(name), figures.get(name), volume_errors.get(name, ""))
+            for name, record in sorted(view.volumes.items())
+        ],
+        jobs=[job for name in sorted(volumes) for job in job_statuses(name, volumes[name])],
+    )
+
+
+def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStatus]:
+    """The drives of the store, with what their servers say of them."""
+    slab_size = view.pool.number("slab_size", SLAB_SIZE_DEFAULT) if view.pool else SLAB_SIZE_DEFAULT
+    found = []
+    for hex_id, record in sorted(
+        view.drives.items(), key=lambda item: (item[1].text("node"), item[1].text("path"))
+    ):
+        node = record.text("node")
+        reported = _reported_drive(servers.get(node), hex_id)
+        state, free = record.text("state", "ok"), None
+        if node not in view.alive:
+            state = "node down" if drive_in_order(record) else state
+        elif reported is not None:
+            free_slots = _number(reported, "free_slots")
+            free = None if free_slots is None else free_slots * slab_size
+            said = reported.get("state")
+            if drive_in_order(record) and isinstance(said, str):
+                state = said
+        elif node in servers:
+            state = "not open" if drive_in_order(record) else state
+        size = record.number("slots") * slab_size or record.number("size")
+        found.append(DriveStatus(hex_id, node, record.text("path"), state, size, free))
+    return found
+
+
+def _reported_drive(reply: Any, hex_id: str) -> dict[str, Any] | None:
+    for row in _maps(reply, "drives"):
+        identity = row.get("id")
+        if isinstance(identity, bytes) and identity.hex() == hex_id:
+            return row
+    return None
+
+
+def node_statuses(
+    view: ClusterView, drives: list[DriveStatus], server_errors: dict[str, str]
+) -> list[NodeStatus]:
+    found = []
+    for name in view.node_names:
+        own = [drive for drive in drives if drive.node == name]
+        up = name in view.alive
+        record = view.alive.get(name) or view.nodes.get(name)
+        note = ""
+        if up and name not in view.servers:
+            note = "drive server is not running"
+        elif up and name in server_errors:
+            note = f"drive server: {server_errors[name]}"
+        found.append(
+            NodeStatus(
+                name=name,
+                state="up" if up else "down",
+                address=record.text("address") if record else "",
+                drives=len(own),
+                drives_bad=[drive.path for drive in own if drive.state not in ("ok", "node down")],
+                note=note,
+            )
+        )
+    return found
+
+
+def pool_status(view: ClusterView, drives: list[DriveStatus]) -> PoolStatus | None:
+    if view.pool is None:
+        return None
+    known = [drive for drive in drives if drive.free is not None]
+    return PoolStatus(
+        name=view.pool.text("name"),
+        slab_size=view.pool.number("slab_size", SLAB_SIZE_DEFAULT),
+        size=sum(drive.size for drive in known),
+        free=sum(drive.free or 0 for drive in known),
+        nodes_unknown=sorted({drive.node for drive in drives if drive.free is None}),
+    )
+
+
+def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, error: str) -> VolumeStatus:
+    """What the coordinator answered, or why it did not."""
+    reply = reply if isinstance(reply, dict) else {}
+    owner = view.owners.get(record.name)
+    health, note = reply.get("health"), record.text("error") or error
+    if health not in HEALTH_WORDS:
+        health = UNKNOWN
+    if record.text("state") != VOLUME_ONLINE and not record.text("error"):
+        note = ""  # being created or deleted: it need not have a coordinator
+    slabs = reply.get("slabs")
+    return VolumeStatus(
+        name=record.name,
+        resiliency=record.text("resiliency"),
+        copies=record.number("copies", 1),
+        state="failed" if record.text("error") else record.text("state"),
+        coordinator=owner.text("node") if owner else "",
+        health=health,
+        size=_number(figures, "size"),
+        free=_number(figures, "free"),
+        note=note,
+        slabs=slabs if isinstance(slabs, dict) else {},
+    )
+
+
+def job_statuses(volume: str, reply: Any) -> list[JobStatus]:
+    """The jobs of a `volume_status` reply: maps with `what`, `done`, `total` (bytes), `rate` (bytes/s)."""
+    return [
+        JobStatus(
+            volume=volume,
+            what=str(row.get("what") or row.get("kind") or "repair"),
+            done=_number(row, "done"),
+            total=_number(row, "total"),
+            rate=_number(row, "rate"),
+        )
+        for row in _maps(reply, "jobs")
+    ]
+
+
+def _maps(reply: Any, name: str) -> list[dict[str, Any]]:
+    rows = reply.get(name) if isinstance(reply, dict) else None
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _number(reply: Any, name: str) -> int | None:
+    value = reply.get(name) if isinstance(reply, dict) else None
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
