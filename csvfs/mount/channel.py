@@ -1,0 +1,319 @@
+"""The channel: reads every request of the kernel, answers the hot ones at once, passes names on to pyfuse3.
+
+Place      mount floor. Runs in the engine's task; slow requests get a trio task each.
+Hot        READ and WRITE that the file table can answer or take without waiting cost no task and no await.
+Here too   what pyfuse3 lacks or needs an inode for: FSYNC, FLUSH, STATFS, RELEASE, FORGET, SETXATTR ...
+Limits     REQUESTS_WAITING_MAX tasks; then the kernel's queue waits. LARGE_BUFFERS_MAX buffers handed out with
+           large writes; then their data is copied.
+"""
+
+import errno
+import logging
+import os
+import select
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import trio
+
+from csvfs.mount import fuse_abi as abi
+from csvfs.mount.errno_border import errno_of
+from csvfs.mount.relay import Leases, Relay
+from csvfs.net.engine import Engine
+from csvfs.units import KIB
+
+log = logging.getLogger(__name__)
+
+REQUESTS_WAITING_MAX = 4096
+REQUESTS_PER_TURN = 64  # then other descriptors of the engine have their turn
+COPY_SIZE_MAX = 64 * KIB  # WRITE data up to here is copied; larger data keeps the request's buffer
+LARGE_BUFFERS_MAX = 32  # of 1 MiB each
+# Handed to the file table with the kernel's write flags: the file was opened with O_APPEND, and `offset` is where
+# the kernel believes its end to be. See FileTable.write.
+WRITE_APPEND = 1 << 31
+
+Buffers = bytes | memoryview | Sequence[bytes | memoryview]
+Done = Callable[[Exception | None], None]
+
+
+class Files(Leases, Protocol):
+    """What the channel needs of the file table (csvfs/mount/file_table.py)."""
+
+    def read_nowait(self, ino: int, offset: int, size: int) -> Buffers | None: ...
+    async def read(self, ino: int, offset: int, size: int) -> Buffers: ...
+    def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: Done) -> bool: ...
+    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None: ...
+    async def fsync(self, ino: int) -> None: ...
+    async def flush(self, ino: int) -> None: ...
+    def closed(self, ino: int) -> None: ...
+    def forget(self, ino: int) -> None: ...
+    async def statfs(self) -> dict[str, int]: ...
+
+
+class Names(Protocol):
+    """What the channel needs of the operations (csvfs/mount/operations.py) besides what pyfuse3 calls."""
+
+    async def fsync_directory(self) -> None: ...
+    async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None: ...
+    def close_directory(self, fh: int) -> None: ...
+
+
+Handler = Callable[[int, int, memoryview], None]  # unique, node, body of the request
+
+
+class Channel:
+    """One FUSE session. `ended` is set when the kernel has unmounted it; `failure` says why, if not on purpose."""
+
+    def __init__(self, engine: Engine, fd: int, files: Files, names: Names, relay: Relay) -> None:
+        self._engine = engine
+        self._fd = fd
+        self._files = files
+        self._names = names
+        self._relay = relay
+        self._nursery: trio.Nursery | None = None
+        self._waiting = 0
+        self._buffer = memoryview(bytearray(abi.REQUEST_SIZE_MAX))
+        self._spare_buffers: list[memoryview] = []
+        self._buffers_out = 0
+        self.ended = trio.Event()
+        self.inline_count = 0  # READs and WRITEs answered or taken at once
+        self.waited_count = 0  # requests that needed a task
+        self._handlers = self._make_handlers()
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin to read requests; slow ones run in `nursery`. Cancelling it leaves them to the unmount."""
+        self._nursery = nursery
+        self._engine.register(self._fd, select.EPOLLIN, self._on_readable)
+
+    def close(self) -> None:
+        """Stop reading. The descriptor stays the caller's."""
+        if not self.ended.is_set():
+            self._engine.unregister(self._fd)
+            self.ended.set()
+
+    # ---- reading requests
+
+    def _on_readable(self, _events: int) -> None:
+        readv, fd, header = os.readv, self._fd, abi.IN_HEADER
+        read_nowait, writev, read_in = self._files.read_nowait, os.writev, abi.READ_IN
+        for _ in range(REQUESTS_PER_TURN):
+            buffer = self._buffer
+            try:
+                size = readv(fd, (buffer,))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EINTR):  # taken back by the kernel meanwhile
+                    continue
+                if error.errno != errno.ENODEV:
+                    log.error("reading from the FUSE device: %s; the session ends", error.strerror)
+                self.close()
+                return
+            if size < 40:
+                log.error("the kernel sent a request of %d bytes", size)
+                continue
+            _, opcode, unique, node, _, _, _, _, _ = header.unpack_from(buffer)
+            if opcode == abi.READ and size >= 80:
+                _, offset, want, _, _, _, _ = read_in.unpack_from(buffer, 40)
+                try:
+                    data = read_nowait(node, offset, want)
+                    if type(data) is bytes:
+                        self.inline_count += 1
+                        writev(fd, (abi.OUT_HEADER.pack(16 + len(data), 0, unique), data))
+                    elif data is None:
+                        self._start(unique, self._read, node, offset, want)
+                    else:
+                        self.inline_count += 1
+                        self._reply_data(unique, data)
+                except Exception as error:
+                    self._reply_failure(unique, error)
+            else:
+                self._dispatch(opcode, unique, node, buffer[:size])
+
+    def _dispatch(self, opcode: int, unique: int, node: int, request: memoryview) -> None:
+        handler = self._handlers.get(opcode)
+        try:
+            if handler is None:
+                self._relay.forward(opcode, unique, node, request)
+            else:
+                handler(unique, node, request[abi.IN_HEADER.size :])
+        except Exception as error:
+            self._reply_failure(unique, error)
+
+    def _make_handlers(self) -> dict[int, Handler]:
+        """By opcode; what is not here goes to pyfuse3."""
+        refuse = self._refuse
+        return {
+            abi.WRITE: self._on_write,
+            abi.FORGET: self._on_forget,
+            abi.BATCH_FORGET: self._on_batch_forget,
+            abi.RELEASE: self._on_release,
+            abi.RELEASEDIR: self._on_release_directory,
+            abi.FLUSH: lambda unique, node, _: self._start(unique, self._then_ok, self._files.flush, node),
+            abi.FSYNC: lambda unique, node, _: self._start(unique, self._then_ok, self._files.fsync, node),
+            abi.FSYNCDIR: lambda unique, _n, _: self._start(unique, self._then_ok, self._names.fsync_directory),
+            abi.STATFS: lambda unique, _n, _: self._start(unique, self._statfs),
+            abi.SETXATTR: self._on_setxattr,
+            abi.GETXATTR: self._on_getxattr,
+            abi.DESTROY: lambda unique, _n, _: self._reply_errno(unique, 0),
+            abi.FALLOCATE: refuse(errno.EOPNOTSUPP),
+            abi.IOCTL: refuse(errno.ENOTTY),
+            abi.NOTIFY_REPLY: lambda _u, _n, _: None,  # expects no answer, and we never ask
+            # ENOSYS: the kernel does it in its own way from then on, without asking again. INTERRUPT too: a
+            # request that waits for the cluster goes on waiting, its caller's signal is seen afterwards.
+            **{opcode: refuse(errno.ENOSYS) for opcode in (
+                abi.INTERRUPT, abi.LSEEK, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP, abi.ACCESS,
+                abi.GETLK, abi.SETLK, abi.SETLKW, *range(abi.COPY_FILE_RANGE + 1, 64),
+            )},
+        }  # fmt: skip
+
+    def _refuse(self, errno_value: int) -> Handler:
+        return lambda unique, _node, _body: self._reply_errno(unique, errno_value)
+
+    # ---- slow requests
+
+    def _start(self, unique: int, function: Callable[..., Awaitable[None]], *args: object) -> None:
+        assert self._nursery is not None
+        self.waited_count += 1
+        self._waiting += 1
+        if self._waiting == REQUESTS_WAITING_MAX:
+            self._engine.modify(self._fd, 0)
+        self._nursery.start_soon(self._serve, unique, function, args)
+
+    async def _serve(self, unique: int, function: Callable[..., Awaitable[None]], args: tuple) -> None:
+        try:
+            await function(unique, *args)
+        except Exception as error:
+            self._reply_failure(unique, error)
+        finally:
+            if self._waiting == REQUESTS_WAITING_MAX and not self.ended.is_set():
+                self._engine.modify(self._fd, select.EPOLLIN)
+            self._waiting -= 1
+
+    async def _read(self, unique: int, node: int, offset: int, size: int) -> None:
+        # Without an await between the table's last look at the lease and the reply: pages never come too late.
+        self._reply_data(unique, await self._files.read(node, offset, size))
+
+    async def _then_ok(self, unique: int, function: Callable[..., Awaitable[None]], *args: object) -> None:
+        await function(*args)
+        self._reply_errno(unique, 0)
+
+    async def _statfs(self, unique: int) -> None:
+        self._reply(unique, (abi.pack_statfs_reply(unique, await self._files.statfs()),))
+
+    # ---- WRITE
+
+    def _on_write(self, unique: int, node: int, body: memoryview) -> None:
+        _, offset, size, write_flags, _, flags, _ = abi.WRITE_IN.unpack_from(body)
+        data = body[abi.WRITE_IN.size :]
+        if len(data) != size or size > abi.IO_SIZE_MAX:
+            self._reply_errno(unique, errno.EINVAL)
+            return
+        if flags & os.O_APPEND:
+            write_flags |= WRITE_APPEND
+        keeps_buffer = size > COPY_SIZE_MAX and self._hand_out_buffer()
+        if not keeps_buffer:
+            data = memoryview(bytes(data))
+        done = partial(self._written, unique, size, data if keeps_buffer else None)
+        if self._files.write_nowait(node, offset, data, write_flags, done):
+            self.inline_count += 1
+        else:
+            self._start(unique, self._write, node, offset, data, write_flags, done)
+
+    async def _write(
+        self, unique: int, node: int, offset: int, data: memoryview, write_flags: int, done: Done
+    ) -> None:
+        try:
+            await self._files.write(node, offset, data, write_flags)
+        except Exception as error:
+            done(error)
+        else:
+            done(None)
+
+    def _written(self, unique: int, size: int, lent: memoryview | None, error: Exception | None = None) -> None:
+        if lent is not None:
+            self._buffers_out -= 1
+        if error is not None:
+            # Whatever still holds on to the data of a failed write: its buffer is not used for another request.
+            self._reply_failure(unique, error)
+            return
+        if lent is not None:
+            self._spare_buffers.append(memoryview(lent.obj))
+        self._reply(unique, (abi.pack_write_reply(unique, size),))
+
+    def _hand_out_buffer(self) -> bool:
+        """Leave the current request's buffer to its WRITE and read on into another; False: all are out."""
+        if self._buffers_out >= LARGE_BUFFERS_MAX:
+            return False
+        self._buffers_out += 1
+        spare = self._spare_buffers
+        self._buffer = spare.pop() if spare else memoryview(bytearray(abi.REQUEST_SIZE_MAX))
+        return True
+
+    # ---- small requests answered here
+
+    def _on_forget(self, _unique: int, node: int, body: memoryview) -> None:
+        self._forget(node, abi.FORGET_IN.unpack_from(body)[0])  # expects no answer
+
+    def _on_batch_forget(self, _unique: int, _node: int, body: memoryview) -> None:
+        count, _ = abi.BATCH_FORGET_IN.unpack_from(body)
+        rows = body[abi.BATCH_FORGET_IN.size :]
+        if len(rows) < count * abi.FORGET_ONE.size:
+            raise ValueError(f"BATCH_FORGET of {count} inodes in {len(rows)} bytes")
+        for node, lookups in abi.FORGET_ONE.iter_unpack(rows[: count * abi.FORGET_ONE.size]):
+            self._forget(node, lookups)
+
+    def _forget(self, node: int, lookups: int) -> None:
+        if self._relay.forget(node, lookups):
+            self._files.forget(node)
+
+    def _on_release(self, unique: int, node: int, _body: memoryview) -> None:
+        self._files.closed(node)
+        self._reply_errno(unique, 0)
+
+    def _on_release_directory(self, unique: int, _node: int, body: memoryview) -> None:
+        self._names.close_directory(abi.RELEASE_IN.unpack_from(body)[0])
+        self._reply_errno(unique, 0)
+
+    def _on_setxattr(self, unique: int, node: int, body: memoryview) -> None:
+        # pyfuse3 makes XATTR_CREATE and XATTR_REPLACE of two calls, which another node may come between.
+        size, flags = abi.SETXATTR_IN.unpack_from(body)
+        name, separator, rest = bytes(body[abi.SETXATTR_IN.size :]).partition(b"\0")
+        if not separator or not name or len(rest) < size:
+            self._reply_errno(unique, errno.EINVAL)
+            return
+        set_attribute = self._names.set_attribute
+        self._start(unique, self._then_ok, set_attribute, node, name, rest[:size], flags)
+
+    def _on_getxattr(self, unique: int, node: int, body: memoryview) -> None:
+        name = bytes(body[abi.GETXATTR_IN.size :]).partition(b"\0")[0]
+        if name == b"security.capability":
+            # The kernel asks before every buffered write, whether there is one to remove: there never is.
+            self._reply_errno(unique, errno.ENODATA)
+            return
+        header = abi.IN_HEADER.size
+        self._relay.forward(abi.GETXATTR, unique, node, memoryview(body.obj)[: header + len(body)])
+
+    # ---- replies
+
+    def _reply_data(self, unique: int, data: Buffers) -> None:
+        buffers = (data,) if isinstance(data, bytes | memoryview) else tuple(data)
+        size = abi.OUT_HEADER.size + sum(map(len, buffers))
+        self._reply(unique, (abi.OUT_HEADER.pack(size, 0, unique), *buffers))
+
+    def _reply_failure(self, unique: int, error: BaseException) -> None:
+        self._reply_errno(unique, errno_of(error))
+
+    def _reply_errno(self, unique: int, errno_value: int) -> None:
+        self._reply(unique, (abi.pack_error_reply(unique, errno_value),))
+
+    def _reply(self, unique: int, parts: tuple[bytes | memoryview, ...]) -> None:
+        try:
+            os.writev(self._fd, parts)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.EBADF):
+                return  # taken back by the kernel, or unmounted: nobody waits for it
+            log.error("the kernel refused the reply to request %d: %s", unique, error.strerror)
+            if error.errno == errno.EINVAL and len(parts[0]) + len(parts) > abi.OUT_HEADER.size + 1:
+                os.write(self._fd, abi.pack_error_reply(unique, errno.EIO))

@@ -1,0 +1,49 @@
+"""The errno border: the only place where an error of csvfs becomes an answer to a system call.
+
+Place      mount floor, under channel.py and operations.py.
+Rule       a CsvfsError is answered with its errno; anything else is a bug of ours: logged with its traceback,
+           answered with EIO, and the session goes on.
+"""
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
+
+import pyfuse3
+
+from csvfs.errors import CsvfsError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+def errno_of(error: BaseException) -> int:
+    """The positive errno that an application sees for `error`; never raises."""
+    if isinstance(error, CsvfsError):
+        # EIO means damage or a broken drive: worth a line. The others are answers.
+        if error.posix_errno == errno.EIO:
+            log.error("answered EIO: %s", error)
+        return error.posix_errno
+    if isinstance(error, pyfuse3.FUSEError):
+        return error.errno
+    log.error("bug: unexpected %s, answered EIO", type(error).__name__, exc_info=error)
+    return errno.EIO
+
+
+def fuse_errors(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """Wrap a pyfuse3 handler: pyfuse3 takes FUSEError only, anything else would end its session."""
+
+    @functools.wraps(handler)
+    async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            raise pyfuse3.FUSEError(errno_of(error)) from error
+
+    return guarded

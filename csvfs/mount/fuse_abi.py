@@ -1,0 +1,188 @@
+"""The kernel's FUSE wire format: numbers, structs, and replies packed from them.
+
+Place      mount floor. Sans-IO. Reference: <linux/fuse.h>, protocol 7.45; the kernel and we are on one machine,
+           so numbers are in native byte order.
+Rule       sizes are asserted against the kernel's structs; a request is unpacked only after its length is checked.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from csvfs.units import MIB
+
+FUSE_MAJOR = 7
+FUSE_MINOR_MAX = 45  # the newest minor this module knows; the smaller of both sides' is spoken
+FUSE_MINOR_MIN = 31  # FUSE_MAX_PAGES, EXPLICIT_INVAL_DATA and CACHE_SYMLINKS are all older
+MINOR_WITH_EPOCH = 44  # FUSE_NOTIFY_INC_EPOCH
+ROOT_NODE = 1
+
+LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK = 1, 2, 3, 4, 5, 6
+MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, READ, WRITE = 8, 9, 10, 11, 12, 13, 14, 15, 16
+STATFS, RELEASE, FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH = 17, 18, 20, 21, 22, 23, 24, 25
+INIT, OPENDIR, READDIR, RELEASEDIR, FSYNCDIR, GETLK, SETLK, SETLKW = 26, 27, 28, 29, 30, 31, 32, 33
+ACCESS, CREATE, INTERRUPT, BMAP, DESTROY, IOCTL, POLL, NOTIFY_REPLY = 34, 35, 36, 37, 38, 39, 40, 41
+BATCH_FORGET, FALLOCATE, READDIRPLUS, RENAME2, LSEEK, COPY_FILE_RANGE = 42, 43, 44, 45, 46, 47
+
+IN_HEADER = struct.Struct("=IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
+OUT_HEADER = struct.Struct("=IiQ")  # len, error, unique
+assert (IN_HEADER.size, OUT_HEADER.size) == (40, 16)
+READ_IN = struct.Struct("=QQIIQII")  # fh, offset, size, read_flags, lock_owner, flags, padding
+WRITE_IN = struct.Struct("=QQIIQII")  # fh, offset, size, write_flags, lock_owner, flags, padding
+WRITE_REPLY = struct.Struct("=IiQII")  # header; size, padding
+assert (READ_IN.size, WRITE_IN.size, WRITE_REPLY.size) == (40, 40, 24)
+WRITE_DATA_OFFSET = IN_HEADER.size + WRITE_IN.size
+FORGET_IN = struct.Struct("=Q")  # nlookup
+BATCH_FORGET_IN = struct.Struct("=II")  # count, dummy
+FORGET_ONE = struct.Struct("=QQ")  # nodeid, nlookup
+OPEN_IN = struct.Struct("=II")  # flags, open_flags; also the start of fuse_create_in
+RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
+FSYNC_IN = struct.Struct("=QII")  # fh, fsync_flags, padding
+SETXATTR_IN = struct.Struct("=II")  # size, flags; then name, NUL, value (FUSE_SETXATTR_EXT is not negotiated)
+GETXATTR_IN = struct.Struct("=II")  # size, padding; then name, NUL
+assert (RELEASE_IN.size, FSYNC_IN.size, SETXATTR_IN.size, GETXATTR_IN.size) == (24, 16, 8, 8)
+READDIR_SIZE_OFFSET = IN_HEADER.size + 16  # `size` of a fuse_read_in
+U32 = struct.Struct("=I")
+ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
+ENTRY_VALID = struct.Struct("=QQII")  # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec
+ENTRY_VALID_OFFSET = 16  # in fuse_entry_out, after nodeid and generation
+ENTRY_OUT_SIZE = 40 + ATTR.size
+ATTR_VALID = struct.Struct("=QI")  # attr_valid, attr_valid_nsec: the start of fuse_attr_out
+ATTR_OUT_SIZE = 16 + ATTR.size
+assert (ATTR.size, ENTRY_OUT_SIZE, ATTR_OUT_SIZE) == (88, 128, 104)
+NODEID = struct.Struct("=Q")
+OPEN_OUT = struct.Struct("=QII")  # fh, open_flags, padding
+DIRENT = struct.Struct("=QQII")  # ino, off, namelen, type; then the name, padded to 8 bytes
+assert (OPEN_OUT.size, DIRENT.size) == (16, 24)
+STATFS_OUT = struct.Struct("=QQQQQIIII6I")  # blocks, bfree, bavail, files, ffree, bsize, namelen, frsize, ...
+assert STATFS_OUT.size == 80
+INIT_IN = struct.Struct("=IIII")  # major, minor, max_readahead, flags; then flags2 if FLAG_INIT_EXT is set
+# major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
+# map_alignment, flags2, max_stack_depth, request_timeout, unused
+INIT_OUT = struct.Struct("=IIIIHHIIHHIIH11H")
+assert INIT_OUT.size == 64
+
+FLAG_ASYNC_READ = 1 << 0
+FLAG_POSIX_LOCKS = 1 << 1
+FLAG_ATOMIC_O_TRUNC = 1 << 3
+FLAG_BIG_WRITES = 1 << 5
+FLAG_FLOCK_LOCKS = 1 << 10
+FLAG_AUTO_INVAL_DATA = 1 << 12
+FLAG_DO_READDIRPLUS = 1 << 13
+FLAG_READDIRPLUS_AUTO = 1 << 14
+FLAG_ASYNC_DIO = 1 << 15
+FLAG_WRITEBACK_CACHE = 1 << 16
+FLAG_PARALLEL_DIROPS = 1 << 18
+FLAG_MAX_PAGES = 1 << 22
+FLAG_CACHE_SYMLINKS = 1 << 23
+FLAG_EXPLICIT_INVAL_DATA = 1 << 25
+FLAG_INIT_EXT = 1 << 30
+FLAG_DIRECT_IO_ALLOW_MMAP = 1 << 36
+
+FOPEN_DIRECT_IO = 1 << 0
+FOPEN_KEEP_CACHE = 1 << 1
+FOPEN_CACHE_DIR = 1 << 3
+FOPEN_NOFLUSH = 1 << 5
+FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
+
+FSYNC_FDATASYNC = 1 << 0
+
+NOTIFY_INVAL_INODE = 2
+NOTIFY_INC_EPOCH = 8
+NOTIFY_INVAL_INODE_OUT = struct.Struct("=IiQQqq")  # header with unique 0; ino, off, len
+assert NOTIFY_INVAL_INODE_OUT.size == 40
+
+IO_SIZE_MAX = MIB  # of one READ or WRITE
+# The kernel refuses to deliver into a smaller buffer than its largest WRITE.
+REQUEST_SIZE_MAX = IO_SIZE_MAX + 8192
+
+
+@dataclass(slots=True, frozen=True)
+class InitRequest:
+    """What the kernel offers when a file system is mounted."""
+
+    major: int
+    minor: int
+    max_readahead: int  # bytes
+    flags: int  # both words as one number
+
+
+def unpack_init(body: memoryview) -> InitRequest | None:
+    """From what follows the header of an INIT request; None: too short."""
+    if len(body) < INIT_IN.size:
+        return None
+    major, minor, max_readahead, flags = INIT_IN.unpack_from(body)
+    if flags & FLAG_INIT_EXT and len(body) >= INIT_IN.size + U32.size:
+        flags |= U32.unpack_from(body, INIT_IN.size)[0] << 32
+    return InitRequest(major, minor, max_readahead, flags)
+
+
+def pack_init_reply(
+    unique: int, *, minor: int, flags: int, max_readahead: int, max_background: int, io_size_max: int
+) -> bytes:
+    """Header and fuse_init_out."""
+    congestion_threshold = max_background * 3 // 4
+    body = INIT_OUT.pack(
+        FUSE_MAJOR, minor, max_readahead, flags & 0xFFFF_FFFF, max_background, congestion_threshold, io_size_max,
+        1, io_size_max // 4096, 0, flags >> 32, 0, 0, *(0,) * 11,
+    )  # fmt: skip
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
+
+
+def pack_error_reply(unique: int, errno_value: int) -> bytes:
+    """A reply without a body; `errno_value` 0: success, else a positive errno."""
+    return OUT_HEADER.pack(OUT_HEADER.size, -errno_value, unique)
+
+
+def pack_write_reply(unique: int, size: int) -> bytes:
+    return WRITE_REPLY.pack(WRITE_REPLY.size, 0, unique, size, 0)
+
+
+def pack_statfs_reply(unique: int, figures: dict[str, int], block_size: int = 4096) -> bytes:
+    """`figures`: size and free in bytes, files, files_free, name_max (PROTOCOL.md, `statfs`)."""
+    free = figures["free"] // block_size
+    body = STATFS_OUT.pack(
+        figures["size"] // block_size, free, free, figures["files"], figures["files_free"],
+        block_size, figures["name_max"], block_size, 0, *(0,) * 6,
+    )  # fmt: skip
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
+
+
+def pack_inval_inode(ino: int, offset: int, length: int) -> bytes:
+    """Offset negative: attributes only. Length 0 or less: to the end of the file."""
+    size = NOTIFY_INVAL_INODE_OUT.size
+    return NOTIFY_INVAL_INODE_OUT.pack(size, NOTIFY_INVAL_INODE, 0, ino, offset, length)
+
+
+def pack_inc_epoch() -> bytes:
+    return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0)
+
+
+def entry_offsets(reply: memoryview) -> list[int]:
+    """Where each fuse_direntplus starts in a READDIRPLUS reply. Raises ValueError when it does not add up."""
+    offsets = []
+    at = OUT_HEADER.size
+    while at < len(reply):
+        if len(reply) - at < ENTRY_OUT_SIZE + DIRENT.size:
+            raise ValueError(f"READDIRPLUS reply of {len(reply)} B ends within the entry at {at}")
+        offsets.append(at)
+        at += plus_entry_size(reply, at)
+    if at != len(reply):
+        raise ValueError(f"READDIRPLUS reply of {len(reply)} B ends within a name")
+    return offsets
+
+
+def plus_entry_size(reply: memoryview, at: int) -> int:
+    name_size = U32.unpack_from(reply, at + ENTRY_OUT_SIZE + 16)[0]
+    return ENTRY_OUT_SIZE + (DIRENT.size + name_size + 7) // 8 * 8
+
+
+def without_attributes(reply: memoryview) -> bytes:
+    """The READDIR reply with the entries of a READDIRPLUS reply."""
+    parts = [b""]
+    size = OUT_HEADER.size
+    for at in entry_offsets(reply):
+        entry = bytes(reply[at + ENTRY_OUT_SIZE : at + plus_entry_size(reply, at)])
+        parts.append(entry)
+        size += len(entry)
+    parts[0] = OUT_HEADER.pack(size, 0, OUT_HEADER.unpack_from(reply)[2])
+    return b"".join(parts)

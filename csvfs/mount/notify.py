@@ -1,0 +1,57 @@
+"""Notifications to the kernel: take back what it may have cached.
+
+Place      mount floor; used by the recall of leases.
+Why two    attributes and names are taken back at once and never block. Pages may have to wait for page locks
+           that are held until a READ or WRITE of ours is answered: that wait belongs in a worker thread.
+"""
+
+import errno
+import os
+
+import trio
+
+from csvfs.mount import fuse_abi as abi
+
+# As many invalidations may wait for page locks at a time; more wait for a thread.
+INVALIDATE_THREADS_MAX = 16
+
+
+class KernelNotifier:
+    """Writes notifications to the FUSE device of one mount. All methods ignore inodes the kernel does not know."""
+
+    def __init__(self, device_fd: int) -> None:
+        # Our own descriptor: a thread that still waits in write(2) must not see the number used for another file.
+        self._fd = os.dup(device_fd)
+        self._threads = trio.CapacityLimiter(INVALIDATE_THREADS_MAX)
+
+    def invalidate_attr(self, ino: int) -> None:
+        """Forget the attributes of `ino`. Does not block: an offset below 0 leaves its pages alone."""
+        self._write(abi.pack_inval_inode(ino, -1, 0))
+
+    async def invalidate_pages(self, ino: int, offset: int, length: int) -> None:
+        """Write back and drop cached pages from `offset` (bytes) on; length 0: to the end. Forgets attributes too.
+
+        Waits for READs and WRITEs in flight on these pages, so those must go on being answered meanwhile.
+        Cancel   leaves the invalidation to finish in its thread.
+        """
+        message = abi.pack_inval_inode(ino, offset, length)
+        await trio.to_thread.run_sync(self._write, message, abandon_on_cancel=True, limiter=self._threads)
+
+    def increment_epoch(self) -> None:
+        """Have every cached name looked up again before its next use. Takes no lock, does not block.
+
+        Only where the kernel's protocol has it: see `can_cache_entries` of the relay.
+        """
+        self._write(abi.pack_inc_epoch())
+
+    def _write(self, message: bytes) -> None:
+        try:
+            os.write(self._fd, message)
+        except OSError as error:
+            # ENOENT: the kernel does not know the inode, so there is nothing to take back. ENODEV, ENOTCONN:
+            # unmounted, all is gone.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
+                raise
+
+    def close(self) -> None:
+        os.close(self._fd)

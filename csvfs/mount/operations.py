@@ -1,0 +1,319 @@
+"""Names and attributes: what pyfuse3 calls, asked of the volume's coordinator through the session.
+
+Place      mount floor; the channel answers reads, writes and what pyfuse3 lacks.
+Leases     every reply of the coordinator says what this mount holds now; it is told to the file table at once,
+           without an await in between, so that a recall which comes next finds it there.
+Attributes of an inode under this mount's own write lease are known here, not at the coordinator: a stale size
+           given to the kernel would cut a file short, so `_current` asks the file table for them.
+"""
+
+import errno
+import os
+import stat
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields
+
+from csvfs.errors import Exists
+from csvfs.mount.errno_border import fuse_errors
+from csvfs.mount.relay import LEASE_NONE, LEASE_OPEN, LEASE_WRITE
+
+READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
+# Attributes of the kernel or of other layers, which the volume does not keep: file capabilities (the mount is
+# nosuid), and ACLs (modes alone are checked).
+_NAMESPACES_KEPT = (b"user.", b"trusted.", b"security.")
+_CAPABILITY = b"security.capability"
+
+Attr = list  # [ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, generation]
+
+
+class Table(Protocol):
+    """What the operations need of the file table."""
+
+    def stamp(self) -> int: ...
+    def holds(self, ino: int) -> int: ...
+    def granted(self, ino: int, kind: int, attr: Attr) -> None: ...
+    def granted_directory(self, ino: int, kind: int) -> None: ...
+    def opened(self, ino: int) -> None: ...
+    def closed(self, ino: int) -> None: ...
+    async def getattr(self, ino: int) -> Attr: ...
+    async def truncate(self, ino: int, changes: dict[str, Any]) -> Attr: ...
+    async def flush(self, ino: int) -> None: ...
+
+
+class Caller(Protocol):
+    async def call(self, name: str, args: dict[str, Any]) -> Any:
+        """Ask the coordinator; rides over its failover. Raises CsvfsError."""
+        ...
+
+
+@dataclass(slots=True)
+class OpenDirectory:
+    """A directory being listed: the coordinator's last page."""
+
+    ino: int
+    entries: list = field(default_factory=list)  # [next cookie, name, attr]
+    positions: dict[int, int] = field(default_factory=dict)  # cookie -> index of the entry that follows it
+    at_end: bool = False
+    end_cookie: int = 0
+    stamp: int = 0  # of the file table, before the page was asked for
+    replied_stamp: int | None = None  # of the page that the last reply came from
+
+
+def entry_attributes(attr: Attr) -> EntryAttributes:
+    """As pyfuse3 wants it. Time-outs stay 0 here: relay.py sets them when the reply leaves (K1)."""
+    entry = EntryAttributes()
+    entry.st_ino, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid = attr[0:5]
+    entry.st_rdev, entry.st_size, entry.st_blocks = attr[5:8]
+    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, entry.generation = attr[8:12]
+    entry.entry_timeout = entry.attr_timeout = 0
+    return entry
+
+
+class VolumeOperations(pyfuse3.Operations):
+    """One volume's names and attributes. Errors become FUSEError; nothing else leaves a handler."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, session: Caller, table: Table) -> None:
+        super().__init__()
+        self._session = session
+        self._table = table
+        self._directories: dict[int, OpenDirectory] = {}
+        self._next_handle = 1
+
+    def _learn(self, reply: dict[str, Any], directory: int | None = None) -> Attr:
+        """Tell the table what a reply with `attr`, `lease` (and `dir_lease`) granted; the attr."""
+        attr: Attr = reply["attr"]
+        self._table.granted(attr[0], reply["lease"], attr)
+        if directory is not None:
+            self._table.granted_directory(directory, reply["dir_lease"])
+        return attr
+
+    async def _current(self, attr: Attr) -> Attr:
+        if self._table.holds(attr[0]) == LEASE_WRITE:
+            return await self._table.getattr(attr[0])
+        return attr
+
+    # ---- attributes
+
+    @fuse_errors
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        reply = await self._session.call("lookup", {"parent": parent_inode, "name": name})
+        if reply["attr"] is None:
+            self._table.granted_directory(parent_inode, reply["dir_lease"])
+            absent = EntryAttributes()  # st_ino 0: the kernel may remember that the name does not exist
+            absent.entry_timeout = absent.attr_timeout = 0
+            return absent
+        return entry_attributes(await self._current(self._learn(reply, parent_inode)))
+
+    @fuse_errors
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return entry_attributes(await self._table.getattr(inode))
+
+    @fuse_errors
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        changes: dict[str, Any] = {
+            "mode": attr.st_mode & 0o7777 if fields.update_mode else None,
+            "uid": attr.st_uid if fields.update_uid else None,
+            "gid": attr.st_gid if fields.update_gid else None,
+            "size": attr.st_size if fields.update_size else None,
+            "atime_ns": attr.st_atime_ns if fields.update_atime else None,
+            "mtime_ns": attr.st_mtime_ns if fields.update_mtime else None,
+        }
+        if fields.update_size:
+            if changes["mtime_ns"] is None:
+                changes["mtime_ns"] = time.time_ns()
+            return entry_attributes(await self._table.truncate(inode, changes))
+        if fields.update_mtime and self._table.holds(inode) == LEASE_WRITE:
+            # A time set by hand must not be overwritten by that of an earlier write, which is reported lazily.
+            await self._table.flush(inode)
+        reply = await self._session.call("setattr", {"ino": inode, **changes})
+        return entry_attributes(await self._current(self._learn(reply)))
+
+    # ---- names
+
+    async def _make(
+        self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes | None = None
+    ) -> Attr:
+        args = {"parent": parent, "name": name, "mode": mode, "uid": ctx.uid, "gid": ctx.gid}
+        reply = await self._session.call("make", {**args, "rdev": rdev, "target": target})
+        return self._learn(reply, parent)
+
+    @fuse_errors
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return entry_attributes(await self._make(parent_inode, name, mode, ctx, rdev=rdev))
+
+    @fuse_errors
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        mode = stat.S_IFDIR | stat.S_IMODE(mode)
+        return entry_attributes(await self._make(parent_inode, name, mode, ctx))
+
+    @fuse_errors
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        mode = stat.S_IFLNK | 0o777
+        return entry_attributes(await self._make(parent_inode, name, mode, ctx, target=target))
+
+    @fuse_errors
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        try:
+            attr = await self._make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx)
+        except Exists:
+            # Another node was faster. After CREATE the kernel neither checks the mode of what it opens nor
+            # truncates it; on ESTALE it looks the name up again and opens the file in the ordinary way.
+            raise FUSEError(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
+        await self._ensure_lease(attr[0])
+        self._table.opened(attr[0])
+        return FileInfo(fh=attr[0]), entry_attributes(attr)
+
+    @fuse_errors
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        args = {"ino": inode, "parent": new_parent_inode, "name": new_name}
+        reply = await self._session.call("link", args)
+        return entry_attributes(await self._current(self._learn(reply, new_parent_inode)))
+
+    @fuse_errors
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._remove(parent_inode, name, directory=False)
+
+    @fuse_errors
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._remove(parent_inode, name, directory=True)
+
+    async def _remove(self, parent: int, name: bytes, *, directory: bool) -> None:
+        args = {"parent": parent, "name": name, "directory": directory}
+        reply = await self._session.call("unlink", args)
+        self._table.granted_directory(parent, reply["dir_lease"])
+
+    @fuse_errors
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
+            raise FUSEError(errno.EINVAL)  # RENAME_WHITEOUT: for overlays, which keep their upper layer elsewhere
+        args = {"parent": parent_inode_old, "name": name_old}
+        args |= {"new_parent": parent_inode_new, "new_name": name_new, "flags": flags}
+        reply = await self._session.call("rename", args)
+        self._table.granted_directory(parent_inode_old, reply["dir_lease"])
+        self._table.granted_directory(parent_inode_new, reply["new_dir_lease"])
+
+    @fuse_errors
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        target: bytes = (await self._session.call("readlink", {"ino": inode}))["target"]
+        return target
+
+    # ---- open files
+
+    async def _ensure_lease(self, ino: int) -> None:
+        """An open file is held at least by an `open` lease, so that its inode outlives its last name."""
+        if self._table.holds(ino) == LEASE_NONE:
+            args = {"ino": ino, "kind": LEASE_OPEN, "block": 0, "count": 0}
+            self._learn(await self._session.call("acquire", args))
+
+    @fuse_errors
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        await self._ensure_lease(inode)
+        self._table.opened(inode)
+        return FileInfo(fh=inode)
+
+    # ---- directories
+
+    @fuse_errors
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        self._directories[handle] = OpenDirectory(inode)
+        return handle
+
+    @fuse_errors
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        """Entries of one page of the coordinator: so one stamp says how old all of a reply is."""
+        directory = self._directories[fh]
+        directory.replied_stamp = None
+        if start_id == 0 or start_id not in directory.positions:
+            if start_id and directory.at_end and start_id == directory.end_cookie:
+                return
+            await self._fetch_page(directory, start_id)
+        directory.replied_stamp = directory.stamp
+        for cookie, name, attr in directory.entries[directory.positions[start_id] :]:
+            current = await self._current(attr)
+            if not pyfuse3.readdir_reply(token, name, entry_attributes(current), cookie):
+                return
+
+    async def _fetch_page(self, directory: OpenDirectory, cookie: int) -> None:
+        stamp = self._table.stamp()
+        args = {"ino": directory.ino, "cookie": cookie, "limit": READDIR_ENTRIES_MAX}
+        reply = await self._session.call("readdir", args)
+        self._table.granted_directory(directory.ino, reply["dir_lease"])
+        entries = reply["entries"]
+        directory.stamp = stamp
+        directory.entries = entries
+        directory.at_end = reply["eof"]
+        directory.positions = {cookie: 0}
+        for index, (next_cookie, _, _) in enumerate(entries[:-1]):
+            directory.positions[next_cookie] = index + 1
+        directory.end_cookie = entries[-1][0] if entries else cookie
+
+    def directory_stamp(self, fh: int) -> int | None:
+        """See relay.DirectoryStamps."""
+        directory = self._directories.get(fh)
+        return directory.replied_stamp if directory is not None else None
+
+    def close_directory(self, fh: int) -> None:
+        self._directories.pop(fh, None)
+
+    async def fsync_directory(self) -> None:
+        """All names and attributes answered so far are on the media of all members."""
+        await self._session.call("fsync", {})
+
+    # ---- extended attributes
+
+    @fuse_errors
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        _check_namespace(name)
+        value: bytes = (await self._session.call("getxattr", {"ino": inode, "name": name}))["value"]
+        return value
+
+    @fuse_errors
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        names: list[bytes] = (await self._session.call("listxattr", {"ino": inode, "name": b""}))["names"]
+        return names
+
+    @fuse_errors
+    async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
+        """setxattr(2) with XATTR_CREATE or XATTR_REPLACE in `flags`; decided by the coordinator in one step."""
+        _check_namespace(name)
+        args = {"ino": ino, "name": name, "value": value, "flags": flags}
+        await self._session.call("setxattr", args)
+
+    @fuse_errors
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        _check_namespace(name)
+        args = {"ino": inode, "name": name, "value": b"", "flags": 0}
+        await self._session.call("removexattr", args)
+
+
+def _check_namespace(name: bytes) -> None:
+    if not name.startswith(_NAMESPACES_KEPT) or name == _CAPABILITY:
+        raise FUSEError(errno.EOPNOTSUPP)

@@ -1,0 +1,337 @@
+"""The relay: carries the requests about names and attributes to pyfuse3 and its replies back to the kernel.
+
+Place      mount floor; used by channel.py. pyfuse3 runs in the same process and thread, on the other end of an
+           AF_UNIX SOCK_SEQPACKET pair that it takes for its FUSE device.
+Edits      INIT replies carry our flags, OPEN and CREATE replies ours too, and every reply with attributes or names
+           gets its cache time-outs here.
+
+Invariant
+  K1  The kernel caches a name or attributes for long iff the lease for it is held when the reply is written and
+      nothing about it was recalled since the request was read. Deciding and writing is one synchronous step, so a
+      recall comes either before (time-out 0) or after (its notification takes the cached thing back).
+"""
+
+import errno
+import logging
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from csvfs.errors import Unavailable
+from csvfs.mount import fuse_abi as abi
+from csvfs.net.engine import Engine
+from csvfs.units import MIB
+
+log = logging.getLogger(__name__)
+
+LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE = 0, 1, 2, 3  # PROTOCOL.md, lease kinds
+
+# pyfuse3 answers with a blocking write in our own thread: its send buffer must hold the largest replies of all
+# its tasks, PYFUSE3_TASKS_MAX times READDIR_SIZE_MAX and as much again for the socket's own overhead.
+PYFUSE3_TASKS_MAX = 64
+READDIR_SIZE_MAX = 128 * 1024
+SOCKET_BUFFER_SIZE = 32 * MIB
+REPLY_SIZE_MAX = MIB + 4096
+REPLIES_PER_TURN = 64
+
+CACHE_VALID_S = 1 << 24  # "long": half a year; leases end it, not time
+WANTED_FLAGS = (
+    abi.FLAG_ASYNC_READ
+    | abi.FLAG_BIG_WRITES
+    | abi.FLAG_MAX_PAGES
+    | abi.FLAG_PARALLEL_DIROPS
+    | abi.FLAG_EXPLICIT_INVAL_DATA
+    | abi.FLAG_ASYNC_DIO
+    | abi.FLAG_DO_READDIRPLUS
+    | abi.FLAG_READDIRPLUS_AUTO
+    | abi.FLAG_CACHE_SYMLINKS
+    | abi.FLAG_INIT_EXT
+    | abi.FLAG_DIRECT_IO_ALLOW_MMAP
+    # Left out on purpose: WRITEBACK_CACHE (written means in the drives' hands), AUTO_INVAL_DATA (leases say when),
+    # ATOMIC_O_TRUNC (the kernel sends SETATTR, which takes the write lease), HANDLE_KILLPRIV (the kernel clears
+    # set-uid bits by SETATTR), POSIX_LOCKS and FLOCK_LOCKS (locks are local to a node so far).
+)
+REQUIRED_FLAGS = abi.FLAG_DO_READDIRPLUS | abi.FLAG_MAX_PAGES | abi.FLAG_EXPLICIT_INVAL_DATA
+MAX_READAHEAD = MIB
+# Requests the kernel may have in flight in the background: asynchronous direct I/O and read-ahead.
+MAX_BACKGROUND = 512
+
+_ENTRY_REPLIES = frozenset((abi.LOOKUP, abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.LINK, abi.CREATE))
+_ATTR_REPLIES = frozenset((abi.GETATTR, abi.SETATTR))
+_OPEN_FLAG_OPCODES = frozenset((abi.OPEN, abi.CREATE))
+
+
+class Leases(Protocol):
+    """What the relay asks the file table."""
+
+    def stamp(self) -> int: ...
+    def recalled_since(self, ino: int, stamp: int) -> bool: ...
+    def holds(self, ino: int) -> int: ...
+
+
+class DirectoryStamps(Protocol):
+    def directory_stamp(self, fh: int) -> int | None:
+        """The stamp from before the entries of the last READDIRPLUS reply of handle `fh` were asked for."""
+        ...
+
+
+@dataclass(slots=True)
+class Pending:
+    """A request that pyfuse3 has."""
+
+    opcode: int
+    node: int
+    stamp: int  # of the file table, when the request was read
+    detail: int = 0  # OPEN, CREATE: open flags; READDIR, READDIRPLUS: file handle
+    init: abi.InitRequest | None = None
+
+
+class Relay:
+    """One end of the socket pair, what pyfuse3 owes, and how many times the kernel knows each inode."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        device_fd: int,
+        table: Leases,
+        directories: DirectoryStamps,
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        """`on_failure`: called once when the kernel cannot be served at all; the mount must end then."""
+        self._engine = engine
+        self._device_fd = device_fd
+        self._table = table
+        self._directories = directories
+        self._on_failure = on_failure
+        self._pending: dict[int, Pending] = {}
+        self._unsent: deque[bytes] = deque()
+        self._reply = memoryview(bytearray(REPLY_SIZE_MAX))
+        self._cached_directories: dict[int, int] = {}  # inode -> stamp since which the kernel keeps its entries
+        self.lookups: dict[int, int] = {}  # inode -> how often the kernel was given it and has not forgotten it
+        self.minor = 0
+        self._socket, self._pyfuse3_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._socket, self._pyfuse3_socket):
+            end.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_SNDBUFFORCE", 32), SOCKET_BUFFER_SIZE)
+        self._socket.setblocking(False)
+        engine.register(self._socket.fileno(), select.EPOLLIN, self._on_event)
+
+    @property
+    def can_cache_entries(self) -> bool:
+        """Whether names may be cached: only where they can be taken back without waiting for locks."""
+        return self.minor >= abi.MINOR_WITH_EPOCH
+
+    def pyfuse3_mount_point(self) -> str:
+        """What to give to pyfuse3.init. Its libfuse owns the descriptor from then on and closes it."""
+        return f"/dev/fd/{self._pyfuse3_socket.detach()}"
+
+    def close(self) -> None:
+        """pyfuse3's main loop sees the end of its socket and returns."""
+        self._engine.unregister(self._socket.fileno())
+        self._socket.close()
+        self._pyfuse3_socket.close()
+
+    # ---- kernel -> pyfuse3
+
+    def forward(self, opcode: int, unique: int, node: int, request: memoryview) -> None:
+        """Hand a whole request to pyfuse3; `request` is copied before this returns, and may be edited."""
+        pending = Pending(opcode, node, self._table.stamp())
+        body = request[abi.IN_HEADER.size :]
+        if opcode in _OPEN_FLAG_OPCODES and len(body) >= abi.OPEN_IN.size:
+            pending.detail = abi.U32.unpack_from(body)[0]
+        elif opcode in (abi.READDIR, abi.READDIRPLUS) and len(body) >= abi.READ_IN.size:
+            pending.detail = abi.READ_IN.unpack_from(body)[0]
+            size = abi.U32.unpack_from(request, abi.READDIR_SIZE_OFFSET)[0]
+            abi.U32.pack_into(request, abi.READDIR_SIZE_OFFSET, min(size, READDIR_SIZE_MAX))
+            # pyfuse3 knows READDIRPLUS only; the reply loses its attributes again in _patch_directory.
+            abi.U32.pack_into(request, 4, abi.READDIRPLUS)
+        elif opcode == abi.INIT:
+            pending.init = abi.unpack_init(body)
+        self._pending[unique] = pending
+        if self._unsent:
+            self._unsent.append(bytes(request))
+            return
+        try:
+            self._socket.send(request)
+        except BlockingIOError:
+            self._unsent.append(bytes(request))
+            self._engine.modify(self._socket.fileno(), select.EPOLLIN | select.EPOLLOUT)
+
+    def _send_waiting(self) -> None:
+        while self._unsent:
+            try:
+                self._socket.send(self._unsent[0])
+            except BlockingIOError:
+                return
+            self._unsent.popleft()
+        self._engine.modify(self._socket.fileno(), select.EPOLLIN)
+
+    # ---- pyfuse3 -> kernel
+
+    def _on_event(self, events: int) -> None:
+        if events & select.EPOLLOUT and self._unsent:
+            self._send_waiting()
+        for _ in range(REPLIES_PER_TURN):
+            try:
+                size = self._socket.recv_into(self._reply)
+            except BlockingIOError:
+                return
+            if size == 0:
+                self._engine.unregister(self._socket.fileno())
+                self._on_failure(Unavailable("pyfuse3 closed its end; the mount must be started again"))
+                return
+            self._take_reply(self._reply[:size])
+
+    def _take_reply(self, reply: memoryview) -> None:
+        if len(reply) < abi.OUT_HEADER.size:
+            log.error("pyfuse3 sent %d bytes, which is no reply", len(reply))
+            return
+        size, error, unique = abi.OUT_HEADER.unpack_from(reply)
+        pending = self._pending.pop(unique, None)
+        if pending is None or size != len(reply):
+            log.error("pyfuse3 sent a reply to no request: unique %d, %d of %d bytes", unique, len(reply), size)
+            return
+        if pending.opcode == abi.INIT:
+            self._answer_init(unique, error, pending.init)
+            return
+        given: list[int] = []
+        out: memoryview | bytes = reply
+        if error == 0:
+            try:
+                out = self._patch(pending, reply, given)
+            except (ValueError, IndexError, abi.struct.error) as malformed:
+                log.error("reply of pyfuse3 to opcode %d: %s", pending.opcode, malformed)
+                out, given = abi.pack_error_reply(unique, errno.EIO), []
+        self._write(unique, out, given)
+
+    def _write(self, unique: int, reply: memoryview | bytes, given: list[int]) -> None:
+        """`given`: the inodes whose lookup count the kernel raises by this reply."""
+        try:
+            os.write(self._device_fd, reply)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # the kernel did not like it: an error at least ends its wait
+                log.error("the kernel refused a reply of %d bytes", len(reply))
+                os.write(self._device_fd, abi.pack_error_reply(unique, errno.EIO))
+            elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
+                raise
+            return  # the kernel does not want it any more: it took no inode
+        lookups = self.lookups
+        for ino in given:
+            lookups[ino] = lookups.get(ino, 0) + 1
+
+    def _answer_init(self, unique: int, error: int, offer: abi.InitRequest | None) -> None:
+        usable = (
+            error == 0
+            and offer is not None
+            and offer.major == abi.FUSE_MAJOR
+            and offer.minor >= abi.FUSE_MINOR_MIN
+            and offer.flags & REQUIRED_FLAGS == REQUIRED_FLAGS
+        )
+        if not usable or offer is None:
+            os.write(self._device_fd, abi.pack_error_reply(unique, errno.EPROTO))
+            self._on_failure(Unavailable(f"kernel or pyfuse3 too old: the kernel offers {offer}, error {error}"))
+            return
+        self.minor = min(offer.minor, abi.FUSE_MINOR_MAX)
+        reply = abi.pack_init_reply(
+            unique,
+            minor=self.minor,
+            flags=WANTED_FLAGS & offer.flags,
+            max_readahead=min(offer.max_readahead, MAX_READAHEAD),
+            max_background=MAX_BACKGROUND,
+            io_size_max=abi.IO_SIZE_MAX,
+        )
+        os.write(self._device_fd, reply)
+
+    # ---- cache time-outs and open flags (K1: no await from here to the write)
+
+    def _entry_valid(self, directory: int, stamp: int) -> int:
+        table = self._table
+        held = table.holds(directory) >= LEASE_READ and not table.recalled_since(directory, stamp)
+        return CACHE_VALID_S if held and self.can_cache_entries else 0
+
+    def _attr_valid(self, ino: int, stamp: int) -> int:
+        table = self._table
+        held = table.holds(ino) >= LEASE_READ and not table.recalled_since(ino, stamp)
+        return CACHE_VALID_S if held else 0
+
+    def _patch(self, pending: Pending, reply: memoryview, given: list[int]) -> memoryview | bytes:
+        """The reply as the kernel gets it; raises ValueError when it is shorter than it must be."""
+        opcode = pending.opcode
+        body = abi.OUT_HEADER.size
+        if opcode in _ATTR_REPLIES:
+            if len(reply) < body + abi.ATTR_OUT_SIZE:
+                raise ValueError(f"{len(reply)} bytes with attributes")
+            abi.ATTR_VALID.pack_into(reply, body, self._attr_valid(pending.node, pending.stamp), 0)
+        elif opcode in _ENTRY_REPLIES:
+            if len(reply) < body + abi.ENTRY_OUT_SIZE:
+                raise ValueError(f"{len(reply)} bytes with an entry")
+            self._patch_entry(reply, body, self._entry_valid(pending.node, pending.stamp), pending.stamp, given)
+            if opcode == abi.CREATE:
+                self._patch_open(reply, body + abi.ENTRY_OUT_SIZE, pending.detail)
+        elif opcode == abi.OPEN:
+            self._patch_open(reply, body, pending.detail)
+        elif opcode == abi.OPENDIR:
+            self._patch_open_directory(reply, body, pending)
+        elif opcode in (abi.READDIR, abi.READDIRPLUS):
+            return self._patch_directory(reply, pending, given)
+        return reply
+
+    def _patch_entry(self, reply: memoryview, at: int, entry_valid: int, stamp: int, given: list[int]) -> None:
+        ino = abi.NODEID.unpack_from(reply, at)[0]
+        attr_valid = 0
+        if ino != 0:  # 0: the name does not exist, and the kernel may remember that
+            attr_valid = self._attr_valid(ino, stamp)
+            given.append(ino)
+        abi.ENTRY_VALID.pack_into(reply, at + abi.ENTRY_VALID_OFFSET, entry_valid, attr_valid, 0, 0)
+
+    def _patch_open(self, reply: memoryview, at: int, open_flags: int) -> None:
+        """Pages outlive opens (leases end them). Direct I/O goes to the drives, many writes of one file at once."""
+        fh, _, _ = abi.OPEN_OUT.unpack_from(reply, at)
+        flags = abi.FOPEN_KEEP_CACHE | abi.FOPEN_PARALLEL_DIRECT_WRITES
+        if open_flags & os.O_DIRECT:
+            # Without it the kernel takes the inode's lock around each direct write: an eighth of the speed.
+            flags |= abi.FOPEN_DIRECT_IO
+        if open_flags & os.O_ACCMODE == os.O_RDONLY:
+            flags |= abi.FOPEN_NOFLUSH  # nothing to flush at close
+        abi.OPEN_OUT.pack_into(reply, at, fh, flags, 0)
+
+    def _patch_open_directory(self, reply: memoryview, at: int, pending: Pending) -> None:
+        """The kernel keeps a directory's entries as long as its lease lasts, over opens."""
+        fh, _, _ = abi.OPEN_OUT.unpack_from(reply, at)
+        ino = pending.node
+        flags = abi.FOPEN_CACHE_DIR
+        if self._table.holds(ino) >= LEASE_READ and not self._table.recalled_since(ino, pending.stamp):
+            since = self._cached_directories.get(ino)
+            if since is not None and not self._table.recalled_since(ino, since):
+                flags |= abi.FOPEN_KEEP_CACHE
+            else:
+                self._cached_directories[ino] = pending.stamp
+        else:
+            self._cached_directories.pop(ino, None)
+            flags = 0
+        abi.OPEN_OUT.pack_into(reply, at, fh, flags, 0)
+
+    def _patch_directory(self, reply: memoryview, pending: Pending, given: list[int]) -> memoryview | bytes:
+        # The entries were fetched by this or an earlier request of the handle: that stamp counts, not ours.
+        fetched = self._directories.directory_stamp(pending.detail)
+        if pending.opcode == abi.READDIR:
+            return abi.without_attributes(reply)
+        stamp = pending.stamp if fetched is None else fetched
+        entry_valid = self._entry_valid(pending.node, stamp)
+        for at in abi.entry_offsets(reply):
+            self._patch_entry(reply, at, entry_valid, stamp, given)
+        return reply
+
+    # ---- forgetting
+
+    def forget(self, ino: int, count: int) -> bool:
+        """Lower the lookup count; True: the kernel does not know the inode any more."""
+        left = self.lookups.get(ino, 0) - count
+        if left > 0:
+            self.lookups[ino] = left
+            return False
+        self._cached_directories.pop(ino, None)
+        return self.lookups.pop(ino, None) is not None
