@@ -41,6 +41,7 @@ class Location(NamedTuple):
     fd: int
     data_offset: int
     checksum_offset: int
+    written_offset: int
     seed: int
 
 
@@ -89,7 +90,7 @@ class LocalReader:
             if slab in self._drives:
                 self._ask(slab)
             return None
-        fd, data_offset, checksum_offset, seed = location
+        fd, data_offset, checksum_offset, written_offset, seed = location
         data = bytearray(count * BLOCK_SIZE)
         packed = bytearray(4 * count)
         try:
@@ -100,11 +101,16 @@ class LocalReader:
         if count == 1:
             (checksum,) = _ONE.unpack(packed)
             if checksum == NEVER_WRITTEN:
-                return ZERO_BLOCK
+                return None if _any_written(fd, written_offset, block, 1) else ZERO_BLOCK
             if got == BLOCK_SIZE and block_checksum(data, seed, block) == checksum:
                 return data
             return None
-        return data if got == len(data) and _verify(data, packed, seed, block) else None
+        if got != len(data) or not _verify(data, packed, seed, block):
+            return None
+        # A checksum of 0 without the written bit is a hole; with it the checksum table is damaged (FORMAT.md).
+        if b"\0\0\0\0" in packed and _hole_damaged(fd, written_offset, block, packed):
+            return None
+        return data
 
     async def run_forever(self) -> None:
         """Find out where wanted slabs lie, until cancelled."""
@@ -144,6 +150,34 @@ class LocalReader:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
+
+
+def _written_bits(fd: int, written_offset: int, block: int, count: int) -> bytes | None:
+    first = block >> 3
+    size = ((block + count - 1) >> 3) - first + 1
+    bits = bytearray(size)
+    try:
+        got = os.preadv(fd, (bits,), written_offset + first, _NOWAIT)
+    except OSError:
+        return None
+    return bytes(bits) if got == size else None
+
+
+def _any_written(fd: int, written_offset: int, block: int, count: int) -> bool:
+    bits = _written_bits(fd, written_offset, block, count)
+    return bits is None or any(
+        bits[(number >> 3) - (block >> 3)] >> (number & 7) & 1 for number in range(block, block + count)
+    )
+
+
+def _hole_damaged(fd: int, written_offset: int, block: int, packed: bytearray) -> bool:
+    """Whether a block without a checksum has its written bit set."""
+    count = len(packed) // 4
+    bits = _written_bits(fd, written_offset, block, count)
+    return bits is None or any(
+        checksum == NEVER_WRITTEN and bits[((block + index) >> 3) - (block >> 3)] >> ((block + index) & 7) & 1
+        for index, checksum in enumerate(unpack_checksums(memoryview(packed), count))
+    )
 
 
 def _verify(data: bytearray, packed: bytearray, seed: int, block: int) -> bool:

@@ -46,6 +46,7 @@ _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 
 Address = tuple[str, int] | str  # (host, port), or the path of a unix socket
+Payload = memoryview | bytes | bytearray
 Answer = Callable[[Frame | None, CsvfsError | None], None]  # exactly one of both
 
 
@@ -72,7 +73,7 @@ class Link:
         self._view = memoryview(self._buffer)
         self._begin = 0  # of the first frame not yet handled
         self._end = 0  # of what was received
-        self._outgoing: deque[bytes | memoryview] = deque()
+        self._outgoing: deque[Payload] = deque()
         self._outgoing_size = 0
         self._flush_due = False
         self._blocked = False
@@ -81,9 +82,7 @@ class Link:
 
     # -- sending ---------------------------------------------------------------------------------
 
-    def send(
-        self, kind: int, request_id: int, head: bytes = b"", payload: memoryview | bytes | None = None
-    ) -> None:
+    def send(self, kind: int, request_id: int, head: bytes = b"", payload: Payload | None = None) -> None:
         """Queue one frame; `payload` must not change until it has left. A closed link drops it."""
         if self.closed is not None:
             return
@@ -149,7 +148,7 @@ class Link:
     def waiting_count(self) -> int:
         return len(self._waiting)
 
-    def request(self, kind: int, head: bytes, payload: memoryview | bytes | None, answer: Answer) -> int:
+    def request(self, kind: int, head: bytes, payload: Payload | None, answer: Answer) -> int:
         """Send a request; `answer(frame, error)` is called once, in the engine's task or on close.
 
         Returns the request id. `frame` views the receive buffer and is valid only during the call.

@@ -34,7 +34,7 @@ def slab_seed(volume: VolumeId, slab: SlabId) -> int:
     return int(crc32c(volume + _SLAB.pack(slab)))
 
 
-def block_checksum(data: memoryview | bytes, seed: int, block: int) -> int:
+def block_checksum(data: memoryview | bytes | bytearray, seed: int, block: int) -> int:
     """Checksum of one block of 4,096 bytes: never 0, which means never written."""
     return crc32c(data, seed ^ block) or 1
 

@@ -1,0 +1,308 @@
+"""What a drive server does for its links: blocks, slabs, fences (PROTOCOL.md, "Calls to a drive server").
+
+Place      block floor; drive_server.py is the process around it.
+Hot path   WRITE and READ are handled inline in the engine's task: unpack, check, pwrite or preadv, answer.
+Order      One thread applies everything, so a fence that was answered is a barrier (I6), and writes of one link are
+           applied in the order they were sent (I4).
+
+Invariants
+  I2  A WRITE is taken only at the installed epoch, from a writer that is not fenced.
+  I3  A chunk is active, durably, before its data is written; writer_marks.py says when no longer.
+  I5  Nothing is served when this node may not serve (liveness), nor from copies not in service.
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+from crc32c import crc32c
+
+from csvfs.block.flush_group import FlushGroup
+from csvfs.block.served_drives import ServedDrive, ServedDrives
+from csvfs.block.slab_copy import SlabCopy
+from csvfs.block.writer_marks import MarkBook, WriterMarks
+from csvfs.errors import (
+    BadRequest,
+    Corrupt,
+    CsvfsError,
+    Disconnected,
+    Fenced,
+    LeaseLost,
+    ProtocolError,
+    StaleEpoch,
+)
+from csvfs.ids import Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
+from csvfs.net.calls import CallTable
+from csvfs.net.link import Link
+from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK
+from csvfs.wire.block_messages import (
+    BLOCK_COUNT_MAX,
+    BLOCK_HEAD,
+    ROLE_IN_SYNC,
+    unpack_checksums,
+)
+from csvfs.wire.frames import Frame, Kind
+
+log = logging.getLogger(__name__)
+
+_CHUNK_SHIFT = BLOCKS_PER_CHUNK.bit_length() - 1
+_HEAD_SIZE = BLOCK_HEAD.size
+
+
+class Client:
+    """The peer of one link after its `hello`."""
+
+    __slots__ = ("copies", "fenced", "incarnation", "link", "marks", "volume", "writer")
+
+    def __init__(
+        self, link: Link, volume: VolumeId, writer: str, incarnation: Incarnation, marks: WriterMarks
+    ) -> None:
+        self.link = link
+        self.volume = volume
+        self.writer = writer
+        self.incarnation = incarnation
+        self.marks = marks
+        self.fenced = False
+        self.copies: dict[tuple[int, int], SlabCopy] = {}  # (drive index, slab) to a copy in service
+
+
+class BlockService:
+    """State of a drive server: its drives, clients, fences and terms."""
+
+    def __init__(
+        self, node: NodeName, cluster: bytes, incarnation: Incarnation, may_serve: Callable[[], bool]
+    ) -> None:
+        self.node = node
+        self.cluster = cluster
+        self.incarnation = incarnation
+        self.drives = ServedDrives()
+        self.marks = MarkBook()
+        self.calls = CallTable({})
+        self.nursery: trio.Nursery | None = None  # set before the first link
+        self.clients: set[Client] = set()
+        self._may_serve = may_serve
+        self._fences: dict[tuple[VolumeId, str], Incarnation] = {}
+        self._terms: dict[VolumeId, int] = {}
+        self._flushes: dict[int, FlushGroup] = {}
+        self.refused = 0  # frames and links refused, for status
+
+    # -- links -----------------------------------------------------------------------------------
+
+    def accept(self, link: Link) -> None:
+        """Serve a new link; until its `hello` it can do nothing else."""
+        link.on_frame = self._on_frame
+        link.on_close = self._on_close
+
+    def _on_close(self, link: Link, error: CsvfsError) -> None:
+        if isinstance(error, ProtocolError):
+            self.refused += 1
+        if link.owner is not None:
+            self.clients.discard(link.owner)
+
+    def hello(self, link: Link, volume: VolumeId, writer: str, incarnation: Incarnation) -> None:
+        """Bind the link to a writer's incarnation; earlier links of the writer end (I4). Raises Fenced."""
+        key = (volume, writer)
+        fence = self._fences.get(key, Incarnation(0))
+        if incarnation < fence:
+            raise Fenced(f"{writer} incarnation {incarnation} was evicted; {fence} is the least allowed")
+        for client in list(self.clients):
+            if client.volume == volume and client.writer == writer and writer not in ("", "admin"):
+                if client.incarnation > incarnation:
+                    raise Fenced(f"{writer} incarnation {client.incarnation} is newer than {incarnation}")
+                client.link.close(Disconnected(f"{writer} connected anew"))
+        client = Client(link, volume, writer, incarnation, self.marks.writer(volume, writer, incarnation))
+        self.clients.add(client)
+        link.owner = client
+
+    def fence(self, volume: VolumeId, writer: str, min_incarnation: Incarnation) -> None:
+        """Take nothing of older incarnations of `writer` from now on (I6: one thread, so nothing is under way)."""
+        key = (volume, writer)
+        self._fences[key] = max(min_incarnation, self._fences.get(key, Incarnation(0)))
+        for client in list(self.clients):
+            if client.volume == volume and client.writer == writer and client.incarnation < min_incarnation:
+                client.fenced = True
+                client.link.close(Fenced(f"{writer} incarnation {client.incarnation} was evicted"))
+
+    def check_term(self, volume: VolumeId, term: int) -> None:
+        """Register `term`, or refuse it. Raises Fenced when a higher one is registered."""
+        registered = self._terms.get(volume, 0)
+        if term < registered:
+            raise Fenced(f"term {term} of the volume is over; the registered one is {registered}")
+        if term > registered:
+            self._terms[volume] = term
+            self.fence(volume, "coordinator", Incarnation(term))
+
+    # -- frames ----------------------------------------------------------------------------------
+
+    def _on_frame(self, link: Link, frame: Frame) -> None:
+        kind = frame.kind
+        if kind == Kind.CALL:
+            assert self.nursery is not None
+            self.calls.handle(link, frame, self.nursery)
+            return
+        try:
+            if kind == Kind.WRITE:
+                self._write(link, frame)
+            elif kind == Kind.READ:
+                self._read(link, frame)
+            elif kind == Kind.HEAL:
+                self._heal(link, frame)
+            else:
+                raise ProtocolError(f"frames of kind {kind} are not served here")
+        except ProtocolError:
+            raise  # closes the link
+        except CsvfsError as error:
+            link.reply_error(frame.request_id, error)
+
+    def _resolve(self, link: Link, index: int, slab: int) -> tuple[Client, SlabCopy]:
+        client: Client | None = link.owner
+        if client is None:
+            raise ProtocolError(f"{link.peer} reads or writes before its hello")
+        if client.fenced:
+            raise Fenced(f"{client.writer} incarnation {client.incarnation} was evicted")
+        if not self._may_serve():
+            raise LeaseLost(f"node {self.node} lost its lease in the cluster store and serves nothing")
+        copy = client.copies.get((index, slab))
+        if copy is None:
+            served = self.drives.by_index(index)
+            copy = self.drives.copy_in_service(served, client.volume, SlabId(slab))
+            client.copies[(index, slab)] = copy
+        return client, copy
+
+    def _write(self, link: Link, frame: Frame) -> None:
+        head, payload = frame.head, frame.payload
+        if len(head) < _HEAD_SIZE:
+            raise ProtocolError("a WRITE head is cut short")
+        slab, sequence, below, epoch, block, count, index, _ = BLOCK_HEAD.unpack_from(head)
+        packed = head[_HEAD_SIZE:]
+        checksums = unpack_checksums(packed, count)
+        if len(payload) != count * BLOCK_SIZE:
+            raise ProtocolError(f"a WRITE of {count} blocks carries {len(payload)} bytes")
+        client, copy = self._resolve(link, index, slab)
+        if epoch != copy.epoch:
+            raise StaleEpoch(f"slab {slab} is at epoch {copy.epoch}, not {epoch}")
+        self._check_range(copy, block, count)
+        _verify_payload(copy, block, payload, checksums)
+        copy.write_blocks(block, payload, bytes(packed))
+        marks = client.marks
+        marks.below = below
+        first = block >> _CHUNK_SHIFT
+        marks.marks[(copy, first)] = sequence
+        for chunk in range(first + 1, ((block + count - 1) >> _CHUNK_SHIFT) + 1):
+            marks.marks[(copy, chunk)] = sequence
+        link.send(Kind.WRITTEN, frame.request_id)
+
+    def _read(self, link: Link, frame: Frame) -> None:
+        if len(frame.head) != _HEAD_SIZE:
+            raise ProtocolError("a READ head has the wrong size")
+        slab, _, _, epoch, block, count, index, _ = BLOCK_HEAD.unpack(frame.head)
+        if not 0 < count <= BLOCK_COUNT_MAX:
+            raise ProtocolError(f"a READ of {count} blocks")
+        _, copy = self._resolve(link, index, slab)
+        if epoch > copy.epoch:
+            raise StaleEpoch(f"slab {slab} is at epoch {copy.epoch} on node {self.node}, not yet {epoch}")
+        self._check_range(copy, block, count)
+        got = copy.read_blocks_nowait(block, count)
+        if got is None:
+            assert self.nursery is not None
+            self.nursery.start_soon(self._read_cold, link, frame.request_id, copy, block, count)
+            return
+        link.send(Kind.READ_DATA, frame.request_id, got[0], got[1])
+
+    async def _read_cold(self, link: Link, request_id: int, copy: SlabCopy, block: int, count: int) -> None:
+        """Bring the blocks into memory in a thread, then read them in the engine's thread like all others."""
+        try:
+            await trio.to_thread.run_sync(copy.warm_blocks, block, count)
+            packed, data = copy.read_blocks(block, count)
+            link.send(Kind.READ_DATA, request_id, packed, data)
+        except CsvfsError as error:
+            link.reply_error(request_id, error)
+
+    def _heal(self, link: Link, frame: Frame) -> None:
+        head, payload = frame.head, frame.payload
+        if len(head) < _HEAD_SIZE:
+            raise ProtocolError("a HEAL head is cut short")
+        slab, _, _, epoch, block, count, index, _ = BLOCK_HEAD.unpack_from(head)
+        checksums = unpack_checksums(head[_HEAD_SIZE:], count)
+        if len(payload) != count * BLOCK_SIZE:
+            raise ProtocolError(f"a HEAL of {count} blocks carries {len(payload)} bytes")
+        _, copy = self._resolve(link, index, slab)
+        if epoch != copy.epoch:
+            raise StaleEpoch(f"slab {slab} is at epoch {copy.epoch}, not {epoch}")
+        self._check_range(copy, block, count)
+        healed = 0
+        for position, checksum in enumerate(checksums):
+            data = payload[position * BLOCK_SIZE : (position + 1) * BLOCK_SIZE]
+            if checksum and (crc32c(data, copy.seed ^ (block + position)) or 1) != checksum:
+                raise Corrupt(f"slab {slab} block {block + position}: damaged on the way to node {self.node}")
+            healed += copy.heal_block(block + position, data, checksum)
+        if healed:
+            log.warning("slab %d on node %s: %d blocks from %d on healed", slab, self.node, healed, block)
+        link.reply(frame.request_id, healed)
+
+    def _check_range(self, copy: SlabCopy, block: int, count: int) -> None:
+        if block + count > copy.block_count:
+            raise BadRequest(
+                f"blocks {block} to {block + count - 1} exceed a slab of {copy.block_count} blocks"
+            )
+
+    # -- flush -----------------------------------------------------------------------------------
+
+    async def flush(self, served: ServedDrive) -> None:
+        """Everything taken before is on the medium (I8). Raises DriveFailed."""
+        group = self._flushes.get(served.index)
+        if group is None:
+            assert self.nursery is not None
+            group = self._flushes[served.index] = FlushGroup(self.nursery, lambda: self._flush_once(served))
+        await group.flush()
+
+    async def _flush_once(self, served: ServedDrive) -> None:
+        drive = served.opened()
+        covered = self.marks.begin_flush(drive)
+        try:
+            await trio.to_thread.run_sync(drive.flush)
+        except CsvfsError:
+            self.marks.flush_failed(drive, covered)
+            raise
+        for copy, chunks in self.marks.flushed(covered).items():
+            copy.clear_active(chunks)
+
+    # -- slabs -----------------------------------------------------------------------------------
+
+    def put_in_service(self, served: ServedDrive, copy: SlabCopy) -> None:
+        served.in_service.add(copy)
+
+    def forget_copies(self) -> None:
+        """A copy was deleted: links must look theirs up again."""
+        for client in self.clients:
+            client.copies.clear()
+
+    def install(
+        self, served: ServedDrive, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: int
+    ) -> None:
+        """Set a copy's epoch and role, and put it in service (I1: the epoch only grows)."""
+        drive = served.opened()
+        copy = self.drives.copy(served, volume, slab)
+        if role == ROLE_IN_SYNC and copy not in served.in_service and drive.unclean:
+            # The coordinator says so only of the last copy: what a killed writer left torn becomes old or new.
+            torn = drive.adopt_torn(copy)
+            if torn:
+                log.warning("slab %d on drive %s: %d torn blocks adopted", slab, served.path, torn)
+        if epoch > copy.epoch:
+            # A pull of this epoch must not undo what is written at it (I7), so that is noted from here on.
+            copy.joining_begin()
+        drive.set_epoch(copy, epoch, role, Term(term))
+        served.in_service.add(copy)
+
+
+def _verify_payload(copy: SlabCopy, block: int, payload: memoryview, checksums: tuple[int, ...]) -> None:
+    """Raises Corrupt when a block does not match the checksum it came with (0 never matches)."""
+    seed = copy.seed
+    if len(checksums) == 1:
+        if (crc32c(payload, seed ^ block) or 1) != checksums[0]:
+            raise Corrupt(f"slab {copy.slab} block {block}: damaged on the way here")
+        return
+    for position, checksum in enumerate(checksums):
+        begin = position * BLOCK_SIZE
+        if (crc32c(payload[begin : begin + BLOCK_SIZE], seed ^ (block + position)) or 1) != checksum:
+            raise Corrupt(f"slab {copy.slab} block {block + position}: damaged on the way here")

@@ -1,0 +1,202 @@
+"""The drive server process: `python -m csvfs.block.drive_server` (ARCHITECTURE.md, "Processes of a node").
+
+Place      block floor; started by `csvfs node run`.
+Tasks      the engine; drives_forever opens drives as `drives/` in the cluster store lists them; sweep_forever
+           flushes and unmarks when nobody else does; retry_forever tries drives that could not be opened.
+Ends       on SIGTERM: drives are flushed and closed cleanly. On an exception that nobody planned for: at once,
+           and its parent starts it again.
+"""
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import msgpack
+import trio
+
+from csvfs.block.block_service import BlockService
+from csvfs.block.drive_calls import DriveCalls
+from csvfs.block.served_drives import ServedDrive
+from csvfs.cluster.liveness import Liveness
+from csvfs.config import NodeConfig, load_config
+from csvfs.errors import CsvfsError, Unavailable
+from csvfs.ids import DriveId, Incarnation, VolumeId
+from csvfs.net.engine import Engine
+from csvfs.net.link import Link, Listener
+from csvfs.store.interface import ClusterStore
+from csvfs.store.opening import open_store
+
+log = logging.getLogger(__name__)
+
+SWEEP_INTERVAL_S = 2.0
+# Complete writes whose chunks stay active because no program flushes: the server flushes by itself when they are
+# this many (256 MiB), or at the latest after SWEEPS_TO_FLUSH sweeps.
+MARKS_MAX = 4_096
+SWEEPS_TO_FLUSH = 5
+RETRY_INTERVAL_S = 5.0
+
+
+class DriveServer:
+    def __init__(
+        self, config: NodeConfig, store: ClusterStore, incarnation: Incarnation, cluster: bytes
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.engine = Engine()
+        self.liveness = Liveness(config.liveness_path)
+        self.service = BlockService(config.node, cluster, incarnation, self.liveness.may_serve)
+        self.calls = DriveCalls(self.service, self.engine)
+        self._pool: bytes | None = None
+        self._rows: dict[str, dict[str, Any]] = {}
+
+    async def run(self, lease: int) -> None:
+        """Serve until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self.service.nursery = nursery
+                nursery.start_soon(self.engine.run_forever)
+                await self._read_drives()
+                tcp = Listener(
+                    self.engine, (self.config.address, self.config.drive_server_port), self._accept
+                )
+                Listener(self.engine, str(self.config.drive_server_socket), self._accept)
+                await self._register(lease, tcp.port)
+                nursery.start_soon(self._drives_forever)
+                nursery.start_soon(self._sweep_forever)
+                nursery.start_soon(self._retry_forever)
+        finally:
+            self.service.drives.close()
+
+    def _accept(self, link: Link) -> None:
+        self.service.accept(link)
+
+    async def _register(self, lease: int, port: int) -> None:
+        value = {
+            "address": self.config.address,
+            "port": port,
+            "unix": str(self.config.drive_server_socket),
+            "incarnation": self.service.incarnation,
+        }
+        await self.store.put(f"servers/{self.config.node}", msgpack.packb(value), lease)
+        log.info("drive server of %s listens on port %d", self.config.node, port)
+
+    # -- drives ----------------------------------------------------------------------------------
+
+    async def _read_drives(self) -> None:
+        pool = await self.store.get("pool")
+        self._pool = None if pool is None else msgpack.unpackb(pool.value)["id"]
+        for item in await self.store.list("drives/"):
+            self._take_row(item.key, msgpack.unpackb(item.value))
+
+    def _take_row(self, key: str, row: dict[str, Any]) -> None:
+        if row.get("node") != self.config.node:
+            return
+        self._rows[key] = row
+        if self._pool is not None:
+            drive_id = DriveId(bytes.fromhex(key.removeprefix("drives/")))
+            served = self.service.drives.open(
+                drive_id, row["path"], pool_id=self._pool, cluster_id=self.service.cluster
+            )
+            if served.drive is not None and self.service.nursery is not None:
+                self.service.nursery.start_soon(self._remove_deleted_volumes, served)
+
+    async def _drives_forever(self) -> None:
+        while True:
+            try:
+                async with self.store.watch("drives/") as changes:
+                    await self._read_drives()
+                    async for batch in changes:
+                        if self._pool is None:
+                            await self._read_drives()
+                        for change in batch:
+                            if change.item is not None:
+                                self._take_row(change.key, msgpack.unpackb(change.item.value))
+            except Unavailable as error:
+                log.warning("the cluster store cannot be reached: %s", error)
+                await trio.sleep(1)
+
+    async def _retry_forever(self) -> None:
+        while True:
+            await trio.sleep(RETRY_INTERVAL_S)
+            for key, row in list(self._rows.items()):
+                self._take_row(key, row)
+
+    async def _remove_deleted_volumes(self, served: ServedDrive) -> None:
+        """Free slabs of volumes that were deleted while the drive was away: only those with a tombstone."""
+        if served.drive is None:
+            return
+        volumes = {copy.volume for copy in served.drive.slabs()}
+        for volume in volumes:
+            try:
+                tombstone = await self.store.get(f"deleted/{volume.hex()}")
+            except Unavailable:
+                return
+            if tombstone is not None:
+                self._remove_volume(served, volume)
+
+    def _remove_volume(self, served: ServedDrive, volume: VolumeId) -> None:
+        drive = served.opened()
+        for copy in list(drive.slabs()):
+            if copy.volume == volume:
+                self.service.marks.forget(copy)
+                served.in_service.discard(copy)
+                drive.delete_slab(volume, copy.slab)
+        self.service.forget_copies()
+        log.info("removed the slabs of deleted volume %s from %s", volume.hex()[:8], served.path)
+
+    # -- unmarking -------------------------------------------------------------------------------
+
+    async def _sweep_forever(self) -> None:
+        """Unmark chunks of complete writes (I3) when no program's flush does."""
+        sweeps = 0
+        while True:
+            await trio.sleep(SWEEP_INTERVAL_S)
+            sweeps += 1
+            self.service.marks.sweep()
+            for served in self.service.drives:
+                if served.drive is None:
+                    continue
+                waiting = self.service.marks.waiting_count(served.drive)
+                if waiting > MARKS_MAX or (waiting and sweeps % SWEEPS_TO_FLUSH == 0):
+                    try:
+                        await self.service.flush(served)
+                    except CsvfsError as error:
+                        log.error("flush of %s failed: %s", served.path, error)
+
+
+async def serve(config: NodeConfig) -> None:
+    """Run the drive server of this node until SIGTERM or SIGINT."""
+    incarnation = Incarnation(int(os.environ["CSVFS_INCARNATION"]))
+    lease = int(os.environ["CSVFS_NODE_LEASE"])
+    store = open_store(config.store)
+    cluster = await store.get("cluster")
+    if cluster is None:
+        raise Unavailable("the cluster store has no cluster yet; see csvfs cluster create")
+    server = DriveServer(config, store, incarnation, msgpack.unpackb(cluster.value)["id"])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+        await server.run(lease)
+        nursery.cancel_scope.cancel()
+
+
+async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        trio.run(serve, load_config())
+    except CsvfsError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Bringing one slab copy up to date from an in-sync one (ARCHITECTURE.md, "Resync"; I7).
+
+Place      block floor, in the drive server of the copy that is brought up to date.
+Rule       The coordinator has installed the epoch on all members before it asks for a pull. So every write of an
+           earlier epoch is on the source already, and every later one comes here by itself: blocks written here
+           since the epoch was installed are skipped (BlockService.install begins to note them).
+What       chunks given            these (making members equal after a writer died)
+           since > 0               chunks the source stamped with `since` or later, and those active here
+           since 0                 every chunk that source or target ever wrote
+"""
+
+import logging
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from csvfs.block.bus_reads import read_blocks
+from csvfs.block.slab_copy import SlabCopy
+from csvfs.errors import BadRequest, CsvfsError, ProtocolError, StaleEpoch
+from csvfs.ids import DriveId, Epoch, Incarnation
+from csvfs.net.engine import Engine
+from csvfs.net.link import Link, connect
+from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE
+from csvfs.wire.block_messages import BLOCK_COUNT_MAX
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+TABLE_TIMEOUT_S = 10.0
+READS_IN_FLIGHT = 3
+CHUNKS_PER_READ = BLOCK_COUNT_MAX // BLOCKS_PER_CHUNK
+
+
+@dataclass(slots=True, frozen=True)
+class Source:
+    """Where the in-sync copy is."""
+
+    address: str
+    port: int
+    drive: DriveId
+
+    @staticmethod
+    def from_wire(value: dict[str, Any]) -> "Source":
+        try:
+            return Source(str(value["address"]), int(value["port"]), DriveId(bytes(value["drive"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadRequest(f"not a source to pull from: {error!r}") from None
+
+
+class Pull:
+    """One pull. `run` copies; afterwards the drive is flushed and `settled_chunks` may be unmarked."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        copy: SlabCopy,
+        source: Source,
+        *,
+        cluster: bytes,
+        writer: str,
+        epoch: Epoch,
+        since: Epoch,
+        chunks: list[int] | None,
+    ) -> None:
+        if copy.epoch != epoch:
+            raise StaleEpoch(f"slab {copy.slab} is at epoch {copy.epoch}, not {epoch}: install first")
+        if chunks is not None and not all(
+            isinstance(chunk, int) and 0 <= chunk < copy.block_count // BLOCKS_PER_CHUNK for chunk in chunks
+        ):
+            raise BadRequest(f"chunks out of range for slab {copy.slab}")
+        self._engine = engine
+        self._copy = copy
+        self._source = source
+        self._hello = {
+            "cluster": cluster,
+            "volume": copy.volume,
+            "writer": writer,
+            "incarnation": Incarnation(epoch),
+        }
+        self._epoch = epoch
+        self._since = since
+        self._chunks = chunks
+        self._epochs: dict[int, int] = {}  # what the source's chunks are stamped with
+        self._active_before = copy.active_chunks()
+        self._pulled: list[int] = []
+        self.bytes_done = 0
+        self.bytes_total = 0
+        self.chunk_count = 0
+
+    async def run(self) -> None:
+        """Copy all stale chunks. Raises StaleEpoch (the slab moved on: start anew), Unavailable, Corrupt."""
+        link = await connect(
+            self._engine, (self._source.address, self._source.port), timeout_s=CONNECT_TIMEOUT_S
+        )
+        try:
+            hello = await link.call("hello", self._hello, timeout_s=CONNECT_TIMEOUT_S)
+            index = next((row["index"] for row in hello["drives"] if row["id"] == self._source.drive), None)
+            if index is None:
+                raise ProtocolError(f"{link.peer} does not serve the source drive of slab {self._copy.slab}")
+            args = {"drive": self._source.drive, "slab": self._copy.slab}
+            table = await link.call("read_table", args, timeout_s=TABLE_TIMEOUT_S)
+            chunks = self._stale_chunks(table)
+            self.chunk_count = len(chunks)
+            self.bytes_total = len(chunks) * CHUNK_SIZE
+            await self._copy_chunks(link, index, chunks)
+        finally:
+            link.close()
+
+    def _stale_chunks(self, table: dict[str, Any]) -> list[int]:
+        theirs = array("I", table["chunk_epochs"])
+        ours = array("I", bytes(self._copy.chunk_epochs()))
+        chunk_count = self._copy.block_count // BLOCKS_PER_CHUNK
+        if len(theirs) < chunk_count:
+            raise ProtocolError(f"{len(theirs)} chunk epochs for a slab of {chunk_count} chunks")
+        self._epochs = {chunk: theirs[chunk] for chunk in range(chunk_count)}
+        if self._chunks is not None:
+            return sorted(set(self._chunks))
+        if self._since:
+            stale = {chunk for chunk in range(chunk_count) if theirs[chunk] >= self._since}
+            return sorted(stale.union(self._active_before))
+        return [chunk for chunk in range(chunk_count) if theirs[chunk] or ours[chunk]]
+
+    async def _copy_chunks(self, link: Link, index: int, chunks: list[int]) -> None:
+        runs = _runs(chunks)
+        errors: list[CsvfsError] = []
+
+        async def work() -> None:
+            while runs and not errors:
+                first, count = runs.pop()
+                try:
+                    await self._copy_run(link, index, first, count)
+                except CsvfsError as error:
+                    errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(READS_IN_FLIGHT):
+                nursery.start_soon(work)
+        if errors:
+            raise errors[0]
+
+    async def _copy_run(self, link: Link, index: int, first: int, count: int) -> None:
+        copy = self._copy
+        block, blocks = first * BLOCKS_PER_CHUNK, count * BLOCKS_PER_CHUNK
+        packed, data = await read_blocks(link, index, copy.slab, self._epoch, block, blocks, copy.seed)
+        if copy.epoch != self._epoch:
+            raise StaleEpoch(f"slab {copy.slab} moved on to epoch {copy.epoch} during its resync")
+        # Stamped as on the source, not with this epoch: else the next resync from here would copy all of it.
+        epoch = max(1, *(self._epochs[chunk] for chunk in range(first, first + count)))
+        copy.apply_pulled_blocks(block, data, packed, epoch)
+        self._pulled.extend(range(first, first + count))
+        self.bytes_done += blocks * BLOCK_SIZE
+
+    def settled_chunks(self) -> list[int]:
+        """Chunks that need not be active any more once the drive was flushed, unless a writer marked them since."""
+        if self._copy.epoch != self._epoch:
+            return []
+        return sorted(set(self._pulled).union(self._active_before if self._chunks is None else ()))
+
+
+def _runs(chunks: list[int]) -> list[tuple[int, int]]:
+    """Consecutive chunks joined to (first, count) of at most CHUNKS_PER_READ, last first."""
+    runs: list[tuple[int, int]] = []
+    for chunk in chunks:
+        if runs and runs[-1][0] + runs[-1][1] == chunk and runs[-1][1] < CHUNKS_PER_READ:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((chunk, 1))
+    runs.reverse()
+    return runs

@@ -1,0 +1,113 @@
+"""The drives a drive server serves, by index and id, and which of their copies are in service.
+
+Place      block floor, under drive_server.py. Synchronous.
+Rule       After a start of this process no copy is in service until a coordinator has installed it (PROTOCOL.md,
+           "Kinds"): it alone knows whether the copy is still in sync.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from csvfs.block.drive import Drive
+from csvfs.block.slab_copy import SlabCopy
+from csvfs.errors import CsvfsError, DriveFailed, NotFound, Unavailable
+from csvfs.ids import DriveId, PoolId, SlabId, VolumeId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ServedDrive:
+    """`drive` None: it could not be opened, `state` says why in one line."""
+
+    index: int
+    drive_id: DriveId
+    path: str
+    drive: Drive | None
+    state: str
+    in_service: set[SlabCopy] = field(default_factory=set)
+
+    def opened(self) -> Drive:
+        """Raises DriveFailed when the drive is not open."""
+        if self.drive is None:
+            raise DriveFailed(f"drive {self.drive_id.hex()[:8]} at {self.path}: {self.state}")
+        return self.drive
+
+
+class ServedDrives:
+    """Indexes are given once per drive id and process, so a link may keep using them."""
+
+    def __init__(self) -> None:
+        self._by_index: list[ServedDrive] = []
+        self._by_id: dict[DriveId, ServedDrive] = {}
+
+    def __iter__(self) -> Iterator[ServedDrive]:
+        return iter(self._by_index)
+
+    def open(self, drive_id: DriveId, path: str, *, pool_id: bytes, cluster_id: bytes) -> ServedDrive:
+        """Open the drive, or note why it cannot be; asked again for one that is open, does nothing."""
+        served = self._by_id.get(drive_id)
+        if served is None:
+            served = ServedDrive(len(self._by_index), drive_id, path, None, "not opened yet")
+            self._by_index.append(served)
+            self._by_id[drive_id] = served
+        if served.drive is not None:
+            return served
+        served.path = path
+        try:
+            drive = Drive.open(path, pool_id=PoolId(pool_id), cluster_id=cluster_id)
+            if drive.id != drive_id:
+                found = drive.id.hex()[:8]
+                drive.close()
+                raise DriveFailed(
+                    f"{path} holds drive {found}, not {drive_id.hex()[:8]}: the paths were swapped"
+                )
+        except (CsvfsError, OSError) as error:
+            if served.state != str(error):
+                log.error("drive %s at %s is not served: %s", drive_id.hex()[:8], path, error)
+            served.state = str(error)
+        else:
+            served.drive, served.state = drive, "ok"
+            log.info("serving drive %s at %s: %d slabs", drive_id.hex()[:8], path, len(list(drive.slabs())))
+        return served
+
+    def by_index(self, index: int) -> ServedDrive:
+        """Raises NotFound."""
+        if not 0 <= index < len(self._by_index):
+            raise NotFound(f"drive index {index} is not served here")
+        return self._by_index[index]
+
+    def by_id(self, drive_id: DriveId) -> ServedDrive:
+        """Raises NotFound."""
+        served = self._by_id.get(drive_id)
+        if served is None:
+            raise NotFound(f"drive {drive_id.hex()[:8]} is not served here; see csvfs drive list")
+        return served
+
+    def copy(self, served: ServedDrive, volume: VolumeId, slab: SlabId) -> SlabCopy:
+        """The slab's copy on the drive. Raises NotFound, DriveFailed."""
+        copy = served.opened().find(volume, slab)
+        if copy is None:
+            raise NotFound(f"slab {slab} has no copy on drive {served.drive_id.hex()[:8]}")
+        return copy
+
+    def copy_in_service(self, served: ServedDrive, volume: VolumeId, slab: SlabId) -> SlabCopy:
+        """Like copy; Unavailable until a coordinator has installed it since this process started."""
+        copy = self.copy(served, volume, slab)
+        if copy not in served.in_service:
+            raise Unavailable(
+                f"slab {slab} on drive {served.drive_id.hex()[:8]} waits for its coordinator since the drive server started"
+            )
+        return copy
+
+    def close(self) -> None:
+        """Flush and close every drive cleanly; one that fails is logged and stays marked as not clean."""
+        for served in self._by_index:
+            if served.drive is not None:
+                try:
+                    served.drive.close(clean=True)
+                except (CsvfsError, OSError) as error:
+                    log.error("drive %s was not closed cleanly: %s", served.path, error)
+                served.drive = None
+                served.state = "closed"
