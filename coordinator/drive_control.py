@@ -1,0 +1,214 @@
+"""What a coordinator tells drive servers: PROTOCOL.md, "Calls to a drive server", as methods.
+
+Place      coordinator floor, over block/server_links.py.
+Links      `links` are those of the writer `coordinator` with the term as incarnation: registering a higher term
+           fences them, so no call of a deposed coordinator can arrive late. `pull_links` carry the calls that
+           take long; those bear the term themselves.
+Errors     Fenced means that another coordinator has taken the volume: it goes up and ends the service.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import trio
+
+from csvfs.block.placement import DriveSpace
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, Unavailable
+from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
+from csvfs.wire.block_messages import Member, SlabDescriptor
+
+CALL_TIMEOUT_S = 5.0
+PULL_TIMEOUT_S = 600.0  # 256 MiB at 1 MiB/s, twice over; a dead server's link breaks long before
+INSTALL_ITEMS_MAX = 4_096  # per call: one message of about 200 KiB
+
+Failures = dict[tuple[SlabId, DriveId], CsvfsError]
+
+
+class ServerView(Protocol):
+    """Of ServerLinks.connected: what we need of an open link."""
+
+    incarnation: Incarnation
+
+    def drive_index(self, drive: DriveId) -> int: ...
+
+
+class Links(Protocol):
+    """Of ServerLinks: what we need, and what tests replace."""
+
+    async def connected(self, node: NodeName) -> Any: ...
+    async def call(self, node: NodeName, name: str, args: dict[str, Any], *, timeout_s: float) -> Any: ...
+    def drop(self, node: NodeName, reason: str) -> None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class Copy:
+    """One row of `list_slabs`."""
+
+    volume: VolumeId
+    slab: SlabId
+    epoch: Epoch
+    in_service: bool
+
+
+class DriveControl:
+    """Calls to the drive servers of one volume under one term.
+
+    source_of   where a node's drive server listens, as (address, port); None: nowhere now.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        pull_links: Links,
+        term: Term,
+        source_of: Callable[[NodeName], tuple[str, int] | None],
+    ) -> None:
+        self.links = links
+        self.term = term
+        self._pull_links = pull_links
+        self._source_of = source_of
+
+    # -- epochs ----------------------------------------------------------------------------------
+
+    async def install(self, descriptors: Iterable[SlabDescriptor]) -> Failures:
+        """Install each descriptor's epoch on its in-sync and joining members.
+
+        Returns  the (slab, drive) pairs where it did not succeed. Raises Fenced.
+        """
+        by_node: dict[NodeName, list[list[Any]]] = {}
+        for descriptor in descriptors:
+            for member in descriptor.writable:
+                item = [member.drive, descriptor.slab, descriptor.epoch, member.role]
+                by_node.setdefault(member.node, []).append(item)
+        failures: Failures = {}
+        fenced: list[Fenced] = []
+        async with trio.open_nursery() as nursery:
+            for node, items in by_node.items():
+                nursery.start_soon(self._install_on_node, node, items, failures, fenced)
+        if fenced:
+            raise fenced[0]
+        return failures
+
+    async def _install_on_node(
+        self, node: NodeName, items: list[list[Any]], failures: Failures, fenced: list[Fenced]
+    ) -> None:
+        for start in range(0, len(items), INSTALL_ITEMS_MAX):
+            part = items[start : start + INSTALL_ITEMS_MAX]
+            try:
+                answer = await self.call(node, "install", {"term": self.term, "items": part})
+                for drive, slab, reason in answer["refused"]:
+                    failures[SlabId(slab), DriveId(drive)] = DriveFailed(str(reason))
+            except Fenced as error:
+                fenced.append(error)
+                return
+            except CsvfsError as error:
+                for drive, slab, _, _ in items[start:]:
+                    failures[slab, drive] = error
+                return
+            except (KeyError, TypeError, ValueError) as error:
+                raise ProtocolError(f"node {node} answered install with nonsense: {error!r}") from None
+
+    async def create_slab(self, slab: SlabId, epoch: Epoch, place: DriveSpace, copies: int) -> None:
+        """Raises NoSpace, DriveFailed, Unavailable, Fenced. Idempotent."""
+        args = {"drive": place.drive, "slab": slab, "epoch": epoch, "term": self.term, "copies": copies}
+        await self.call(place.node, "create_slab", args)
+
+    async def delete_slab(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
+        await self.call(node, "delete_slab", {"drive": drive, "slab": slab, "term": self.term})
+
+    # -- fences ----------------------------------------------------------------------------------
+
+    async def register_term(self, node: NodeName) -> None:
+        """From its answer on the node takes nothing of lower terms (I6). Raises Fenced: a higher one is there."""
+        await self.call(node, "register_term", {"term": self.term})
+
+    async def fence(self, node: NodeName, writer: str, min_incarnation: Incarnation) -> None:
+        await self.call(node, "fence", {"writer": writer, "min_incarnation": min_incarnation})
+
+    async def settle_writer(self, node: NodeName, writer: str, min_incarnation: Incarnation) -> None:
+        """What an evicted writer had marked is equal on all members by now."""
+        await self.call(node, "settle", {"writer": writer, "min_incarnation": min_incarnation})
+
+    async def active(self, node: NodeName, writer: str | None) -> list[tuple[DriveId, SlabId, list[int]]]:
+        """Chunks with writes of `writer` (None: anybody) not known to be complete on all members."""
+        rows = await self.call(node, "active", {"writer": writer})
+        try:
+            return [(DriveId(bytes(drive)), SlabId(int(slab)), list(chunks)) for drive, slab, chunks in rows]
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"node {node} answered active with nonsense: {error!r}") from None
+
+    # -- content ---------------------------------------------------------------------------------
+
+    async def stamp(self, member: Member, slab: SlabId, epoch: Epoch, chunks: list[int]) -> None:
+        args = {"drive": member.drive, "slab": slab, "epoch": epoch, "chunks": chunks}
+        await self.call(member.node, "stamp", args)
+
+    async def pull(
+        self, target: Member, source: Member, descriptor: SlabDescriptor, chunks: list[int] | None
+    ) -> int:
+        """Have `target` copy from `source` what it misses, or just `chunks`; returns the bytes copied."""
+        where = self._source_of(source.node)
+        if where is None:
+            raise Unavailable(f"node {source.node} runs no drive server now; slab {descriptor.slab} waits for it")
+        args = {
+            "drive": target.drive,
+            "slab": descriptor.slab,
+            "epoch": descriptor.epoch,
+            "source": {"address": where[0], "port": where[1], "drive": source.drive},
+            "since": target.since,
+            "chunks": chunks,
+            "term": self.term,
+        }
+        answer = await self._pull_links.call(target.node, "pull", args, timeout_s=PULL_TIMEOUT_S)
+        return int(answer["bytes"]) if isinstance(answer, dict) and "bytes" in answer else 0
+
+    async def trim(
+        self, member: Member, descriptor: SlabDescriptor, ranges: Iterable[tuple[int, int]]
+    ) -> None:
+        """Make (block, count) ranges never-written on one member.
+
+        After an error the link is dropped: whatever of the trim is still under way dies with it, because a
+        later link of the same writer closes the earlier one first. So no trim lands after its blocks were freed.
+        """
+        try:
+            server = await self.links.connected(member.node)
+            index = server.drive_index(member.drive)
+            items = [[index, descriptor.slab, descriptor.epoch, block, count] for block, count in ranges]
+            await self.call(member.node, "trim", {"items": items})
+        except CsvfsError as error:
+            self.links.drop(member.node, f"a trim failed: {error}")
+            raise
+
+    # -- questions -------------------------------------------------------------------------------
+
+    async def copies(self, node: NodeName, drive: DriveId) -> list[Copy]:
+        """All slab copies on a drive, of all volumes."""
+        rows = await self.call(node, "list_slabs", {"drive": drive})
+        try:
+            return [
+                Copy(VolumeId(bytes(row[0])), SlabId(int(row[1])), Epoch(int(row[2])), bool(row[4]))
+                for row in rows
+            ]
+        except (IndexError, TypeError, ValueError) as error:
+            raise ProtocolError(f"node {node} answered list_slabs with nonsense: {error!r}") from None
+
+    async def spaces(self, node: NodeName) -> list[DriveSpace]:
+        """The node's drives in order, with their free slots."""
+        answer = await self.call(node, "status", {})
+        try:
+            return [
+                DriveSpace(DriveId(bytes(row["id"])), node, int(row["free_slots"]))
+                for row in answer["drives"]
+                if row["state"] == "ok"
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"node {node} answered status with nonsense: {error!r}") from None
+
+    async def incarnation(self, node: NodeName) -> Incarnation:
+        """Of the node's drive server, which we then have a link to. Raises Unavailable."""
+        server: ServerView = await self.links.connected(node)
+        return server.incarnation
+
+    async def call(self, node: NodeName, name: str, args: dict[str, Any]) -> Any:
+        return await self.links.call(node, name, args, timeout_s=CALL_TIMEOUT_S)
