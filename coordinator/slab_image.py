@@ -27,7 +27,9 @@ WAL_BLOCKS_MIN = 64
 WAL_FIRST_BLOCK = 1
 FORMAT_VERSION = 1
 _MAGIC = b"CSVFSMD1"
-_HEADER = struct.Struct("<8sQIIIII16s")  # magic, checksum, version, page size, wal block, wal blocks, db block, volume
+_HEADER = struct.Struct(
+    "<8sQIIIII16s"
+)  # magic, checksum, version, page size, wal block, wal blocks, db block, volume
 _CHECKED_FROM = 16
 assert _HEADER.size == 52  # FORMAT.md, "Metadata slabs"
 _crc64 = crcmod.predefined.mkPredefinedCrcFun("crc-64-we")
@@ -56,7 +58,9 @@ LogEntry = LogWrite | LogBarrier
 class SlabImage:
     """Block device of one metadata database; not shared between threads."""
 
-    def __init__(self, read_blocks: ReadBlocks, capacity_blocks: int, wal_blocks: int, *, created: bool) -> None:
+    def __init__(
+        self, read_blocks: ReadBlocks, capacity_blocks: int, wal_blocks: int, *, created: bool
+    ) -> None:
         self._read_blocks = read_blocks
         self.capacity_blocks = capacity_blocks
         self.wal_blocks = wal_blocks
@@ -93,7 +97,9 @@ class SlabImage:
     def open(read_blocks: ReadBlocks, capacity_blocks: int, volume: VolumeId) -> "SlabImage":
         """The image that the members hold. Raises Corrupt: block 0 is not the header of this volume's metadata."""
         header = bytes(read_blocks(0, 1))
-        return SlabImage(read_blocks, capacity_blocks, _parse_header(header, capacity_blocks, volume), created=False)
+        return SlabImage(
+            read_blocks, capacity_blocks, _parse_header(header, capacity_blocks, volume), created=False
+        )
 
     def write_header(self, volume: VolumeId) -> None:
         """Make the image valid: the last write of its creation."""
@@ -260,9 +266,13 @@ def _parse_header(block: bytes, capacity_blocks: int, volume: VolumeId) -> int:
     """How many blocks the WAL region has."""
     if len(block) != BLOCK_SIZE:
         raise Corrupt(f"metadata header: got {len(block)} bytes, want {BLOCK_SIZE}")
-    magic, checksum, version, page_size, wal_block, wal_blocks, database_block, owner = _HEADER.unpack_from(block)
+    magic, checksum, version, page_size, wal_block, wal_blocks, database_block, owner = _HEADER.unpack_from(
+        block
+    )
     if magic != _MAGIC:
-        raise Corrupt(f"metadata header: magic {magic!r}, want {_MAGIC!r}; creation was not finished, or a wrong slab")
+        raise Corrupt(
+            f"metadata header: magic {magic!r}, want {_MAGIC!r}; creation was not finished, or a wrong slab"
+        )
     if _crc64(block[_CHECKED_FROM:]) != checksum:
         raise Corrupt(f"metadata header: its checksum is not {checksum:#018x}; see csvfs volume status")
     if version != FORMAT_VERSION:

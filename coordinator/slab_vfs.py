@@ -153,7 +153,10 @@ def connect(image: SlabImage) -> tuple[apsw.Connection, SlabVfs]:
     """Open the database of an image, recovering it from its WAL. Errors of reading blocks pass through."""
     vfs = SlabVfs(image)
     connection = apsw.Connection(
-        _DATABASE, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE, vfs=vfs.vfs_name, statementcachesize=200
+        _DATABASE,
+        flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
+        vfs=vfs.vfs_name,
+        statementcachesize=200,
     )
     try:
         # Closing must not checkpoint: a coordinator that has lost its volume writes nothing any more.

@@ -1,0 +1,188 @@
+"""Attributes: what stat shows and chmod, chown, utimes and truncate change; and extended attributes.
+
+Place      coordinator floor; above inodes.py and extents.py, below metadata.py.
+Owns       table xattrs.
+"""
+
+import stat
+
+from coordinator.database import Database
+from coordinator.extents import FILE_SIZE_MAX, Extents
+from coordinator.inodes import Inode, Inodes
+from csvfs.errors import (
+    BadRequest,
+    Exists,
+    FileTooBig,
+    NameTooLong,
+    NoAttribute,
+    NoSpace,
+    ResultTooLarge,
+)
+from csvfs.units import BLOCK_SIZE, KIB
+
+XATTR_NAME_SIZE_MAX = 255
+XATTR_VALUE_SIZE_MAX = 64 * KIB
+XATTR_LIST_SIZE_MAX = 64 * KIB  # all names of an inode, each with a NUL: what listxattr(2) can give
+XATTR_CREATE = 1  # must not exist yet
+XATTR_REPLACE = 2  # must exist
+_ID_MAX = 0xFFFF_FFFF
+_TIME_MIN, _TIME_MAX = -(1 << 63), (1 << 63) - 1
+
+
+class Attributes:
+    """Attributes of all inodes."""
+
+    def __init__(self, database: Database, inodes: Inodes, extents: Extents) -> None:
+        self._database = database
+        self._inodes = inodes
+        self._extents = extents
+
+    def getattr(self, ino: int) -> list[int]:
+        """Raises NotFound."""
+        return self._inodes.get(ino).attr()
+
+    def setattr(
+        self,
+        ino: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        now_ns: int,
+    ) -> list[int]:
+        """Change what is not None; returns the attr afterwards.
+
+        A file with very many extents may end up larger than `size`: then commit, and call again until it is not.
+
+        Raises   NotFound, BadRequest, FileTooBig, IsADirectory or Conflict: size of what is no regular file.
+        """
+        inode = self._inodes.get(ino)
+        _check_change(mode, uid, gid, atime_ns, mtime_ns)
+        if size is not None:
+            self._inodes.file(ino)
+            if not 0 <= size <= FILE_SIZE_MAX:
+                raise FileTooBig(f"inode {ino}: {size} B, a file may have {FILE_SIZE_MAX} B")
+        if size is not None:
+            self._resize(inode, size, now_ns)
+        if uid is not None or gid is not None:
+            inode.uid = inode.uid if uid is None else uid
+            inode.gid = inode.gid if gid is None else gid
+            if mode is None:
+                inode.mode = _mode_after_chown(inode.mode)
+        if mode is not None:
+            inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+        inode.atime = inode.atime if atime_ns is None else atime_ns
+        inode.mtime = inode.mtime if mtime_ns is None else mtime_ns
+        inode.ctime = now_ns
+        self._inodes.changed(inode)
+        return inode.attr()
+
+    def commit_file(
+        self, ino: int, size: int, mtime_ns: int | None, atime_ns: int | None, now_ns: int
+    ) -> None:
+        """What a holder of a write lease reports: a size only grows by this. Raises NotFound, FileTooBig ..."""
+        inode = self._inodes.file(ino)
+        _check_change(None, None, None, atime_ns, mtime_ns)
+        if size > FILE_SIZE_MAX:
+            raise FileTooBig(f"inode {ino}: {size} B, a file may have {FILE_SIZE_MAX} B")
+        if size > inode.size or (mtime_ns is not None and mtime_ns != inode.mtime):
+            inode.ctime = now_ns
+        inode.size = max(inode.size, size)
+        inode.mtime = inode.mtime if mtime_ns is None else mtime_ns
+        inode.atime = inode.atime if atime_ns is None else atime_ns
+        self._inodes.changed(inode)
+
+    def _resize(self, inode: Inode, size: int, now_ns: int) -> None:
+        # A growing file keeps blocks granted ahead: the holder of its write lease may be writing them right now.
+        if size < inode.size:
+            end = -(-size // BLOCK_SIZE)
+            reached = self._extents.free_from(inode, end)
+            inode.size = size if reached == end else max(size, min(inode.size, reached * BLOCK_SIZE))
+        else:
+            inode.size = size
+        inode.mtime = now_ns
+
+    # Extended attributes
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """Raises NotFound, NoAttribute."""
+        value = self._value(self._inodes.get(ino), name)
+        if value is None:
+            raise NoAttribute(f"inode {ino} has no attribute {name!r}")
+        return value
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """Names, sorted. Raises NotFound."""
+        if self._inodes.get(ino).xattrs == 0:
+            return []
+        return [
+            name
+            for (name,) in self._database.rows("SELECT name FROM xattrs WHERE ino = ? ORDER BY name", (ino,))
+        ]
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, now_ns: int) -> None:
+        """Raises NotFound, NameTooLong, ResultTooLarge, Exists (XATTR_CREATE), NoAttribute (XATTR_REPLACE), NoSpace."""
+        inode = self._inodes.get(ino)
+        if not 0 < len(name) <= XATTR_NAME_SIZE_MAX or b"\0" in name:
+            raise NameTooLong(
+                f"attribute name of {len(name)} B, may have 1 to {XATTR_NAME_SIZE_MAX} and no NUL"
+            )
+        if len(value) > XATTR_VALUE_SIZE_MAX:
+            raise ResultTooLarge(f"attribute {name!r} of {len(value)} B, may have {XATTR_VALUE_SIZE_MAX} B")
+        if flags not in (0, XATTR_CREATE, XATTR_REPLACE):
+            raise BadRequest(f"setxattr flags {flags:#x} are not known")
+        exists = self._value(inode, name) is not None
+        if exists and flags == XATTR_CREATE:
+            raise Exists(f"inode {ino} has an attribute {name!r} already")
+        if not exists:
+            if flags == XATTR_REPLACE:
+                raise NoAttribute(f"inode {ino} has no attribute {name!r}")
+            names = self.listxattr(ino)
+            if sum(len(known) + 1 for known in names) + len(name) + 1 > XATTR_LIST_SIZE_MAX:
+                raise NoSpace(f"inode {ino}: its {len(names)} attribute names fill {XATTR_LIST_SIZE_MAX} B")
+            inode.xattrs += 1
+        self._database.run(
+            "INSERT OR REPLACE INTO xattrs(ino, name, value) VALUES(?,?,?)", (ino, name, value)
+        )
+        inode.ctime = now_ns
+        self._inodes.changed(inode)
+
+    def removexattr(self, ino: int, name: bytes, now_ns: int) -> None:
+        """Raises NotFound, NoAttribute."""
+        inode = self._inodes.get(ino)
+        if self._value(inode, name) is None:
+            raise NoAttribute(f"inode {ino} has no attribute {name!r}")
+        self._database.run("DELETE FROM xattrs WHERE ino = ? AND name = ?", (ino, name))
+        inode.xattrs -= 1
+        inode.ctime = now_ns
+        self._inodes.changed(inode)
+
+    def _value(self, inode: Inode, name: bytes) -> bytes | None:
+        if inode.xattrs == 0:  # the kernel asks for security.capability before every first write
+            return None
+        rows = self._database.rows("SELECT value FROM xattrs WHERE ino = ? AND name = ?", (inode.ino, name))
+        return rows[0][0] if rows else None
+
+
+def _check_change(
+    mode: int | None, uid: int | None, gid: int | None, atime_ns: int | None, mtime_ns: int | None
+) -> None:
+    for owner in (uid, gid):
+        if owner is not None and not 0 <= owner < _ID_MAX:
+            raise BadRequest(f"owner {owner} is not from 0 to {_ID_MAX - 1}")
+    if mode is not None and not 0 <= mode <= 0xFFFF:
+        raise BadRequest(f"mode {mode:#o} is none")
+    for time_ns in (atime_ns, mtime_ns):
+        if time_ns is not None and not _TIME_MIN <= time_ns <= _TIME_MAX:
+            raise BadRequest(f"time {time_ns} ns does not fit 64 bits")
+
+
+def _mode_after_chown(mode: int) -> int:
+    """As Linux does for everybody, root too: set-uid goes; set-gid too where it means running as the group."""
+    if stat.S_ISDIR(mode):
+        return mode
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

@@ -1,0 +1,269 @@
+"""Extents: which blocks of which slabs hold a file's blocks.
+
+Place      coordinator floor; above inodes.py and space.py, below attributes, namespace, metadata.
+Owns       table extents, and `blocks` of inodes.
+
+A hole has no extent. Blocks that were granted but never written read as zeros, so more may be granted than was
+asked for: whole chunks below the end of a file, and ahead of a file that grows.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from coordinator.database import Database
+from coordinator.inodes import Inode, Inodes
+from coordinator.space import Piece, Space
+from csvfs.errors import BadRequest, FileTooBig
+from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, MIB, TIB
+
+FILE_SIZE_MAX = 16 * TIB
+FILE_BLOCKS_MAX = FILE_SIZE_MAX // BLOCK_SIZE
+AHEAD_BLOCKS_MIN = BLOCKS_PER_CHUNK
+AHEAD_BLOCKS_MAX = 16 * MIB // BLOCK_SIZE
+PIECES_PER_CALL_MAX = 1024  # new extents of one `allocate`: bounds the transaction
+LAYOUT_EXTENTS_MAX = 16_384  # of one reply, which may have 1 MiB
+
+_NO_EXTENT_BEHIND = FILE_BLOCKS_MAX
+_READ = """
+SELECT block, count, slab, slab_block FROM extents
+WHERE ino = ?1 AND block >= ifnull((SELECT max(block) FROM extents WHERE ino = ?1 AND block <= ?2), ?2)
+AND block < ?3 ORDER BY block LIMIT ?4
+"""  # the last extent that starts at or before ?2, and all that start before ?3
+
+
+@dataclass(slots=True, frozen=True)
+class Extent:
+    """File blocks `block` to `block + count` lie in slab `slab` from `slab_block` on."""
+
+    block: int
+    count: int
+    slab: int
+    slab_block: int
+
+    @property
+    def end(self) -> int:
+        return self.block + self.count
+
+    def to_wire(self) -> list[int]:
+        return [self.block, self.count, self.slab, self.slab_block]
+
+
+@dataclass(slots=True, frozen=True)
+class Allocation:
+    """What `allocate` did.
+
+    attr      of the file afterwards
+    extents   those that overlap the range, whole, by file block, with what was given ahead
+    missing   blocks for which no slab has room: nothing was changed; add a slab and call again
+    reached   no hole before this block of the range. Less than its end: the rest takes another call, from there
+    """
+
+    attr: list[int]
+    extents: list[Extent]
+    missing: int
+    reached: int
+
+
+class Extents:
+    """The layouts of all files."""
+
+    def __init__(self, database: Database, inodes: Inodes, space: Space) -> None:
+        self._database = database
+        self._inodes = inodes
+        self._space = space
+        # A truncate frees at most so many at once; each may change about 1/100 of a page in two tables.
+        self.free_extents_max = min(16_384, database.image.wal_blocks * 8)
+
+    def layout(self, ino: int, block: int, count: int, limit: int = LAYOUT_EXTENTS_MAX) -> list[Extent]:
+        """Extents that overlap the range, whole, by file block; the first `limit` of them.
+
+        Raises NotFound, IsADirectory, Conflict: no regular file. BadRequest: range out of bounds.
+        """
+        self._inodes.file(ino)
+        _check_range(block, count)
+        extents = self._read(ino, block, block + count, limit + 1)
+        return [extent for extent in extents if extent.end > block][:limit]
+
+    def allocate(self, ino: int, block: int, count: int, size: int, mtime_ns: int, now_ns: int) -> Allocation:
+        """Fill the holes of a range of blocks, and raise the file's size to `size` bytes if that is larger.
+
+        Args     size, mtime_ns: 0: leave.
+        Raises   NotFound, IsADirectory, Conflict: no regular file. BadRequest. FileTooBig.
+        """
+        inode = self._inodes.file(ino)
+        _check_range(block, count)
+        if size > FILE_SIZE_MAX:
+            raise FileTooBig(f"inode {ino}: {size} B, a file may have {FILE_SIZE_MAX} B")
+        end = block + count
+        known = self._read(ino, block, end, PIECES_PER_CALL_MAX)
+        if len(known) == PIECES_PER_CALL_MAX:
+            end = min(end, known[-1].end)
+        holes = _holes(known, block, end)
+        reached = end
+        needed = sum(hole_end - hole for hole, hole_end in holes)
+        if needed > self._database.counters.free_blocks:
+            missing = needed - self._database.counters.free_blocks
+            return Allocation(inode.attr(), [e for e in known if e.end > block], missing, holes[0][0])
+        given_end = end
+        if holes:
+            wide = self._widen(inode, known, holes)
+            if sum(hole_end - hole for hole, hole_end in wide) <= self._database.counters.free_blocks:
+                holes = wide
+            reached = min(end, self._fill(inode, known, holes))
+            given_end = max(end, holes[-1][1])
+        if size > inode.size:
+            inode.size = size
+        if mtime_ns:
+            inode.mtime = mtime_ns
+        inode.ctime = now_ns
+        self._inodes.changed(inode)
+        extents = self._read(ino, block, given_end, LAYOUT_EXTENTS_MAX)
+        return Allocation(inode.attr(), [e for e in extents if e.end > block], 0, reached)
+
+    def free_from(self, inode: Inode, block: int) -> int:
+        """Give up the blocks from `block` on, the last first; returns the block it got to.
+
+        More than `block`: there are too many extents for one transaction; call again in the next.
+        """
+        if inode.blocks == 0:
+            return block
+        limit = self.free_extents_max
+        rows = self._database.rows(
+            "SELECT block, count, slab, slab_block FROM extents WHERE ino = ? AND block >= ?"
+            " ORDER BY block DESC LIMIT ?",
+            (inode.ino, block, limit + 1),
+        )
+        reached = block
+        if len(rows) > limit:
+            rows = rows[:limit]
+            reached = rows[-1][0]
+        freed = [Piece(slab, slab_block, count) for _, count, slab, slab_block in rows]
+        if rows:
+            self._database.run("DELETE FROM extents WHERE ino = ? AND block >= ?", (inode.ino, reached))
+        if reached == block:
+            freed += self._shorten(inode.ino, block)
+        blocks = sum(piece.count for piece in freed)
+        if blocks:
+            self._space.free_later(freed)
+            inode.blocks -= blocks
+            self._database.counters.used_blocks -= blocks
+            self._inodes.changed(inode)
+        return reached
+
+    def trim_allocation_ahead(self, ino: int) -> bool:
+        """Give up blocks behind the end of the file, once nobody writes it. False: call again (see free_from)."""
+        inode = self._inodes.file(ino)
+        end = -(-inode.size // BLOCK_SIZE)
+        return self.free_from(inode, end) == end
+
+    def _shorten(self, ino: int, end: int) -> list[Piece]:
+        """Cut the extent that starts before `end` and reaches over it."""
+        rows = self._database.rows(
+            "SELECT block, count, slab, slab_block FROM extents WHERE ino = ? AND block < ?"
+            " ORDER BY block DESC LIMIT 1",
+            (ino, end),
+        )
+        if not rows:
+            return []
+        extent = Extent(*rows[0])
+        keep = end - extent.block
+        if keep >= extent.count:
+            return []
+        self._database.run(
+            "UPDATE extents SET count = ? WHERE ino = ? AND block = ?", (keep, ino, extent.block)
+        )
+        return [Piece(extent.slab, extent.slab_block + keep, extent.count - keep)]
+
+    def _read(self, ino: int, block: int, end: int, limit: int) -> list[Extent]:
+        """The last extent that starts at or before `block`, even if it ends before it, and those behind it."""
+        return [Extent(*row) for row in self._database.rows(_READ, (ino, block, end, limit))]
+
+    def _widen(
+        self, inode: Inode, known: list[Extent], holes: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Holes with the chunks around them, as far as these are free and worth it."""
+        if inode.blocks == 0 and holes[-1][1] * BLOCK_SIZE > inode.size:
+            return holes  # a new file is most often a small one: give it what it has
+        wide: list[tuple[int, int]] = []
+        size_blocks = -(-inode.size // BLOCK_SIZE)
+        starts = [extent.block for extent in known]
+        for start, end in holes:
+            index = bisect_left(starts, end)  # only the last hole may have no known extent behind it
+            behind = starts[index] if index < len(starts) else self._next_extent(inode.ino, end)
+            index = bisect_left(starts, start)
+            before = known[index - 1].end if index else 0
+            at_tail = behind == _NO_EXTENT_BEHIND and end >= size_blocks
+            if at_tail and inode.blocks and before == start and known:
+                ahead = min(max(inode.blocks, AHEAD_BLOCKS_MIN), AHEAD_BLOCKS_MAX)
+                wide.append((start, min(end + ahead, FILE_BLOCKS_MAX)))
+                continue
+            chunk_end = -(-end // BLOCKS_PER_CHUNK) * BLOCKS_PER_CHUNK
+            wide_end = max(end, min(chunk_end, behind, size_blocks))
+            wide.append((max(before, start - start % BLOCKS_PER_CHUNK), wide_end))
+        return wide
+
+    def _next_extent(self, ino: int, block: int) -> int:
+        ((found,),) = self._database.rows(
+            "SELECT min(block) FROM extents WHERE ino = ? AND block >= ?", (ino, block)
+        )
+        return _NO_EXTENT_BEHIND if found is None else int(found)
+
+    def _fill(self, inode: Inode, known: list[Extent], holes: list[tuple[int, int]]) -> int:
+        """Take space for the holes; returns where the first one starts that is left for another call."""
+        before = {extent.end: extent for extent in known}
+        previous = known[0] if known and known[0].block <= holes[0][0] else None
+        added = 0
+        for start, end in holes:
+            if added >= PIECES_PER_CALL_MAX:
+                return start
+            previous = before.get(start, previous)
+            near = None if previous is None else (previous.slab, previous.slab_block + previous.count)
+            block = start
+            for piece in self._space.take(end - start, near):
+                previous = self._append(inode.ino, previous, block, piece)
+                block += piece.count
+                added += 1
+            inode.blocks += end - start
+            self._database.counters.used_blocks += end - start
+        return FILE_BLOCKS_MAX
+
+    def _append(self, ino: int, previous: Extent | None, block: int, piece: Piece) -> Extent:
+        joins = (
+            previous is not None
+            and previous.end == block
+            and previous.slab == piece.slab
+            and previous.slab_block + previous.count == piece.block
+        )
+        if joins and previous is not None:
+            extent = Extent(previous.block, previous.count + piece.count, piece.slab, previous.slab_block)
+            self._database.run(
+                "UPDATE extents SET count = ? WHERE ino = ? AND block = ?", (extent.count, ino, extent.block)
+            )
+            return extent
+        extent = Extent(block, piece.count, piece.slab, piece.block)
+        self._database.run(
+            "INSERT INTO extents(ino, block, slab, slab_block, count) VALUES(?,?,?,?,?)",
+            (ino, block, piece.slab, piece.block, piece.count),
+        )
+        return extent
+
+
+def _check_range(block: int, count: int) -> None:
+    if block < 0 or count <= 0:
+        raise BadRequest(f"blocks {block}+{count} are no range")
+    if block + count > FILE_BLOCKS_MAX:
+        raise FileTooBig(f"blocks {block}+{count} reach over {FILE_SIZE_MAX} B, the largest file")
+
+
+def _holes(extents: list[Extent], block: int, end: int) -> list[tuple[int, int]]:
+    """What of `block` to `end` no extent covers; `extents` by file block."""
+    holes = []
+    for extent in extents:
+        if extent.block >= end:
+            break
+        if extent.block > block:
+            holes.append((block, extent.block))
+        block = max(block, extent.end)
+    if block < end:
+        holes.append((block, end))
+    return holes

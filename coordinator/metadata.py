@@ -1,0 +1,148 @@
+"""A volume's metadata: everything its coordinator knows about names, attributes, layouts and sessions.
+
+Place      coordinator floor; above its parts (namespace, attributes, extents, space, replies), below service.py.
+           Synchronous: no network, clock or trio. Times come in as arguments.
+Use        `begin`, operations, `commit` (or `rollback`); then send `image.take_log()` to the members; answer the
+           batch once that is there. Expected errors of an operation leave the batch as it was before it.
+           Any other error, and NoSpace: roll the batch back, then do its operations again one by one.
+"""
+
+import secrets
+from dataclasses import dataclass
+
+from coordinator.attributes import Attributes
+from coordinator.database import Database
+from coordinator.extents import Extents
+from coordinator.inodes import Inodes
+from coordinator.namespace import HASH_KEY_SIZE, NAME_SIZE_MAX, Namespace
+from coordinator.replies import Replies
+from coordinator.slab_image import SlabImage
+from coordinator.space import Space
+from csvfs.errors import Corrupt
+from csvfs.ids import VolumeId
+
+FILES_MAX = 1 << 32  # what statfs says; the true limit is the space of the metadata slabs
+_ADD_SETTING = "INSERT INTO settings(name, value) VALUES(?,?)"
+
+
+@dataclass(slots=True, frozen=True)
+class Statistics:
+    """Blocks of 4,096 bytes, of one copy. What is neither used nor free waits to be trimmed."""
+
+    files: int
+    files_free: int
+    used_blocks: int
+    free_blocks: int  # in slabs that exist
+    slab_blocks: int
+    name_size_max: int
+
+
+class Metadata:
+    """One method per operation; the docstrings are at the parts that do them."""
+
+    def __init__(self, database: Database, volume: VolumeId, hash_key: bytes) -> None:
+        self.database = database
+        self.image = database.image
+        self.volume = volume
+        self.inodes = Inodes(database)
+        self.space = space = Space(database)
+        self.extents = extents = Extents(database, self.inodes, space)
+        self.names = names = Namespace(database, self.inodes, extents, hash_key)
+        self.attributes = attributes = Attributes(database, self.inodes, extents)
+        self.sessions = replies = Replies(database)
+        replies.load()
+
+        self.lookup = names.lookup
+        self.readlink = names.readlink
+        self.readdir = names.readdir
+        self.make = names.make
+        self.link = names.link
+        self.unlink = names.unlink
+        self.rename = names.rename
+        self.orphans = names.orphans
+        self.drop_orphan = names.drop_orphan
+
+        self.getattr = attributes.getattr
+        self.setattr = attributes.setattr
+        self.commit_file = attributes.commit_file
+        self.getxattr = attributes.getxattr
+        self.listxattr = attributes.listxattr
+        self.setxattr = attributes.setxattr
+        self.removexattr = attributes.removexattr
+
+        self.layout = extents.layout
+        self.allocate = extents.allocate
+        self.trim_allocation_ahead = extents.trim_allocation_ahead
+
+        self.new_slab_id = space.new_slab_id
+        self.add_slab = space.add_slab
+        self.slab = space.slab
+        self.slabs = space.slabs
+        self.set_slab = space.set_slab
+        self.empty_slabs = space.empty_slabs
+        self.remove_slab = space.remove_slab
+        self.trim_mark = space.trim_mark
+        self.take_trims = space.take_trims
+        self.trims_done = space.trims_done
+        self.trims_failed = space.trims_failed
+
+        self.open_session = replies.open_session
+        self.end_session = replies.end_session
+        self.reply_of = replies.reply_of
+        self.store_reply = replies.store_reply
+        self.op_done = replies.op_done
+
+        self.begin = database.begin
+        self.commit = database.commit
+        self.rollback = database.rollback
+        self.checkpoint = database.checkpoint
+        self.used_blocks = database.used_blocks
+
+    @staticmethod
+    def create(image: SlabImage, volume: VolumeId, now_ns: int) -> "Metadata":
+        """The metadata of a new volume: a root directory, no slabs. `image.take_log()` has it all."""
+        database = Database.create(image)
+        hash_key = secrets.token_bytes(HASH_KEY_SIZE)
+        database.begin()
+        database.run(_ADD_SETTING, ("volume", volume))
+        database.run(_ADD_SETTING, ("hash_key", hash_key))
+        metadata = Metadata(database, volume, hash_key)
+        metadata.names.make_root(now_ns)
+        metadata.commit()
+        image.write_header(volume)
+        return metadata
+
+    @staticmethod
+    def open(image: SlabImage, volume: VolumeId) -> "Metadata":
+        """The metadata as the members have it; takes time that does not grow with it. Raises Corrupt."""
+        database = Database.open(image)
+        try:
+            settings = dict(database.rows("SELECT name, value FROM settings"))
+            if settings.get("volume") != volume or len(settings.get("hash_key", b"")) != HASH_KEY_SIZE:
+                raise Corrupt(
+                    f"metadata database is not that of volume {volume.hex()}; check its metadata slabs"
+                )
+            return Metadata(database, volume, settings["hash_key"])
+        except BaseException:
+            database.close()
+            raise
+
+    def close(self) -> None:
+        """Writes nothing: an open batch is dropped."""
+        self.database.close()
+
+    def statfs(self) -> Statistics:
+        counters = self.database.counters
+        return Statistics(
+            files=counters.files,
+            files_free=FILES_MAX - counters.files,
+            used_blocks=counters.used_blocks,
+            free_blocks=counters.free_blocks,
+            slab_blocks=counters.slab_blocks,
+            name_size_max=NAME_SIZE_MAX,
+        )
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """True: call `checkpoint` between two batches, best when nobody waits."""
+        return self.database.checkpoint_due
