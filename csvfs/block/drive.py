@@ -1,0 +1,505 @@
+"""An open drive: its slab copies, its free slots, its flushes and its counters (FORMAT.md).
+
+Place      block floor, above superblock.py, slot_table.py and slab_copy.py. Synchronous: no trio, no network.
+Writer     the one process that holds the file's lock. All methods are for one thread, except `flush`, which may run
+           in another one meanwhile.
+
+Invariants
+  D1  The superblock says "open" durably before anything else on the drive changes, and "clean" only after all is flushed.
+  D2  A slot is handed out again only after its old entry says "deleting" durably, its tables are zeros durably, and its
+      entry says "free" durably: so a power cut never gives a slab the blocks or the checksums of another one.
+  D3  After an open that may have lost page-cache content, every chunk of every slab counts as active.
+  D4  A drive of which a flush failed is failed for good: the kernel has dropped what it could not write.
+"""
+
+import contextlib
+import fcntl
+import heapq
+import mmap
+import os
+import stat
+import threading
+from dataclasses import dataclass
+from typing import NoReturn
+
+from csvfs.block.in_use import describe_users
+from csvfs.block.layout import ACTIVE_MAP_OFFSET, Layout
+from csvfs.block.medium import (
+    disk_sequence,
+    is_regular_file,
+    machine_boot_id,
+    medium_size,
+    punch_hole,
+    write_all,
+)
+from csvfs.block.slab_copy import SlabCopy
+from csvfs.block.slot_table import STATE_DELETING, STATE_FREE, STATE_IN_USE, SlotEntry, SlotTable
+from csvfs.block.slot_tables import (
+    SlotTables,
+    check_slot_header,
+    pack_slot_header,
+    read_slot_metadata,
+    slot_header_of,
+)
+from csvfs.block.superblock import (
+    Superblock,
+    highest_sequence,
+    next_superblock,
+    read_superblock,
+    write_superblock,
+)
+from csvfs.errors import BadRequest, Corrupt, DriveFailed, DriveRefused, NoSpace, NotFound, StaleEpoch
+from csvfs.ids import DriveId, Epoch, PoolId, SlabId, Term, VolumeId
+from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING
+
+# Tables of this many slabs are held open: five views each, about 1 KiB of Python objects.
+OPEN_TABLES_MAX = 4096
+_EPOCH_MAX = (1 << 32) - 1
+_STAGE_DELETING, _STAGE_FREED = 1, 2  # what the next flush makes durable of a deleted slot (D2)
+
+
+@dataclass(slots=True)
+class DriveCounters:
+    """Since this open. `checksum_errors`: blocks; `io_errors`: calls of the operating system that failed."""
+
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    checksum_errors: int = 0
+    healed: int = 0
+    torn_adopted: int = 0
+    io_errors: int = 0
+
+
+class Drive:
+    """Use `Drive.open`; then `close`.
+
+    failure    why the drive is failed for good; None: it is not.
+    unclean    it was not closed cleanly before this open.
+    contents_lost  unclean, and the page cache may be gone too (another boot, replugged, failed flush): see D3.
+    repairs    what was found damaged at this open, one line each; it has been repaired where another copy allowed it.
+    """
+
+    def __init__(self, path: str, fd: int, boot_id: bytes | None = None) -> None:
+        """Takes over a locked `fd`. Use `Drive.open`."""
+        self.path = path
+        self._fd = fd
+        self._boot_id = machine_boot_id() if boot_id is None else boot_id
+        self.failure: str | None = None
+        self.counters = DriveCounters()
+        self._lock = threading.Lock()  # of the slot table, the free slots and the slots being deleted
+        self._flush_lock = threading.Lock()  # taken before _lock; one flush at a time advances the deletes
+        self._closed = False
+        size = medium_size(fd)
+        try:
+            found = read_superblock(fd, size)
+        except Corrupt as error:
+            raise Corrupt(
+                f"drive {path}: {error}; if it held a copy, remove it from the pool and add a new one"
+            ) from None
+        self.superblock: Superblock = found.superblock
+        self._superblock_sequence = highest_sequence(fd, size)
+        self.repairs: list[str] = found.repairs
+        self.layout: Layout = self.superblock.layout
+        self.id: DriveId = self.superblock.drive_id
+        self.is_file = is_regular_file(fd)
+        self.unclean = not self.superblock.clean
+        self.contents_lost = self.unclean and (
+            self.superblock.failed
+            or self.superblock.boot_id != self._boot_id
+            or self.superblock.disk_sequence != disk_sequence(fd)
+        )
+        self._copies: dict[tuple[VolumeId, SlabId], SlabCopy] = {}
+        self._open_copies: dict[int, SlabCopy] = {}  # by slot, in the order in which they may be closed
+        self._free: list[int] = []
+        self._deleting: dict[int, int] = {}
+        self._table: SlotTable
+        self._mapping: mmap.mmap
+        self._view: memoryview
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        pool_id: PoolId | None = None,
+        cluster_id: bytes | None = None,
+        boot_id: bytes | None = None,
+    ) -> "Drive":
+        """Lock, verify, repair and load a drive, and note durably that it is open.
+
+        Args    pool_id, cluster_id: refuse a drive of another one; None: take any. boot_id: for tests of power cuts.
+        Raises  DriveRefused: missing, in use, of another pool or cluster. Corrupt: truncated, or no superblock is
+                readable. DriveFailed: it cannot be written.
+        """
+        fd = _open_locked(path)
+        try:
+            drive = cls(path, fd, boot_id)
+            found = drive.superblock
+            if pool_id is not None and found.pool_id != pool_id:
+                raise DriveRefused(f"drive {path} is in a foreign pool ({found.pool_id.hex()})")
+            if cluster_id is not None and found.cluster_id != cluster_id:
+                raise DriveRefused(f"drive {path} is of a foreign cluster ({found.cluster_id.hex()})")
+            drive._load()
+        except BaseException:
+            os.close(fd)
+            raise
+        return drive
+
+    def _load(self) -> None:
+        try:
+            opens = self.superblock.opens + 1
+            if self.contents_lost:
+                self._note(clean=False, opens=opens)  # D1; the old boot id stays until D3 holds
+            else:
+                self._note_open(opens)
+            self._table = SlotTable(self._fd, self.layout, self.id)
+            self.repairs += self._table.repairs
+            self._find_slots()
+            if self.contents_lost:
+                self._mark_all_active()
+                os.fdatasync(self._fd)
+                self._note_open(opens)
+            self._mapping = mmap.mmap(self._fd, self.layout.metadata_size, offset=self.layout.metadata_offset)
+        except OSError as error:
+            raise DriveFailed(f"drive {self.path}: cannot be opened for writing: {error.strerror}") from None
+        self._view = memoryview(self._mapping)
+
+    def _note_open(self, opens: int) -> None:
+        boot_id, sequence = self._boot_id, disk_sequence(self._fd)
+        self._note(clean=False, failed=False, opens=opens, boot_id=boot_id, disk_sequence=sequence)
+
+    def _note(self, **changes: object) -> None:
+        """Durably change the superblock. Raises DriveFailed."""
+        self._superblock_sequence += 1
+        self.superblock = next_superblock(self.superblock, self._superblock_sequence, **changes)
+        write_superblock(self._fd, self.superblock)
+
+    def _find_slots(self) -> None:
+        """Copies, free slots and unfinished deletes from the slot table; called once."""
+        in_use: dict[tuple[VolumeId, SlabId], list[SlotEntry]] = {}
+        for slot, entry in enumerate(self._table.entries):
+            if entry is None:
+                continue
+            if entry.state == STATE_FREE:
+                self._free.append(slot)
+            elif entry.state == STATE_DELETING:
+                self._deleting[slot] = _STAGE_DELETING
+            else:
+                in_use.setdefault((entry.volume, entry.slab), []).append(entry)
+        for (volume, slab), entries in in_use.items():
+            newest = max(entries, key=lambda entry: entry.sequence)
+            self._add_copy(newest.slot, volume, slab, newest.epoch, newest.role, newest.term)
+            for older in entries:
+                if older is not newest:  # deleted and made again, and a power cut lost that it was deleted
+                    self.repairs.append(f"slot {older.slot} holds an older copy of slab {slab}: deleted")
+                    self._table.put(older.slot, state=STATE_DELETING)
+                    self._deleting[older.slot] = _STAGE_DELETING
+
+    def _add_copy(
+        self, slot: int, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: Term
+    ) -> SlabCopy:
+        copy = SlabCopy(self, self._fd, slot, volume, slab, epoch, role, term)
+        self._copies[volume, slab] = copy
+        return copy
+
+    def _mark_all_active(self) -> None:
+        """D3: marks and headers made since the last flush may be lost, so all chunks are marked."""
+        marks = b"\xff" * (self.layout.chunks_per_slab // 8)
+        for copy in self._copies.values():
+            maps = self.layout.slot_maps_offset(copy.slot)
+            header = pack_slot_header(self.id, copy.volume, copy.slab, copy.slot)
+            try:
+                raw = read_slot_metadata(self._fd, self.layout, copy.slot)
+            except DriveFailed as error:  # whoever uses this slab is told again, by open_tables
+                self.repairs.append(f"slab {copy.slab}: {error}")
+                continue
+            if slot_header_of(raw, self.layout) != header:
+                if raw.strip(b"\0"):
+                    self.repairs.append(f"slab {copy.slab} in slot {copy.slot}: its metadata is damaged")
+                    continue
+                # The slab was just made: its entry got to the medium, its header did not.
+                write_all(self._fd, header, maps)
+            write_all(self._fd, marks, maps + ACTIVE_MAP_OFFSET)
+
+    @property
+    def opens(self) -> int:
+        """How often it was opened, this time included: grows durably with every open."""
+        return self.superblock.opens
+
+    @property
+    def slot_count(self) -> int:
+        return self.layout.slot_count
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that create_slab can give; quarantined ones are not."""
+        return len(self._free) + len(self._deleting)
+
+    @property
+    def quarantined(self) -> list[int]:
+        """Slots of which neither half of the entry is valid: what they held must be made anew elsewhere."""
+        return self._table.quarantined
+
+    def slabs(self) -> list[SlabCopy]:
+        return list(self._copies.values())
+
+    def find(self, volume: VolumeId, slab: SlabId) -> SlabCopy | None:
+        return self._copies.get((volume, slab))
+
+    def create_slab(self, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: Term) -> SlabCopy:
+        """Give a slab a free slot, in which all blocks are never written; durable after the next flush.
+
+        Idempotent: a slab that is here already is returned as it is.
+        Raises  NoSpace: no free slot. BadRequest. DriveFailed.
+        """
+        copy = self._copies.get((volume, slab))
+        if copy is not None:
+            return copy
+        if len(volume) != 16 or not 0 <= slab < 1 << 64 or not 0 <= term < 1 << 64:
+            raise BadRequest(f"volume of {len(volume)} bytes, slab {slab} or term {term}: out of range")
+        _check_epoch_and_role(epoch, role)
+        slot = self._take_free_slot()
+        try:
+            if read_slot_metadata(self._fd, self.layout, slot).strip(b"\0"):  # D2, against damage
+                self.repairs.append(f"slot {slot} was free, but its tables were not empty: erased")
+                self._erase_slot(slot)
+                self.flush()
+            header = pack_slot_header(self.id, volume, slab, slot)
+            write_all(self._fd, header, self.layout.slot_maps_offset(slot))
+            with self._lock:
+                self._table.put(
+                    slot, state=STATE_IN_USE, role=role, volume=volume, slab=slab, epoch=epoch, term=term
+                )
+        except OSError as error:
+            raise self.io_error("create", slab, 0, error) from None
+        return self._add_copy(slot, volume, slab, epoch, role, term)
+
+    def _take_free_slot(self) -> int:
+        for _ in range(3):  # a deleted slot is free after two flushes
+            if self.failure is not None:
+                raise self.failed_error()
+            with self._lock:
+                if self._free:
+                    return heapq.heappop(self._free)
+                if not self._deleting:
+                    break
+            self.flush()
+        raise NoSpace(f"drive {self.path}: all {self.slot_count} slots are in use; add a drive to the pool")
+
+    def delete_slab(self, volume: VolumeId, slab: SlabId) -> bool:
+        """Forget a slab; its slot is free again after two more flushes (D2). False: it is not here."""
+        copy = self._copies.get((volume, slab))
+        if copy is None:
+            return False
+        if self.failure is not None:
+            raise self.failed_error()
+        try:
+            with self._lock:
+                self._table.put(copy.slot, state=STATE_DELETING)
+                self._deleting[copy.slot] = _STAGE_DELETING
+        except OSError as error:
+            raise self.io_error("delete", slab, 0, error) from None
+        del self._copies[volume, slab]
+        self._close_tables(copy)
+        return True
+
+    def _erase_slot(self, slot: int) -> None:
+        write_all(self._fd, bytes(self.layout.metadata_stride), self.layout.slot_metadata_offset(slot))
+        punch_hole(self._fd, self.layout.slot_data_offset(slot), self.layout.slab_size)
+
+    def set_epoch(self, copy: SlabCopy, epoch: Epoch, role: int, term: Term) -> None:
+        """Install an epoch and role; durable after the next flush. The term never falls.
+
+        Raises  StaleEpoch when `epoch` is below the installed one. BadRequest. DriveFailed.
+        """
+        if epoch < copy.epoch:
+            raise StaleEpoch(f"slab {copy.slab}: epoch {epoch} is below the installed {copy.epoch}")
+        self._check_here(copy)
+        _check_epoch_and_role(epoch, role)
+        term = max(term, copy.term)
+        if (epoch, role, term) == (copy.epoch, copy.role, copy.term):
+            return
+        if self.failure is not None:
+            raise self.failed_error()
+        try:
+            with self._lock:
+                self._table.update(copy.slot, role=role, epoch=epoch, term=term)
+        except OSError as error:
+            raise self.io_error("install an epoch", copy.slab, 0, error) from None
+        copy.epoch, copy.role, copy.term = epoch, role, term
+
+    def adopt_torn(self, copy: SlabCopy) -> int:
+        """Give blocks of active chunks that do not verify the checksum of what is there; how many.
+
+        Rule  only for the last in-sync copy, after an unclean open: FORMAT.md, "Torn blocks", says why it is sound.
+        """
+        adopted = sum(copy.adopt_torn_chunk(chunk) for chunk in copy.active_chunks())
+        self.counters.torn_adopted += adopted
+        return adopted
+
+    # Flush, failure, close
+
+    def flush(self) -> None:
+        """All that was written before this call is on the medium when it returns. May run in another thread.
+
+        Raises  DriveFailed; from then on the drive is failed for good (D4).
+        """
+        with self._flush_lock:
+            if self.failure is not None:
+                raise self.failed_error()
+            with self._lock:
+                unsettled, deleting = self._table.unsettled(), dict(self._deleting)
+            try:
+                os.fdatasync(self._fd)
+                with self._lock:
+                    self._table.settle(unsettled)
+                for slot, stage in deleting.items():
+                    self._advance_delete(slot, stage)
+            except OSError as error:
+                self.counters.io_errors += 1
+                self._fail(f"flush: {error.strerror}")
+            self._check_still_there()
+            self.counters.flushes += 1
+
+    def _fail(self, why: str) -> NoReturn:
+        """D4, noted on the drive too if it still takes that: the next open then trusts no active map."""
+        self.failure = why
+        with contextlib.suppress(DriveFailed):
+            self._note(failed=True)
+        raise self.failed_error()
+
+    def _advance_delete(self, slot: int, stage: int) -> None:
+        """The change that began `stage` is durable: begin the next one (D2)."""
+        if stage == _STAGE_DELETING:
+            self._erase_slot(slot)
+        with self._lock:
+            if stage == _STAGE_DELETING:
+                self._table.put(slot, state=STATE_FREE)
+                self._deleting[slot] = _STAGE_FREED
+            else:
+                del self._deleting[slot]
+                heapq.heappush(self._free, slot)
+
+    def _check_still_there(self) -> None:
+        """A drive file that was deleted or truncated under us keeps nothing. Raises DriveFailed."""
+        if not self.is_file:
+            return
+        status = os.fstat(self._fd)
+        if status.st_nlink == 0:
+            self._fail("its file was deleted")
+        if status.st_size < self.superblock.size:
+            self.failure = f"its file was truncated to {status.st_size} of {self.superblock.size} B"
+            raise self.failed_error()  # noted nowhere: writing would make the file long again
+
+    def failed_error(self) -> DriveFailed:
+        return DriveFailed(
+            f"drive {self.path} is failed ({self.failure}); replace it and remove it from the pool"
+        )
+
+    def io_error(self, action: str, slab: SlabId, block: int, error: OSError) -> DriveFailed:
+        """Count an I/O error and name it."""
+        self.counters.io_errors += 1
+        name = f"{error.strerror} (errno {error.errno})"
+        return DriveFailed(f"drive {self.path}: cannot {action} slab {slab} block {block}: {name}")
+
+    def truncated_error(self, slab: SlabId, block: int) -> DriveFailed:
+        self.counters.io_errors += 1
+        return DriveFailed(f"drive {self.path}: slab {slab} block {block} is past its end: it was truncated")
+
+    def close(self, *, clean: bool = True) -> None:
+        """Flush and close; `clean=False`: close as a kill would. The drive may not be used any more.
+
+        Raises  DriveFailed when what was written cannot be flushed; it is closed nevertheless, and not clean.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if clean:
+                self.flush()
+                self.flush()  # the halves of entries that the first one wrote
+        except DriveFailed:
+            clean = False
+            raise
+        finally:
+            self._release()
+            try:
+                if clean:
+                    self._note(clean=True)  # D1
+            finally:
+                os.close(self._fd)
+                self.failure = self.failure or "it was closed"
+
+    def _release(self) -> None:
+        for copy in list(self._open_copies.values()):
+            self._close_tables(copy)
+        self._view.release()
+        self._mapping.close()
+
+    # Tables
+
+    def open_tables(self, copy: SlabCopy) -> SlotTables:
+        """The tables of a copy, read once by pread and verified, then views; closes others above OPEN_TABLES_MAX.
+
+        Raises  NotFound: the slab was deleted. Corrupt: another slab's metadata, or damage. DriveFailed.
+        """
+        self._check_here(copy)
+        try:
+            raw = read_slot_metadata(self._fd, self.layout, copy.slot)
+            check_slot_header(raw, self.layout, pack_slot_header(self.id, copy.volume, copy.slab, copy.slot))
+        except DriveFailed as error:
+            self.counters.io_errors += 1
+            raise DriveFailed(f"drive {self.path}: slab {copy.slab}: {error}") from None
+        except Corrupt as error:
+            raise Corrupt(f"drive {self.path}: slab {copy.slab}: {error}") from None
+        while len(self._open_copies) >= OPEN_TABLES_MAX:
+            self._close_one_unused()
+        copy.tables = SlotTables(self._view, self.layout, copy.slot)
+        self._open_copies[copy.slot] = copy
+        return copy.tables
+
+    def _close_one_unused(self) -> None:
+        """Second chance: the first in line that was not used since it last stood there."""
+        copy = next(iter(self._open_copies.values()))
+        if copy.recently_used:
+            copy.recently_used = False
+            self._open_copies[copy.slot] = self._open_copies.pop(copy.slot)
+        else:
+            self._close_tables(copy)
+
+    def _close_tables(self, copy: SlabCopy) -> None:
+        tables, copy.tables = copy.tables, None
+        if tables is not None:
+            del self._open_copies[copy.slot]
+            tables.release()
+
+    def _check_here(self, copy: SlabCopy) -> None:
+        if self._copies.get((copy.volume, copy.slab)) is not copy:
+            raise NotFound(f"drive {self.path}: slab {copy.slab} was deleted")
+
+
+def _check_epoch_and_role(epoch: int, role: int) -> None:
+    if not 0 <= epoch <= _EPOCH_MAX or role not in (ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING):
+        raise BadRequest(f"epoch {epoch} or role {role} is out of range")
+
+
+def _open_locked(path: str) -> int:
+    """Open for reading and writing, as the only one. Raises DriveRefused."""
+    try:
+        exclusive = os.O_EXCL if _is_block_device(path) else 0
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
+    except FileNotFoundError:
+        raise DriveRefused(f"drive {path} is missing; attach it, or remove it from the pool") from None
+    except OSError as error:
+        raise DriveRefused(f"drive {path} cannot be opened: {error.strerror}{describe_users(path)}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise DriveRefused(f"drive {path} is in use by another process{describe_users(path)}") from None
+    return fd
+
+
+def _is_block_device(path: str) -> bool:
+    return stat.S_ISBLK(os.stat(path).st_mode)

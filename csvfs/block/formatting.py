@@ -1,0 +1,86 @@
+"""Making a drive of a blank file or block device (FORMAT.md).
+
+Place      block floor, above eligibility.py. Blocks: for block devices as long as zeroing their metadata takes.
+Order      check, lock, check again; erase; tables; flush; superblock last: a format that was cut short leaves no drive.
+"""
+
+import fcntl
+import os
+import stat
+import time
+
+from csvfs.block.eligibility import check_drive
+from csvfs.block.layout import TAIL_SIZE, Layout, layout_of
+from csvfs.block.medium import is_regular_file, medium_size, punch_hole, write_zeros
+from csvfs.block.slot_table import format_slot_table
+from csvfs.block.superblock import Superblock, pack_superblock, write_superblock
+from csvfs.errors import BadRequest, DriveFailed, DriveRefused
+from csvfs.ids import DriveId, NodeName, PoolId
+from csvfs.units import SLAB_SIZE_DEFAULT, format_size
+
+
+def format_drive(
+    path: str,
+    *,
+    drive_id: DriveId,
+    pool_id: PoolId,
+    cluster_id: bytes,
+    node: NodeName,
+    slab_size: int = SLAB_SIZE_DEFAULT,
+    label: str = "",
+) -> Superblock:
+    """Make `path` an empty, cleanly closed drive.
+
+    Args    drive_id, pool_id, cluster_id: 16 bytes each. slab_size: bytes. label: for people, at most 64 bytes.
+    Raises  DriveRefused: see check_drive; nothing was written. BadRequest: odd ids, texts or slab size; nothing was
+            written. DriveFailed: I/O error, or no room for the metadata; the path is no drive, and may not be blank.
+    """
+    for name, value in (("drive id", drive_id), ("pool id", pool_id), ("cluster id", cluster_id)):
+        if len(value) != 16:
+            raise BadRequest(f"{name} of {len(value)} bytes; it has 16")
+    check_drive(path, pool_id=pool_id, cluster_id=cluster_id, slab_size=slab_size)
+    try:
+        exclusive = os.O_EXCL if stat.S_ISBLK(os.stat(path).st_mode) else 0
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
+    except OSError as error:
+        raise DriveRefused(f"{path}: cannot be opened for writing: {error.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        size = medium_size(fd)
+        layout = layout_of(size, slab_size)
+        superblock = Superblock(
+            sequence=1,
+            drive_id=drive_id,
+            pool_id=pool_id,
+            cluster_id=cluster_id,
+            size=layout.size,
+            slab_size=slab_size,
+            node=node,
+            label=label,
+            created_ns=time.time_ns(),
+        )
+        pack_superblock(superblock, 0)  # BadRequest for what does not fit, before anything is written
+        _erase(fd, layout)
+        format_slot_table(fd, layout, drive_id)
+        os.fsync(fd)
+        write_superblock(fd, superblock)
+        os.fsync(fd)
+    except BlockingIOError:
+        raise DriveRefused(f"{path}: in use by another process") from None
+    except OSError as error:
+        need = format_size(layout.data_offset)
+        raise DriveFailed(f"{path}: cannot be formatted ({need} of metadata): {error.strerror}") from None
+    finally:
+        os.close(fd)
+    return superblock
+
+
+def _erase(fd: int, layout: Layout) -> None:
+    """Head, tables, metadata and tail become zeros with space reserved, the rest holes where the medium has holes."""
+    data_end = layout.size - TAIL_SIZE
+    if is_regular_file(fd):
+        os.ftruncate(fd, max(layout.size, medium_size(fd)))
+    punch_hole(fd, layout.data_offset, data_end - layout.data_offset)
+    # Reserved, too: a store into the mapped metadata must never find the file system full.
+    write_zeros(fd, 0, layout.data_offset)
+    write_zeros(fd, data_end, TAIL_SIZE)

@@ -1,0 +1,111 @@
+"""Who uses a file or block device: mounts, swap, loop devices, holders, processes that have it open.
+
+Place      block floor, lowest. Only reads /proc and /sys.
+Rule       what cannot be looked at (a process that ended, another's namespace) counts as not using it; the kernel's own
+           O_EXCL and our flock are the last word.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _same(a: os.stat_result, b: os.stat_result) -> bool:
+    if stat.S_ISBLK(a.st_mode) and stat.S_ISBLK(b.st_mode):
+        return a.st_rdev == b.st_rdev
+    return stat.S_IFMT(a.st_mode) == stat.S_IFMT(b.st_mode) and (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+
+
+def _is(path: str, status: os.stat_result) -> bool:
+    try:
+        return _same(os.stat(path), status)
+    except OSError:
+        return False
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _unescape(text: str) -> str:
+    """Of /proc/self/mountinfo and /proc/swaps: blanks and backslashes are octal."""
+    return text.encode("latin-1", "replace").decode("unicode_escape") if "\\" in text else text
+
+
+def device_numbers(status: os.stat_result) -> set[str]:
+    """`major:minor` of a block device and of its partitions."""
+    if not stat.S_ISBLK(status.st_mode):
+        return set()
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    partitions = Path(f"/sys/dev/block/{number}").glob("*/partition")
+    return {number} | {_read(partition.parent / "dev").strip() for partition in partitions}
+
+
+def mounted_at(path: str) -> str | None:
+    """Where a block device, or a partition of it, is mounted. Files are mounted through loop devices: see users."""
+    numbers = device_numbers(os.stat(path))
+    for line in _read("/proc/self/mountinfo").splitlines():
+        fields = line.split()
+        if len(fields) > 4 and fields[2] in numbers:
+            return _unescape(fields[4])
+    return None
+
+
+def swapped_on(path: str) -> bool:
+    """Whether it is an active swap area."""
+    status = os.stat(path)
+    names = (_unescape(line.split()[0]) for line in _read("/proc/swaps").splitlines()[1:] if line.strip())
+    return any(_is(name, status) for name in names)
+
+
+def loop_devices(path: str) -> list[str]:
+    """Loop devices that a file backs, e.g. `/dev/loop0`."""
+    status = os.stat(path)
+    found = []
+    for backing in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        if _is(_read(backing).rstrip("\n"), status):
+            found.append(f"/dev/{backing.parts[3]}")
+    return found
+
+
+def holders(path: str) -> list[str]:
+    """Devices built on a block device or its partitions: RAID, LVM, LUKS, multipath."""
+    found = set()
+    for number in device_numbers(os.stat(path)):
+        found |= {holder.name for holder in Path(f"/sys/dev/block/{number}/holders").glob("*")}
+    return sorted(found)
+
+
+def _processes() -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            yield int(name)
+
+
+def users(path: str) -> list[tuple[int, str]]:
+    """(pid, name) of the other processes that have it open."""
+    status = os.stat(path)
+    found = []
+    for pid in _processes():
+        if pid == os.getpid():
+            continue
+        try:
+            descriptors = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            continue
+        if any(_is(f"/proc/{pid}/fd/{descriptor}", status) for descriptor in descriptors):
+            found.append((pid, _read(f"/proc/{pid}/comm").strip()))
+    return found
+
+
+def describe_users(path: str) -> str:
+    """` (pid 71, qemu)` for an error message; empty when nobody is found."""
+    try:
+        found = users(path)
+    except OSError:
+        return ""
+    return f" ({', '.join(f'pid {pid}, {name}' for pid, name in found)})" if found else ""
