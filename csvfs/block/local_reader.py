@@ -142,7 +142,11 @@ class LocalReader:
         if self._drives.get(slab) == drive:  # no newer descriptor came meanwhile
             seed = slab_seed(self._volume, slab)
             self._locations[slab] = Location(
-                fd, int(answer["data_offset"]), int(answer["checksum_offset"]), seed
+                fd,
+                int(answer["data_offset"]),
+                int(answer["checksum_offset"]),
+                int(answer["written_offset"]),
+                seed,
             )
 
     def close(self) -> None:

@@ -1,0 +1,282 @@
+"""The bus and three drive servers over loopback: fan-out, failures, resync, fences, healing (I1 to I9)."""
+
+import os
+
+import pytest
+import trio
+
+from csvfs.errors import Corrupt, Fenced, StaleEpoch, Unavailable
+from csvfs.ids import Incarnation
+from csvfs.units import BLOCK_SIZE, MIB
+from tests.block_cluster import SLAB, BlockCluster, write
+
+
+def block_of(value: int) -> bytes:
+    return bytes([value]) * BLOCK_SIZE
+
+
+@pytest.fixture
+async def cluster(tmp_path, nursery):
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    yield cluster
+    nursery.cancel_scope.cancel()
+
+
+def contents(server, block: int, count: int = 1) -> bytes:
+    return bytes(server.copy().read_blocks(block, count)[1])
+
+
+async def test_I2_an_acknowledged_write_is_on_all_three_copies(cluster):
+    bus = cluster.bus()
+    data = os.urandom(MIB)
+    await write(bus, 3, data)
+    for server in cluster.servers:
+        assert contents(server, 3, 256) == data
+    assert await bus.read(SLAB, 3, 256) == data
+
+
+async def test_many_writes_in_flight_arrive_in_order_on_every_copy(cluster):
+    bus = cluster.bus()
+    done = []
+    for value in range(200):
+        bus.write(SLAB, value % 5, block_of(value), done.append)
+    with trio.fail_after(10):
+        while len(done) < 200:
+            await trio.sleep(0.001)
+    assert set(done) == {None}
+    for server in cluster.servers:
+        assert [contents(server, block)[0] for block in range(5)] == [195, 196, 197, 198, 199]
+
+
+async def test_a_drive_server_killed_under_writes_drops_out_and_no_write_fails(cluster):
+    bus = cluster.bus()
+    done = []
+    for value in range(300):
+        bus.write(SLAB, value, block_of(value % 251 + 1), done.append)
+        if value == 150:
+            await cluster.servers[2].kill()
+    with trio.fail_after(20):
+        while len(done) < 300:
+            await trio.sleep(0.001)
+    assert set(done) == {None}
+    assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n2"]
+    for server in cluster.servers[:2]:
+        assert all(contents(server, value)[0] == value % 251 + 1 for value in range(300))
+
+
+async def test_I7_a_returning_copy_is_pulled_what_it_missed_while_writes_go_on(cluster):
+    bus = cluster.bus()
+    victim = cluster.servers[2]
+    for block in range(0, 1024, 64):
+        await write(bus, block, block_of(1) * 64)
+    await bus.flush([SLAB])  # what is not flushed yet is active and would be pulled as well
+    await victim.kill()
+    await write(bus, 100, block_of(2))
+    await write(bus, 700, block_of(3))
+    await victim.start(cluster.nursery)
+    done = []
+    for value in range(50):
+        bus.write(SLAB, 200 + value, block_of(4), done.append)
+    pulled = await cluster.owner.resync(SLAB, victim)
+    for value in range(50):
+        bus.write(SLAB, 300 + value, block_of(5), done.append)
+    with trio.fail_after(10):
+        while len(done) < 100:
+            await trio.sleep(0.001)
+    assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n2", "n3"]
+    reference = contents(cluster.servers[0], 0, 1024)
+    assert contents(victim, 0, 1024) == reference
+    # Two writes during the outage and those of the meantime: far less than the 64 chunks of the slab.
+    assert pulled["chunks"] <= 24
+
+
+async def test_I2_a_writer_with_an_old_epoch_cannot_complete(cluster):
+    bus, other = cluster.bus("mount/n1"), cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    await cluster.servers[2].kill()
+    await write(bus, 0, block_of(2))  # epoch 2 now
+    assert other.descriptor(SLAB).epoch == 1
+    await write(other, 1, block_of(3))  # refused at epoch 1, sent again at 2
+    assert other.descriptor(SLAB).epoch == 2
+    assert contents(cluster.servers[0], 1) == block_of(3)
+
+
+async def test_I6_after_a_fence_nothing_of_the_evicted_incarnation_lands(cluster):
+    evicted = cluster.bus("mount/n2", incarnation=1)
+    seen = []
+    evicted.on_fenced = seen.append
+    await write(evicted, 0, block_of(1))
+    for server in cluster.servers:
+        await cluster.owner.links.call(
+            server.node, "fence", {"writer": "mount/n2", "min_incarnation": 2}, timeout_s=5
+        )
+    done = []
+    evicted.write(SLAB, 0, block_of(9), done.append)
+    with trio.move_on_after(0.5):
+        while not seen:
+            await trio.sleep(0.005)
+    assert isinstance(seen[0], Fenced)
+    assert all(contents(server, 0) == block_of(1) for server in cluster.servers)
+    renewed = cluster.bus("mount/n2", incarnation=2)
+    await write(renewed, 0, block_of(5))
+    assert all(contents(server, 0) == block_of(5) for server in cluster.servers)
+
+
+async def test_a_lower_term_is_refused_once_a_higher_one_is_registered(cluster):
+    old, new = cluster.owner.links, cluster.links("coordinator", incarnation=5)
+    await new.call("n1", "register_term", {"term": 5}, timeout_s=5)
+    for _ in range(2):
+        with pytest.raises((Fenced, Unavailable)):
+            await old.call("n1", "install", {"term": 1, "items": []}, timeout_s=5)
+    with pytest.raises(Fenced, match="term 4"):
+        await new.call("n1", "register_term", {"term": 4}, timeout_s=5)
+
+
+async def test_I9_flipped_bits_are_read_around_rewritten_and_gone_at_the_second_pass(cluster):
+    bus = cluster.bus()
+    data = os.urandom(MIB)
+    await write(bus, 0, data)
+    victim = cluster.servers[0]
+    copy = victim.copy()
+    with victim.path.open("r+b") as file:
+        for block in (0, 17, 255):
+            file.seek(copy.data_offset + block * BLOCK_SIZE + 100)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 0x40]))
+    assert await bus.read(SLAB, 0, 256) == data
+    with trio.fail_after(5):
+        while copy.drive.counters.healed < 3:
+            await trio.sleep(0.001)
+    assert copy.bad_blocks_scan(0, 256) == []
+    errors = copy.drive.counters.checksum_errors
+    assert await bus.read(SLAB, 0, 256) == data
+    assert copy.drive.counters.checksum_errors == errors
+
+
+async def test_I9_blocks_bad_on_different_copies_are_each_read_from_a_good_one(cluster):
+    bus = cluster.bus()
+    data = os.urandom(16 * BLOCK_SIZE)
+    await write(bus, 0, data)
+    for index, server in enumerate(cluster.servers):
+        with server.path.open("r+b") as file:
+            file.seek(server.copy().data_offset + index * BLOCK_SIZE)
+            file.write(b"damaged")
+    assert await bus.read(SLAB, 0, 16) == data
+
+
+async def test_I9_a_block_bad_on_every_copy_is_an_error_never_wrong_bytes(cluster):
+    bus = cluster.bus()
+    await write(bus, 5, block_of(1))
+    for server in cluster.servers:
+        with server.path.open("r+b") as file:
+            file.seek(server.copy().data_offset + 5 * BLOCK_SIZE)
+            file.write(b"damaged")
+    with pytest.raises(Corrupt, match="block 5"):
+        await bus.read(SLAB, 5, 1)
+    await write(bus, 5, block_of(2))
+    assert await bus.read(SLAB, 5, 1) == block_of(2)
+
+
+async def test_I8_flush_reaches_every_member_and_a_failed_flush_takes_the_member_out(cluster, monkeypatch):
+    bus = cluster.bus()
+    await write(bus, 0, block_of(1))
+    await bus.flush([SLAB])
+    flushes = [server.copy().drive.counters.flushes for server in cluster.servers]
+    assert all(count >= 1 for count in flushes)
+    failing = cluster.servers[1].copy().drive
+    failing.failure = "flush: Input/output error"
+    await bus.flush([SLAB])
+    assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n3"]
+
+
+async def test_I3_chunks_stay_active_until_complete_and_flushed(cluster):
+    bus = cluster.bus()
+    await write(bus, 0, block_of(1))
+    await write(bus, 40, block_of(1))
+    assert all(server.copy().active_chunks() == [0, 2] for server in cluster.servers)
+    await bus.flush([SLAB])
+    assert all(server.copy().active_chunks() == [] for server in cluster.servers)
+
+
+async def test_I3_a_chunk_written_by_two_is_active_until_both_are_complete(cluster):
+    first, second = cluster.bus("mount/n1"), cluster.bus("mount/n2")
+    await write(first, 0, block_of(1))
+    service = cluster.servers[0].service
+    second.write(SLAB, 1, block_of(2), lambda error: None)
+    with trio.fail_after(5):
+        while len(service.marks.of_writer(b"v" * 16, "mount/n2")) == 0:
+            await trio.sleep(0.001)
+    await first.flush([SLAB])
+    assert cluster.servers[0].copy().active_chunks() == [0]
+
+
+async def test_I5_a_node_that_may_not_serve_is_passed_over_and_drops_out_of_what_is_written(cluster):
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    cluster.servers[0].may_serve = False
+    assert await bus.read(SLAB, 0, 1) == block_of(1)
+    await write(bus, 0, block_of(2))
+    assert "n1" not in [member.node for member in cluster.owner.descriptors[SLAB].in_sync]
+    assert await bus.read(SLAB, 0, 1) == block_of(2)
+
+
+async def test_a_restarted_server_serves_no_copy_before_its_coordinator_says_so(cluster):
+    victim = cluster.servers[0]
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    await victim.kill()
+    await victim.start(cluster.nursery)
+    links = cluster.links("admin")
+    server = await links.connected("n1")
+    from csvfs.block.bus_reads import read_blocks
+
+    with pytest.raises(Unavailable, match="waits for its coordinator"):
+        await read_blocks(server.link, 0, SLAB, 1, 0, 1, bus.seed(SLAB))
+
+
+async def test_a_read_at_an_epoch_the_copy_has_not_installed_is_refused(cluster):
+    from csvfs.block.bus_reads import read_blocks
+
+    bus = cluster.bus()
+    server = await bus.links.connected("n1")
+    with pytest.raises(StaleEpoch):
+        await read_blocks(server.link, 0, SLAB, 2, 0, 1, bus.seed(SLAB))
+
+
+async def test_trimmed_blocks_read_as_zeros_on_every_copy(cluster):
+    bus = cluster.bus()
+    await write(bus, 0, block_of(7) * 32)
+    await bus.trim([(SLAB, 8, 16)])
+    for server in cluster.servers:
+        assert contents(server, 8, 16) == bytes(16 * BLOCK_SIZE)
+        assert contents(server, 7) == block_of(7)
+    assert await bus.read(SLAB, 0, 32) == block_of(7) * 8 + bytes(16 * BLOCK_SIZE) + block_of(7) * 8
+
+
+async def test_local_reads_come_from_the_drive_file_and_stop_when_the_copy_is_out_of_sync(cluster):
+    bus = cluster.bus("mount/n1")
+    await write(bus, 0, block_of(1))
+    with trio.fail_after(5):
+        while bus.read_local(SLAB, 0, 1) is None:
+            await trio.sleep(0.001)
+    assert bus.read_local(SLAB, 0, 1) == block_of(1)
+    assert bus.read_local(SLAB, 500, 2) == bytes(2 * BLOCK_SIZE)
+    await cluster.servers[0].kill()
+    await write(bus, 0, block_of(2))
+    assert bus.read_local(SLAB, 0, 1) is None
+    assert await bus.read(SLAB, 0, 1) == block_of(2)
+
+
+async def test_a_writer_that_connects_anew_closes_its_earlier_link(cluster):
+    first = cluster.links("mount/n3", incarnation=4)
+    old = await first.connected("n1")
+    second = cluster.links("mount/n3", incarnation=4)
+    await second.connected("n1")
+    with trio.fail_after(5):
+        while old.link.closed is None:
+            await trio.sleep(0.001)
+    with pytest.raises(Fenced):
+        await cluster.links("mount/n3", incarnation=3).connected("n1")
+    assert Incarnation(4) == 4
