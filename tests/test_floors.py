@@ -47,6 +47,7 @@ def test_this_checkout_stands_on_its_floors() -> None:
         ("csvfs__net__link", "import importlib\nimportlib.import_module('csvfs.admin.cli')", "above it"),
         ("csvfs__net__link", "from csvfs.store.interface import Item", "beside it"),
         ("csvfs__block__bus", "from csvfs.cluster import membership", "beside it"),
+        ("csvfs__cluster__liveness", "from csvfs.cluster.election import decide", "above it"),
         ("csvfs__mount__process", "from csvfs.admin.lab import lab_up", "above it"),
         ("csvfs__admin__node_run", "import coordinator.host", "on the wire only"),
         ("coordinator__host", "from csvfs.mount.process import main", "beside it"),
@@ -70,7 +71,7 @@ def test_imports_that_point_down_or_stay_in_their_room_pass(tmp_path: Path) -> N
         tmp_path,
         csvfs__units="from csvfs.errors import BadRequest",
         csvfs__net__link="import trio\nfrom csvfs.net.engine import Engine\nfrom csvfs.wire import frames",
-        csvfs__block__bus="from . import drive\nfrom csvfs.net.link import Link",
+        csvfs__block__bus="from . import drive\nfrom csvfs.cluster.liveness import Liveness\nfrom csvfs.net.link import Link",
         coordinator__host="from coordinator.metadata import Metadata\nfrom csvfs.volume.layout import Layout",
         csvfs__admin__cli="from csvfs.mount import channel\nimport click",
     )

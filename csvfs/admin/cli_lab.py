@@ -44,7 +44,9 @@ def lab_group() -> None:
 def up_command(nodes: int, drives: int, drive_size: int, store: str, directory: Path) -> None:
     """Start a new lab, or what is not running of one that is there."""
     if drive_size < DRIVE_SIZE_MIN:
-        raise BadRequest(f"drives of {format_size(drive_size)} are too small: at least {format_size(DRIVE_SIZE_MIN)}")
+        raise BadRequest(
+            f"drives of {format_size(drive_size)} are too small: at least {format_size(DRIVE_SIZE_MIN)}"
+        )
     lab.lab_up(directory, nodes=nodes, drives=drives, drive_size=drive_size, store=store)
     click.echo(f"lab of {nodes} nodes is up; next: csvfs lab exec n1 -- csvfs volume create Volume1")
 

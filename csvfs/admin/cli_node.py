@@ -1,6 +1,9 @@
 """`csvfs node`: running this node, listing all."""
 
+from dataclasses import dataclass
+
 import click
+import trio
 
 from csvfs.admin.cli_context import Here, json_option, run_here
 from csvfs.admin.cluster_view import ClusterView, read_cluster_view
@@ -18,7 +21,7 @@ def run_command() -> None:
     """Run this node until it is told to stop: the one service of csvfs (examples/csvfs-node.service)."""
     from csvfs.admin.node_run import run_node  # the service's own imports slow down no other command
 
-    run_node(load_config())
+    trio.run(run_node, load_config())
 
 
 @node_group.command("list")
@@ -29,35 +32,44 @@ def list_command(as_json: bool) -> None:
     async def work(here: Here) -> ClusterView:
         return await read_cluster_view(here.store)
 
-    view = run_here(work)
-    rows = [
-        {
-            "name": name,
-            "state": "up" if name in view.alive else "down",
-            "address": (view.alive.get(name) or view.nodes.get(name) or view.servers[name]).text("address")
-            if name in view.alive or name in view.nodes or name in view.servers
-            else "",
-            "domain": view.domain_of(name),
-            "drives": len(view.drives_of(name)),
-            "volumes": sorted(volume for volume, owner in view.owners.items() if owner.text("node") == name),
-        }
-        for name in view.node_names
-    ]
+    rows = node_rows(run_here(work))
     if as_json:
         print_json(rows)
         return
     print_table(
         ("NODE", "STATE", "ADDRESS", "DOMAIN", ">DRIVES", "COORDINATES"),
         [
-            (
-                row["name"],
-                row["state"],
-                row["address"],
-                row["domain"],
-                row["drives"],
-                ", ".join(row["volumes"]),
-            )
+            (row.name, row.state, row.address, row.domain, row.drives, ", ".join(row.coordinates))
             for row in rows
         ],
         empty="no nodes yet: start one with csvfs node run",
     )
+
+
+@dataclass(slots=True, frozen=True)
+class NodeRow:
+    name: str
+    state: str  # up, down
+    address: str
+    domain: str
+    drives: int
+    coordinates: list[str]  # volumes
+
+
+def node_rows(view: ClusterView) -> list[NodeRow]:
+    rows = []
+    for name in view.node_names:
+        record = view.alive.get(name) or view.nodes.get(name)
+        rows.append(
+            NodeRow(
+                name=name,
+                state="up" if name in view.alive else "down",
+                address=record.text("address") if record else "",
+                domain=view.domain_of(name),
+                drives=len(view.drives_of(name)),
+                coordinates=sorted(
+                    volume for volume, owner in view.owners.items() if owner.text("node") == name
+                ),
+            )
+        )
+    return rows

@@ -19,10 +19,12 @@ from csvfs.admin.pool_ops import require_cluster, require_pool
 from csvfs.block.eligibility import check_drive
 from csvfs.block.formatting import format_drive
 from csvfs.errors import BadRequest, CsvfsError, NotFound
-from csvfs.ids import DriveId, NodeName
+from csvfs.ids import DriveId, NodeName, PoolId
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.units import SLAB_SIZE_DEFAULT
 from csvfs.wire.control import pack_value
+
+LABEL_SIZE_MAX = 64  # bytes; FORMAT.md, "Superblock"
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,14 +49,33 @@ async def check_candidates(store: ClusterStore, paths: Sequence[str]) -> list[Dr
         candidate = _look_at(given)
         if any(other.path == candidate.path for other in candidates):
             raise BadRequest(f"{given} is given twice; name every drive once")
-        check = partial(check_drive, candidate.path, pool_id=pool.id(), cluster_id=cluster.id())
+        check = partial(
+            check_drive,
+            candidate.path,
+            pool_id=PoolId(pool.id()),
+            cluster_id=cluster.id(),
+            slab_size=slab_size_of(pool),
+        )
         await trio.to_thread.run_sync(check)
         candidates.append(candidate)
     return candidates
 
 
+def slab_size_of(pool: Record) -> int:
+    return pool.number("slab_size", SLAB_SIZE_DEFAULT)
+
+
+def label_of(path: str) -> str:
+    """The file's name, cut to what a superblock holds."""
+    return os.path.basename(path).encode()[:LABEL_SIZE_MAX].decode(errors="ignore")
+
+
 def _look_at(given: str) -> DriveCandidate:
     path = os.path.realpath(given)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(f"{path!r} is not UTF-8: rename it") from None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -88,11 +109,11 @@ async def _add_drive(store: ClusterStore, node: NodeName, candidate: DriveCandid
         format_drive,
         candidate.path,
         drive_id=drive,
-        pool_id=pool.id(),
+        pool_id=PoolId(pool.id()),
         cluster_id=cluster.id(),
         node=node,
-        slab_size=pool.number("slab_size", SLAB_SIZE_DEFAULT),
-        label=os.path.basename(candidate.path),
+        slab_size=slab_size_of(pool),
+        label=label_of(candidate.path),
     )
     superblock = await trio.to_thread.run_sync(make)
     value = {
@@ -101,7 +122,7 @@ async def _add_drive(store: ClusterStore, node: NodeName, candidate: DriveCandid
         "size": candidate.size,
         "kind": candidate.kind,
         "state": DRIVE_OK,
-        "slots": superblock.slot_count,
+        "slots": superblock.layout.slot_count,
     }
     key = DRIVES + drive.hex()
     try:

@@ -4,7 +4,6 @@ Place      admin floor, over net/. One engine and one nursery per command.
 Errors     every call ends within its deadline with a value or a CsvfsError.
 """
 
-import os
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from csvfs.net.engine import Engine
 from csvfs.net.link import Address, connect
 
 CALL_TIMEOUT_S = 2.0  # for connecting and answering together: an administrator waits, perhaps in the dark
-ADMIN_WRITER = "admin"
+ADMIN_WRITER = "admin"  # the one writer that may be connected several times at once
 
 
 class Peers:
@@ -25,8 +24,6 @@ class Peers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # A name of its own: a second hello of one writer closes the links of the first.
-        self._writer = f"{ADMIN_WRITER}/{os.uname().nodename}/{os.getpid()}"
 
     async def drive_server(self, view: ClusterView, node: str, name: str, **args: Any) -> Any:
         """One call to a node's drive server. Raises Unavailable or what the server answers. Cancel safe."""
@@ -36,7 +33,7 @@ class Peers:
         hello = {
             "cluster": view.cluster.id() if view.cluster else b"",
             "volume": None,
-            "writer": self._writer,
+            "writer": ADMIN_WRITER,
             "incarnation": 1,
         }
         return await self._call(_address(server), hello, name, args)

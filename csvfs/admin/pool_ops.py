@@ -3,28 +3,16 @@
 Place      admin floor.
 """
 
-import re
 import secrets
 import time
 
 from csvfs.admin.cluster_view import CLUSTER_KEY, POOL_KEY, Record, read_record
+from csvfs.config import check_name
 from csvfs.errors import BadRequest, Exists, NotFound
 from csvfs.ids import PoolId
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.units import SLAB_SIZE_DEFAULT, SLAB_SIZE_MAX, SLAB_SIZE_MIN, format_size
 from csvfs.wire.control import pack_value
-
-NAME_LENGTH_MAX = 64
-_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,{NAME_LENGTH_MAX - 1}}}", re.ASCII)
-
-
-def check_name(what: str, name: str) -> None:
-    """Raises BadRequest unless `name` is 1 to 64 of A-Z a-z 0-9 _ - and begins with no `-`."""
-    if _NAME.fullmatch(name) is None:
-        raise BadRequest(
-            f"{name!r} is no name for a {what}: use 1 to {NAME_LENGTH_MAX} of A-Z a-z 0-9 _ - "
-            "and begin with no '-'"
-        )
 
 
 def check_slab_size(size: int) -> None:
@@ -38,7 +26,7 @@ def check_slab_size(size: int) -> None:
 
 async def create_cluster(store: ClusterStore, name: str) -> Record:
     """Create the key `cluster`. Raises BadRequest, Exists, Unavailable. Cancel: it may exist afterwards."""
-    check_name("cluster", name)
+    check_name(name, "cluster")
     value = {"id": secrets.token_bytes(16), "name": name, "created": time.time_ns()}
     if not (await store.transact([Compare(CLUSTER_KEY, 0)], [Put(CLUSTER_KEY, pack_value(value))])).succeeded:
         existing = await read_record(store, CLUSTER_KEY)
@@ -50,7 +38,7 @@ async def create_cluster(store: ClusterStore, name: str) -> Record:
 
 async def create_pool(store: ClusterStore, name: str, slab_size: int) -> Record:
     """Create the key `pool`. Raises BadRequest, Exists, NotFound (no cluster yet), Unavailable."""
-    check_name("pool", name)
+    check_name(name, "pool")
     check_slab_size(slab_size)
     await require_cluster(store)
     value = {"id": PoolId(secrets.token_bytes(16)), "name": name, "slab_size": slab_size}

@@ -35,6 +35,7 @@ class DriveStatus:
     state: str  # ok, or what is wrong with it
     size: int  # bytes for slabs
     free: int | None  # bytes; None: its server could not be asked
+    counters: dict[str, Any] = field(default_factory=dict)  # since the drive server started
 
 
 @dataclass(slots=True)
@@ -159,7 +160,18 @@ def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStat
         elif node in servers:
             state = "not open" if drive_in_order(record) else state
         size = record.number("slots") * slab_size or record.number("size")
-        found.append(DriveStatus(hex_id, node, record.text("path"), state, size, free))
+        counters = reported.get("counters") if reported is not None else None
+        found.append(
+            DriveStatus(
+                id=hex_id,
+                node=node,
+                path=record.text("path"),
+                state=state,
+                size=size,
+                free=free,
+                counters=counters if isinstance(counters, dict) else {},
+            )
+        )
     return found
 
 

@@ -5,6 +5,7 @@ Rule       every change of a `volumes/<name>` key is a compare-and-swap on the r
 Waiting    by watches of the cluster store, with a deadline; nothing here hangs.
 """
 
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -23,8 +24,10 @@ from csvfs.admin.cluster_view import (
     read_cluster_view,
     record_of,
 )
+from csvfs.admin.mount_points import mounted_paths
 from csvfs.admin.peers import Peers
-from csvfs.admin.pool_ops import check_name, require_pool
+from csvfs.admin.pool_ops import require_pool
+from csvfs.config import check_name
 from csvfs.errors import (
     BadRequest,
     Conflict,
@@ -44,7 +47,6 @@ VOLUME_SIZE_MIN = 64 * MIB
 COPIES_MAX = 3
 CHANGE_ATTEMPTS = 10
 MOUNT_POLL_S = 0.05  # the kernel does not tell about mounts of another process in any simpler way
-MOUNTS_OF_THIS_PROCESS = Path("/proc/self/mountinfo")
 
 
 # -- what may be asked for ---------------------------------------------------------------------------
@@ -109,7 +111,7 @@ async def create_volume(
             Unavailable.
     Cancel  the volume may have been asked for.
     """
-    check_name("volume", name)
+    check_name(name, "volume")
     copies = copies_of(resiliency, copies)
     check_size(size)
     await require_pool(store)
@@ -270,28 +272,16 @@ async def wait_owner(store: ClusterStore, name: str, node: str, timeout_s: float
         )
 
 
-async def wait_mounted(path: Path, timeout_s: float, mounts: Path = MOUNTS_OF_THIS_PROCESS) -> None:
+async def wait_mounted(path: Path, timeout_s: float) -> None:
     """Wait until something is mounted at `path` here. Never touches `path`: a stuck mount would hang us.
 
     Raises TimedOut.
     """
     with trio.move_on_after(timeout_s):
-        while not is_mounted(path, mounts):
+        while os.fsencode(path) not in mounted_paths():
             await trio.sleep(MOUNT_POLL_S)
         return
     raise TimedOut(
         f"the volume is online, but after {timeout_s:g} s not mounted at {path}: "
         "see the log of this node's csvfs node run"
     )
-
-
-def is_mounted(path: Path, mounts: Path = MOUNTS_OF_THIS_PROCESS) -> bool:
-    """Whether the kernel lists a mount at `path` (an absolute path)."""
-    wanted = (
-        str(path).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
-    )
-    for line in mounts.read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        if len(fields) > 4 and fields[4] == wanted:
-            return True
-    return False
