@@ -12,12 +12,12 @@ Invariants
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from csvfs.errors import Conflict, CsvfsError
+from csvfs.cluster.membership import item_map
+from csvfs.errors import Conflict
 from csvfs.ids import Incarnation, NodeName, Term
 from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
-from csvfs.wire.control import pack_value, unpack_value
+from csvfs.wire.control import pack_value
 
 RANK_DELAY_NS = (
     200_000_000  # longer than a takeover transaction on a slow disk, short beside the 1 s of failover
@@ -128,23 +128,15 @@ async def release_host(store: ClusterStore, node: NodeName, host_incarnation: In
 
 
 def _is_host(item: Item, node: NodeName, host_incarnation: Incarnation) -> bool:
-    value = _map(item)
+    value = item_map(item)
     return value.get("node") == node and value.get("incarnation") == host_incarnation
 
 
 def _term(item: Item | None) -> int:
     if item is None:
         return 0
-    term = _map(item).get("term")
+    term = item_map(item).get("term")
     if isinstance(term, int) and term >= 0:
         return term
     # Not taken as 0: a term that goes back would let a deposed coordinator write.
     raise Conflict(f"{item.key} holds no term: {item.value[:32]!r}; restore the cluster store")
-
-
-def _map(item: Item) -> dict[str, Any]:
-    try:
-        value = unpack_value(item.value)
-    except CsvfsError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -14,7 +14,7 @@ import trio
 
 from csvfs.errors import CsvfsError, Unavailable
 from csvfs.ids import DriveId, NodeName, Term
-from csvfs.store.interface import Change, ClusterStore
+from csvfs.store.interface import Change, ClusterStore, Item
 from csvfs.wire.control import unpack_value
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,14 @@ def _unpack_map(packed: bytes | None) -> Map | None:
     if not isinstance(value, dict):
         raise ValueError(f"a map was expected, not {type(value).__name__}")
     return value
+
+
+def item_map(item: Item | None) -> Map:
+    """The map in an item of the store; {} when it is absent or malformed."""
+    try:
+        return _unpack_map(item.value if item else None) or {}
+    except (CsvfsError, ValueError):
+        return {}
 
 
 async def keep_view_forever(

@@ -1,0 +1,172 @@
+"""A child process of `csvfs node run`: started, seen dying at once, buried, started again.
+
+Place      admin floor, below node_run.py.
+Limits     A child that dies is started again at once, then after 100, 200, 400 ms ... up to restart_backoff_max_ms;
+           one that ran for RAN_WELL_S starts from the beginning again.
+Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fires when the *thread* that forked
+           ends; so children are forked here, in the main thread, and waited for by pidfd.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from csvfs.admin import child_exec
+from csvfs.errors import CsvfsError
+from csvfs.ids import Incarnation
+
+logger = logging.getLogger(__name__)
+RAN_WELL_S = 10.0
+BACKOFF_FIRST_S = 0.1
+KILL_WAIT_S = 5.0  # a killed process that is still there after this long hangs in the kernel
+
+
+async def _nothing(incarnation: Incarnation) -> None:
+    pass
+
+
+@dataclass(slots=True)
+class ChildPlan:
+    """What to start, and what to do around it."""
+
+    role: str  # `drives`, `coordinator`, `mount-<Volume>`: names the log
+    argv: list[str]  # argv[0] is an absolute path
+    environment: Callable[[Incarnation], dict[str, str]]
+    next_incarnation: Callable[[], Awaitable[Incarnation]]
+    log_path: Path
+    backoff_max_s: float
+    before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
+    after: Callable[[Incarnation], Awaitable[None]] = _nothing  # as soon as it is dead, before the next start
+
+
+class Child:
+    """One role of a node. `keep_running` is its task."""
+
+    def __init__(self, plan: ChildPlan) -> None:
+        self.plan = plan
+        self.pid = 0  # 0: not running now
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scope = trio.CancelScope()
+        self._grace_s = 0.0
+        self._ended = trio.Event()
+
+    async def keep_running(self) -> None:
+        """Run until `stop` or cancelled; when cancelled the process is killed first."""
+        try:
+            with self._scope:
+                await self._run_forever()
+        finally:
+            self._ended.set()
+
+    async def stop(self, grace_s: float) -> None:
+        """Ask it to end (SIGTERM), kill it after `grace_s`, and wait until it is dead and buried."""
+        self._grace_s = grace_s
+        self._scope.cancel()
+        await self._ended.wait()
+
+    async def _run_forever(self) -> None:
+        backoff_s = 0.0
+        while True:
+            incarnation = await self.plan.next_incarnation()
+            started = trio.current_time()
+            try:
+                await self.plan.before(incarnation)
+                reason = await self._run_once(incarnation)
+            except (OSError, CsvfsError) as error:
+                reason = f"failed: {error}"
+            if trio.current_time() - started >= RAN_WELL_S:
+                backoff_s = 0.0
+            logger.warning("%s %s; starting it again in %.0f ms", self.plan.role, reason, backoff_s * 1000)
+            await trio.sleep(backoff_s)
+            backoff_s = min(max(BACKOFF_FIRST_S, 2 * backoff_s), self.plan.backoff_max_s)
+
+    async def _run_once(self, incarnation: Incarnation) -> str:
+        """Start it and wait for its death, see to its burial; returns how it ended, in words."""
+        process = spawn(self.plan.argv, self.plan.environment(incarnation), self.plan.log_path)
+        self._process, self.pid = process, process.pid
+        logger.info("%s started, pid %d, incarnation %d", self.plan.role, process.pid, incarnation)
+        try:
+            await wait_dead(process)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(process)
+            self._process, self.pid = None, 0
+            with trio.CancelScope(shield=True), trio.move_on_after(KILL_WAIT_S):
+                await self.plan.after(incarnation)
+        code = process.returncode
+        if code is None:
+            return f"(pid {process.pid}) hangs in the kernel"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"(pid {process.pid}) {how}"
+
+    async def _end(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None and self._grace_s > 0:
+            process.terminate()
+            with trio.move_on_after(self._grace_s):
+                await wait_dead(process)
+        # The whole process group, also when the child itself is dead: what it started must not outlive it.
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        with trio.move_on_after(KILL_WAIT_S) as waiting:
+            await wait_dead(process)
+        if waiting.cancelled_caught:
+            logger.error("%s (pid %d) was killed but does not die", self.plan.role, process.pid)
+
+
+def spawn(argv: list[str], environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    """Start a process of its own session that dies with this one; both its outputs go to `log_path`.
+
+    Raises   OSError. Call it from the main thread.
+    """
+    log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", child_exec.__file__, str(os.getpid()), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+
+
+async def wait_dead(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process has ended, and reap it. Cancel: safe."""
+    await trio.lowlevel.checkpoint()
+    if process.poll() is not None:
+        return
+    descriptor = os.pidfd_open(process.pid)  # ours and not reaped, so the pid is still its own
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)
+    process.poll()
+
+
+def bound_log(path: Path, size_max: int) -> None:
+    """Roll a log over to `<name>.1` when it is larger than `size_max` bytes.
+
+    By copy and truncation: the writer keeps its descriptor, and O_APPEND makes it go on at the new end. What it
+    writes between the two is lost.
+    """
+    try:
+        if path.stat().st_size <= size_max:
+            return
+        with path.open("rb") as source, path.with_name(path.name + ".1").open("wb") as target:
+            source.seek(-size_max, os.SEEK_END)
+            target.write(source.read(size_max))
+        os.truncate(path, 0)
+    except FileNotFoundError:
+        pass
