@@ -14,6 +14,7 @@ Order of stores, so that a kill at any point leaves old or new content, or a chu
 from __future__ import annotations
 
 import contextlib
+import contextlib
 import errno
 import os
 from array import array
@@ -48,10 +49,10 @@ class SlabCopy:
     """
 
     __slots__ = (
-        "_block_count",
         "_drive",
         "_fd",
         "_since_joining",
+        "block_count",
         "data_offset",
         "epoch",
         "recently_used",
@@ -85,7 +86,7 @@ class SlabCopy:
         self.term = term
         self.seed = slab_seed(volume, slab)
         self.data_offset = drive.layout.slot_data_offset(slot)
-        self._block_count = drive.layout.blocks_per_slab
+        self.block_count = drive.layout.blocks_per_slab
         self.tables: SlotTables | None = None  # None: not open; Drive.open_tables opens and closes them
         self.recently_used = False
         self._since_joining: bytearray | None = None
@@ -97,15 +98,6 @@ class SlabCopy:
     def drive(self) -> Drive:
         return self._drive
 
-    @property
-    def block_count(self) -> int:
-        return self._block_count
-
-    def warm_blocks(self, block: int, count: int) -> None:
-        """Bring blocks into the page cache, in any thread; what goes wrong is left to the read that follows."""
-        with contextlib.suppress(OSError):
-            os.pread(self._fd, count << _BLOCK_SHIFT, self.data_offset + (block << _BLOCK_SHIFT))
-
     def _open(self) -> SlotTables:
         """The tables, opened when they are not. Every operation starts here."""
         if self._drive.failure is not None:
@@ -114,9 +106,9 @@ class SlabCopy:
         return self.tables or self._drive.open_tables(self)
 
     def _check_range(self, block: int, count: int) -> None:
-        if block < 0 or count <= 0 or block + count > self._block_count:
+        if block < 0 or count <= 0 or block + count > self.block_count:
             raise BadRequest(
-                f"blocks {block}+{count} are outside slab {self.slab} of {self._block_count} blocks"
+                f"blocks {block}+{count} are outside slab {self.slab} of {self.block_count} blocks"
             )
 
     # Writing
@@ -133,7 +125,7 @@ class SlabCopy:
         self.recently_used = True
         count = len(checksums) >> 2
         end = block + count
-        if block < 0 or count == 0 or end > self._block_count or len(data) != count << _BLOCK_SHIFT:
+        if block < 0 or count == 0 or end > self.block_count or len(data) != count << _BLOCK_SHIFT:
             self._check_range(block, count)
             raise BadRequest(f"{len(data)} bytes of data for {count} checksums")
         self._mark(tables, block, end, self.epoch)
@@ -337,11 +329,33 @@ class SlabCopy:
             self._drive.io_error("read", self.slab, block, error)
             return b""
 
+    def warm_blocks(self, block: int, count: int) -> None:
+        """Bring blocks into the page cache, for read_blocks right after; may run in another thread. Raises nothing."""
+        with contextlib.suppress(OSError):
+            os.pread(self._fd, count << _BLOCK_SHIFT, self.data_offset + (block << _BLOCK_SHIFT))
+
     def bad_blocks_scan(self, block: int, count: int) -> list[int]:
-        """The blocks of a range that do not verify: for scrub, repair and tests. Counts nothing."""
+        """The blocks of a range that do not verify: for scrub, repair and tests. Counts no checksum errors."""
         tables = self._open()
         self._check_range(block, count)
-        return [number for number in range(block, block + count) if not self._is_good(tables, number)]
+        numbers = range(block, block + count)
+        sums = tables.checksums[block : block + count]
+        if not any(sums) and not any_bits(tables.written, block, block + count):
+            return []
+        try:
+            data = memoryview(os.pread(self._fd, count << _BLOCK_SHIFT, self.data_offset + (block << _BLOCK_SHIFT)))
+        except OSError:
+            return [number for number in numbers if not self._is_good(tables, number)]
+        bad = []
+        for index, number in enumerate(numbers):
+            if sums[index] == NEVER_WRITTEN:
+                good = not tables.written[number >> 3] >> (number & 7) & 1
+            else:
+                piece = data[index << _BLOCK_SHIFT : (index + 1) << _BLOCK_SHIFT]
+                good = len(piece) == BLOCK_SIZE and self._checksum(piece, number) == sums[index]
+            if not good:
+                bad.append(number)
+        return bad
 
     def verify_chunk(self, chunk: int) -> list[int]:
         """The blocks of a chunk that do not verify."""
@@ -414,7 +428,7 @@ class SlabCopy:
     def joining_begin(self) -> None:
         """From now on remember which blocks are written or trimmed."""
         self._open()
-        self._since_joining = bytearray(self._block_count // 8)
+        self._since_joining = bytearray(self.block_count // 8)
 
     def joining_end(self) -> None:
         self._since_joining = None
