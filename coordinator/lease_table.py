@@ -242,6 +242,14 @@ class LeaseTable:
                     return session
         return None
 
+    def highest(self, ino: InodeNo) -> int:
+        """The highest lease that any session holds on `ino`, or may be about to hold."""
+        inode = self._inodes.get(ino)
+        if inode is None:
+            return NONE
+        given = (_GIVES[ticket.needs[ino]] for ticket in inode.tickets)
+        return max((*(held.kind for held in inode.holders.values()), *given), default=NONE)
+
     def is_held(self, ino: InodeNo) -> bool:
         """Whether any session has the inode open or cached, or is about to."""
         inode = self._inodes.get(ino)

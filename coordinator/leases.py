@@ -1,0 +1,215 @@
+"""Leases in action: sends recalls, waits for their answers, evicts those who do not give any.
+
+Place      coordinator floor; the trio shell around lease_table.py, below operations.py and service.py.
+Tasks      one per recall under way, in the service's nursery.
+Limits     a recall is answered within `recall_timeout_s`, or its session is evicted; so a request for a lease
+           waits at most for as many recalls as there are elder requests.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from coordinator.lease_table import (
+    NONE,
+    READ,
+    WRITE,
+    Action,
+    Grant,
+    LeaseTable,
+    Need,
+    Recall,
+    SessionKey,
+    Ticket,
+)
+from coordinator.sessions import Session, Sessions
+from csvfs.errors import CsvfsError, Disconnected, Fenced, TimedOut
+from csvfs.ids import InodeNo
+
+log = logging.getLogger(__name__)
+
+WAIT_S_MAX = 60.0  # for a lease; recalls are shorter, so only a long queue of them takes this long
+QUERY_TIMEOUT_S = 1.0
+TRIM_INTERVAL_S = 1.0
+
+
+class Leases:
+    """The lease table, and the calls it makes necessary.
+
+    report   what a writer told when it gave its lease back: (ino, size, mtime_ns or None, atime_ns or None);
+             it is in the metadata when the call returns
+    evict    ends a session that does not answer: returns when it is fenced and its leases have passed on
+    lowered  an inode is held by fewer now: `open` leases of deleted files, space granted ahead
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        *,
+        recall_timeout_s: float,
+        report: Callable[[InodeNo, int, int | None, int | None], Awaitable[None]],
+        evict: Callable[[Session, str], Awaitable[None]],
+        lowered: Callable[[InodeNo], None],
+    ) -> None:
+        self.table = LeaseTable()
+        self._sessions = sessions
+        self._recall_timeout_s = recall_timeout_s
+        self._report = report
+        self._evict = evict
+        self._lowered = lowered
+        self._granted: dict[Ticket, trio.Event] = {}
+        self._recalls, self._recalls_due = trio.open_memory_channel[Recall](float("inf"))
+
+    # -- requests --------------------------------------------------------------------------------
+
+    async def take(self, session: Session, needs: Mapping[InodeNo, Need]) -> Ticket:
+        """A granted ticket; the caller finishes it.
+
+        Raises  TimedOut, Fenced: the session was evicted meanwhile. Cancel safe.
+        """
+        if session.ended:
+            raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
+        ticket, actions = self.table.begin(session.key, needs)
+        if ticket.granted:
+            self.perform(actions)
+            return ticket
+        event = self._granted[ticket] = trio.Event()
+        self.perform(actions)
+        try:
+            with trio.move_on_after(WAIT_S_MAX):
+                await event.wait()
+        except BaseException:
+            self.finish(ticket)
+            raise
+        finally:
+            self._granted.pop(ticket, None)
+        if ticket.granted and not session.ended:
+            return ticket
+        self.finish(ticket)
+        if session.ended:
+            raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
+        raise TimedOut(f"leases on inodes {sorted(needs)} were not given back within {WAIT_S_MAX:g} s; try again")
+
+    @asynccontextmanager
+    async def taken(self, session: Session, needs: Mapping[InodeNo, Need]) -> Any:
+        """`take`, finished at the end of the context."""
+        ticket = await self.take(session, needs)
+        try:
+            yield ticket
+        finally:
+            self.finish(ticket)
+
+    def finish(self, ticket: Ticket) -> None:
+        self.perform(self.table.finish(ticket))
+
+    def release(self, session: Session, ino: InodeNo, kind: int) -> None:
+        self.perform(self.table.release(session.key, ino, kind))
+        self._lowered(ino)
+
+    def end_session(self, key: SessionKey) -> None:
+        """It is fenced on every drive, and its writes are equal everywhere: its leases pass on."""
+        held, actions = self.table.end_session(key)
+        for ticket, event in list(self._granted.items()):
+            if ticket.session == key:
+                event.set()
+        self.perform(actions)
+        for ino in held:
+            self._lowered(ino)
+
+    def perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Grant):
+                event = self._granted.get(action.ticket)
+                if event is not None:
+                    event.set()
+            else:
+                self._recalls.send_nowait(action)
+
+    # -- recalls ---------------------------------------------------------------------------------
+
+    async def run_forever(self) -> None:
+        """Send recalls until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._trim_forever)
+            async for recall in self._recalls_due:
+                nursery.start_soon(self._recall, recall)
+
+    async def _trim_forever(self) -> None:
+        while True:
+            await trio.sleep(TRIM_INTERVAL_S)
+            self.perform(self.table.trim())
+
+    async def _recall(self, recall: Recall) -> None:
+        session = self._sessions.get(recall.session)
+        if session is None or session.ended:
+            return  # end_session answers for it
+        answer: dict[str, Any] | None = None
+        reason = "it did not answer"
+        args = {"ino": recall.ino, "kind": recall.to_kind, "attr": recall.attr}
+        deadline = trio.current_time() + self._recall_timeout_s
+        while answer is None and not session.ended and trio.current_time() < deadline:
+            try:
+                answer = await session.call("recall", args, timeout_s=deadline - trio.current_time())
+            except Disconnected as error:
+                reason = str(error)
+                with trio.move_on_at(deadline):
+                    await session.connected.wait()  # by another link: the recall is sent again
+            except CsvfsError as error:
+                reason = str(error)
+                break
+        if session.ended:
+            return
+        if answer is None:
+            log.warning(
+                "%s did not give back inode %d within %g s (%s): it is evicted",
+                session.writer, recall.ino, self._recall_timeout_s, reason,
+            )  # fmt: skip
+            await self._evict(session, f"it did not give back its lease on inode {recall.ino}: {reason}")
+            return
+        await self._take_answer(session, recall, answer)
+
+    async def _take_answer(self, session: Session, recall: Recall, answer: Any) -> None:
+        fields = answer if isinstance(answer, dict) else {}
+        kind = fields.get("kind")
+        kind = kind if isinstance(kind, int) and NONE <= kind <= WRITE else recall.to_kind
+        size = fields.get("size")
+        if isinstance(size, int) and self.table.held(session.key, recall.ino) == WRITE:
+            # Before the lease passes on: whoever gets it must see the size and times that were written under it.
+            await self._report(recall.ino, size, _int(fields, "mtime_ns"), _int(fields, "atime_ns"))
+            if session.ended:
+                return
+        self.perform(self.table.answer(session.key, recall.ino, kind))
+        self._lowered(recall.ino)
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def other_writer(self, session: Session | None, ino: InodeNo) -> Session | None:
+        """Who else holds the write lease, and so knows size and times best."""
+        writer = self.table.writer(ino)
+        if writer is None or (session is not None and writer == session.key):
+            return None
+        return self._sessions.get(writer)
+
+    async def query(self, writer: Session, ino: InodeNo) -> dict[str, Any] | None:
+        """Size and times as the writer knows them; None: it holds nothing any more, or does not say.
+
+        Without an answer what the metadata says is good: sizes are committed before a write is acknowledged.
+        """
+        try:
+            answer = await writer.call("query", {"ino": ino}, timeout_s=QUERY_TIMEOUT_S)
+        except CsvfsError as error:
+            log.info("%s was asked about inode %d: %s", writer.writer, ino, error)
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    def holds_data(self, ino: InodeNo) -> bool:
+        """Whether anybody may have the layout of a file in memory."""
+        return self.table.highest(ino) >= READ
+
+
+def _int(fields: dict[str, Any], name: str) -> int | None:
+    value = fields.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

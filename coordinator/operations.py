@@ -1,0 +1,234 @@
+"""Operations that change metadata: what each needs of other sessions, what it does, which leases its reply carries.
+
+Place      coordinator floor; above metadata.py and lease_table.py, below service.py. Synchronous.
+Order      `needs` is looked up before leases are taken, and again in the batch: names may point elsewhere by then,
+           in which case nothing is done and the service begins anew.
+"""
+
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator import arguments
+from coordinator.arguments import U32_MAX, Args
+from coordinator.lease_table import READ, WRITE, LeaseTable, Need, SessionKey
+from coordinator.metadata import Metadata
+from csvfs.errors import Conflict, CsvfsError
+from csvfs.ids import InodeNo
+from csvfs.net.calls import field as typed
+from csvfs.net.calls import optional_field
+
+Needs = dict[InodeNo, Need]
+Value = dict[str, Any]
+
+_INO, _MODE, _NLINK, _SIZE = 0, 1, 2, 6  # in an attr
+RENAME_EXCHANGE = 2
+_STRENGTH = {Need.OPEN: 0, Need.READ: 1, Need.ATTRIBUTES: 2, Need.ENTRIES: 3, Need.WRITE: 4}
+
+
+def _no_leases(reply: Value) -> dict[str, InodeNo]:
+    return {}
+
+
+def _nobody(reply: Value) -> list[InodeNo]:
+    return []
+
+
+@dataclass(slots=True)
+class Operation:
+    """One call that changes metadata, ready to be carried out.
+
+    needs     of other sessions, as the names are now
+    apply     the change itself, in a batch; its reply without leases
+    leases    fields of the reply -> inode whose lease they show
+    made      inodes that did not exist before: the session gets them whole
+    orphans   inodes that may have lost their last name
+    again     the reply says that more is to do: commit, then apply once more
+    """
+
+    needs: Callable[[], Needs]
+    apply: Callable[[], Value]
+    leases: Callable[[Value], dict[str, InodeNo]] = field(default=_no_leases)
+    made: Callable[[Value], list[InodeNo]] = field(default=_nobody)
+    orphans: Callable[[Value], list[InodeNo]] = field(default=_nobody)
+    again: Callable[[Value], bool] = field(default=lambda reply: False)
+
+
+class Operations:
+    """Makes Operations from the arguments of calls. All raise BadRequest."""
+
+    def __init__(self, metadata: Metadata, table: LeaseTable, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        self._metadata = metadata
+        self._table = table
+        self._clock_ns = clock_ns
+        self.by_name: dict[str, Callable[[SessionKey, Args], Operation]] = {
+            "setattr": self._setattr,
+            "make": self._make,
+            "link": self._link,
+            "unlink": self._unlink,
+            "rename": self._rename,
+            "setxattr": self._setxattr,
+            "removexattr": self._removexattr,
+            "commit": self._commit,
+        }
+
+    # -- attributes ------------------------------------------------------------------------------
+
+    def _setattr(self, session: SessionKey, args: Args) -> Operation:
+        ino = arguments.inode(args)
+        size = arguments.optional_number(args, "size")
+        changes = {
+            "mode": arguments.optional_number(args, "mode", 0, 0xFFFF),
+            "uid": arguments.optional_number(args, "uid", 0, U32_MAX),
+            "gid": arguments.optional_number(args, "gid", 0, U32_MAX),
+            "size": size,
+            "atime_ns": arguments.time_ns(args, "atime_ns"),
+            "mtime_ns": arguments.time_ns(args, "mtime_ns"),
+        }
+        need = Need.ATTRIBUTES if size is None else Need.WRITE
+        return Operation(
+            needs=lambda: {ino: need},
+            apply=lambda: {"attr": self._metadata.setattr(ino, **changes, now_ns=self._clock_ns())},
+            leases=lambda reply: {"lease": ino},
+            again=lambda reply: size is not None and reply["attr"][_SIZE] > size,
+        )
+
+    def _setxattr(self, session: SessionKey, args: Args) -> Operation:
+        ino, name, value = arguments.inode(args), typed(args, "name", bytes), typed(args, "value", bytes)
+        flags = arguments.number_or_zero(args, "flags")
+
+        def apply() -> Value:
+            self._metadata.setxattr(ino, name, value, flags, self._clock_ns())
+            return {}
+
+        return Operation(needs=lambda: {ino: Need.ATTRIBUTES}, apply=apply)
+
+    def _removexattr(self, session: SessionKey, args: Args) -> Operation:
+        ino, name = arguments.inode(args), typed(args, "name", bytes)
+
+        def apply() -> Value:
+            self._metadata.removexattr(ino, name, self._clock_ns())
+            return {}
+
+        return Operation(needs=lambda: {ino: Need.ATTRIBUTES}, apply=apply)
+
+    def _commit(self, session: SessionKey, args: Args) -> Operation:
+        """What the holder of a lease reports: size and times of a writer, the access time of a reader."""
+        ino, size = arguments.inode(args), arguments.number_or_zero(args, "size")
+        mtime_ns, atime_ns = arguments.time_ns(args, "mtime_ns"), arguments.time_ns(args, "atime_ns")
+
+        def apply() -> Value:
+            self.check_holds(session, ino, WRITE if size or mtime_ns else READ)
+            self._metadata.commit_file(ino, size, mtime_ns or None, atime_ns, self._clock_ns())
+            return {}
+
+        # The session's own lease is all it takes: this must work while somebody waits for that lease.
+        return Operation(needs=dict, apply=apply)
+
+    def check_holds(self, session: SessionKey, ino: InodeNo, kind: int) -> None:
+        """Raises Conflict unless the session holds at least `kind` on `ino`."""
+        held = self._table.held(session, ino)
+        if held < kind:
+            raise Conflict(f"inode {ino}: mount of {session[0]} holds lease {held}, this needs {kind}; acquire it first")
+
+    # -- names -----------------------------------------------------------------------------------
+
+    def _peek(self, parent: InodeNo, name: bytes) -> list[int] | None:
+        """The attr that a name leads to now; None: nothing, or what is wrong will show when the change is done."""
+        try:
+            return self._metadata.lookup(parent, name)
+        except CsvfsError:
+            return None
+
+    def _make(self, session: SessionKey, args: Args) -> Operation:
+        parent, name = arguments.inode(args, "parent"), typed(args, "name", bytes)
+        mode = arguments.number(args, "mode", 0, 0xFFFF)
+        uid, gid = arguments.number(args, "uid", 0, U32_MAX), arguments.number(args, "gid", 0, U32_MAX)
+        rdev = arguments.number_or_zero(args, "rdev")
+        target = optional_field(args, "target", bytes) or b""
+        return Operation(
+            needs=lambda: {parent: Need.ENTRIES},
+            apply=lambda: {
+                "attr": self._metadata.make(parent, name, mode, uid, gid, rdev, target, self._clock_ns())
+            },
+            leases=lambda reply: {"lease": InodeNo(reply["attr"][_INO]), "dir_lease": parent},
+            made=lambda reply: [InodeNo(reply["attr"][_INO])],
+        )
+
+    def _link(self, session: SessionKey, args: Args) -> Operation:
+        ino, parent = arguments.inode(args), arguments.inode(args, "parent")
+        name = typed(args, "name", bytes)
+        return Operation(
+            needs=lambda: _merged((ino, Need.ATTRIBUTES), (parent, Need.ENTRIES)),
+            apply=lambda: {"attr": self._metadata.link(ino, parent, name, self._clock_ns())},
+            leases=lambda reply: {"lease": ino, "dir_lease": parent},
+        )
+
+    def _unlink(self, session: SessionKey, args: Args) -> Operation:
+        parent, name = arguments.inode(args, "parent"), typed(args, "name", bytes)
+        directory = arguments.flag(args, "directory")
+
+        def apply() -> Value:
+            ino, nlink = self._metadata.unlink(parent, name, directory, self._clock_ns())
+            return {"ino": ino, "nlink": nlink}
+
+        return Operation(
+            needs=lambda: _merged((parent, Need.ENTRIES), *_losing_a_name(self._peek(parent, name))),
+            apply=apply,
+            leases=lambda reply: {"dir_lease": parent},
+            orphans=lambda reply: [] if reply["nlink"] else [InodeNo(reply["ino"])],
+        )
+
+    def _rename(self, session: SessionKey, args: Args) -> Operation:
+        parent, name = arguments.inode(args, "parent"), typed(args, "name", bytes)
+        new_parent, new_name = arguments.inode(args, "new_parent"), typed(args, "new_name", bytes)
+        flags = arguments.number_or_zero(args, "flags")
+
+        def needs() -> Needs:
+            moved, other = self._peek(parent, name), self._peek(new_parent, new_name)
+            others = _kept(other) if flags == RENAME_EXCHANGE else _losing_a_name(other)
+            return _merged((parent, Need.ENTRIES), (new_parent, Need.ENTRIES), *_kept(moved), *others)
+
+        def apply() -> Value:
+            ino, replaced, nlink = self._metadata.rename(
+                parent, name, new_parent, new_name, flags, self._clock_ns()
+            )
+            return {"ino": ino, "replaced": replaced, "replaced_nlink": nlink}
+
+        return Operation(
+            needs=needs,
+            apply=apply,
+            leases=lambda reply: {"dir_lease": parent, "new_dir_lease": new_parent},
+            orphans=lambda reply: (
+                [InodeNo(reply["replaced"])] if reply["replaced"] and not reply["replaced_nlink"] else []
+            ),
+        )
+
+
+def _kept(attr: list[int] | None) -> list[tuple[InodeNo, Need]]:
+    return [] if attr is None else [(InodeNo(attr[_INO]), Need.ATTRIBUTES)]
+
+
+def _losing_a_name(attr: list[int] | None) -> list[tuple[InodeNo, Need]]:
+    """An inode that loses its last name leaves all caches, so that those who do not have it open let it go."""
+    if attr is None:
+        return []
+    last = stat.S_ISDIR(attr[_MODE]) or attr[_NLINK] <= 1
+    return [(InodeNo(attr[_INO]), Need.ENTRIES if last else Need.ATTRIBUTES)]
+
+
+def _merged(*needs: tuple[InodeNo, Need]) -> Needs:
+    """One need per inode, the strongest."""
+    merged: Needs = {}
+    for ino, need in needs:
+        known = merged.get(ino)
+        if known is None or _STRENGTH[need] > _STRENGTH[known]:
+            merged[ino] = need
+    return merged
+
+
+def lease_of_new(attr: list[int]) -> int:
+    """What its maker gets on a new inode, which nobody else can know: a file is usually written next."""
+    return WRITE if stat.S_ISREG(attr[_MODE]) else READ

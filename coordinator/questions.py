@@ -1,0 +1,91 @@
+"""Calls that change nothing: answered at once from the database, with whatever leases are free.
+
+Place      coordinator floor; above metadata.py and leases.py, below service.py. Synchronous.
+Rule       they never wait for leases. A read lease that cannot be had at once is left out of the reply, and the mount
+           does not cache what the reply says.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator import arguments
+from coordinator.arguments import Args
+from coordinator.leases import Leases
+from coordinator.metadata import Metadata
+from coordinator.sessions import Session
+from csvfs.ids import InodeNo
+from csvfs.net.calls import field as typed
+
+READDIR_REPLY_SIZE_MAX = 700_000  # bytes, of the 1 MiB that a reply may have
+_ENTRY_SIZE = 120  # bytes of an attr with its numbers, at most
+
+
+@dataclass(slots=True)
+class Reply:
+    """`leases`: field -> (inode, serial of the lease when this was computed); filled in when it is sent.
+
+    `writer`: the session to be asked for the size and times in `value["attr"]` first.
+    """
+
+    value: dict[str, Any]
+    leases: dict[str, tuple[InodeNo, int | None]] = field(default_factory=dict)
+    writer: Session | None = None
+
+
+class Questions:
+    """Answers by the name of the call. They raise CsvfsError."""
+
+    def __init__(self, metadata: Metadata, leases: Leases) -> None:
+        self._metadata = metadata
+        self._leases = leases
+        self.by_name: dict[str, Callable[[Session, Args], Reply]] = {
+            "lookup": self._lookup,
+            "getattr": self._getattr,
+            "readlink": self._readlink,
+            "readdir": self._readdir,
+            "getxattr": self._getxattr,
+            "listxattr": self._listxattr,
+        }
+
+    def _lookup(self, session: Session, args: Args) -> Reply:
+        parent = arguments.inode(args, "parent")
+        attr = self._metadata.lookup(parent, typed(args, "name", bytes))
+        leases = {"dir_lease": (parent, self._leases.table.try_read(session.key, parent))}
+        if attr is None:
+            return Reply({"attr": None, "lease": 0}, leases)
+        return self._with_lease(session, attr, leases)
+
+    def _getattr(self, session: Session, args: Args) -> Reply:
+        return self._with_lease(session, self._metadata.getattr(arguments.inode(args)), {})
+
+    def _with_lease(
+        self, session: Session, attr: list[int], leases: dict[str, tuple[InodeNo, int | None]]
+    ) -> Reply:
+        ino = InodeNo(attr[0])
+        writer = self._leases.other_writer(session, ino)
+        if writer is not None:
+            return Reply({"attr": attr, "lease": 0}, leases, writer)
+        leases["lease"] = (ino, self._leases.table.try_read(session.key, ino))
+        return Reply({"attr": attr}, leases)
+
+    def _readdir(self, session: Session, args: Args) -> Reply:
+        ino, cookie = arguments.inode(args), arguments.number_or_zero(args, "cookie")
+        entries, eof = self._metadata.readdir(ino, cookie, arguments.number(args, "limit", 1))
+        size = 0
+        for index, entry in enumerate(entries):
+            size += _ENTRY_SIZE + len(entry[1])
+            if size > READDIR_REPLY_SIZE_MAX:
+                entries, eof = entries[:index], False
+                break
+        serial = self._leases.table.try_read(session.key, ino)
+        return Reply({"entries": entries, "eof": eof}, {"dir_lease": (ino, serial)})
+
+    def _readlink(self, session: Session, args: Args) -> Reply:
+        return Reply({"target": self._metadata.readlink(arguments.inode(args))})
+
+    def _getxattr(self, session: Session, args: Args) -> Reply:
+        return Reply({"value": self._metadata.getxattr(arguments.inode(args), typed(args, "name", bytes))})
+
+    def _listxattr(self, session: Session, args: Args) -> Reply:
+        return Reply({"names": self._metadata.listxattr(arguments.inode(args))})

@@ -1,0 +1,150 @@
+"""Sessions: the mounts that this coordinator serves, one incarnation of one node's mount each.
+
+Place      coordinator floor; above csvfs/net and metadata.py, below leases.py and service.py.
+Owns       which link speaks for which session. What must outlive this process (the sessions themselves, their last
+           replies) is in the metadata database.
+
+Invariants
+  I11  A change that carries `op` is executed once per session: its reply is stored in the same transaction, and
+       found by whoever sends it again, to this coordinator or the next.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import trio
+
+from coordinator.lease_table import SessionKey
+from csvfs.errors import CsvfsError, Disconnected, Fenced, NotFound
+from csvfs.ids import Incarnation, NodeName
+from csvfs.wire.control import pack_value, unpack_value
+
+
+class SessionLink(Protocol):
+    """Of Link: what a session needs."""
+
+    owner: Any
+
+    @property
+    def closed(self) -> CsvfsError | None: ...
+    def call(self, name: str, args: dict[str, Any], *, timeout_s: float) -> Any: ...
+    def close(self, error: CsvfsError | None = None) -> None: ...
+
+
+class ReplyStore(Protocol):
+    """Of Metadata: the stored replies."""
+
+    def reply_of(self, session: int, op: int) -> bytes | None: ...
+    def store_reply(self, session: int, op: int, reply: bytes) -> None: ...
+    def op_done(self, session: int, op: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """`id`: in the database. `reclaimed`: it has said all that it holds. `ended`: evicted or being evicted."""
+
+    id: int
+    key: SessionKey
+    link: SessionLink | None = None
+    reclaimed: bool = False
+    ended: bool = False
+    unreachable_since: float = 0.0  # trio time; meaningful while there is no link
+    connected: trio.Event = field(default_factory=trio.Event)  # set while there is a link
+
+    @property
+    def node(self) -> NodeName:
+        return self.key[0]
+
+    @property
+    def incarnation(self) -> Incarnation:
+        return self.key[1]
+
+    @property
+    def writer(self) -> str:
+        """Its name with drive servers, which a fence uses."""
+        return f"mount/{self.node}"
+
+    def attach(self, link: SessionLink) -> None:
+        """A new link speaks for it; the one before, if any, ends."""
+        before, self.link = self.link, link
+        link.owner = self
+        self.connected.set()
+        if before is not None and before is not link:
+            before.close(Disconnected(f"{self.writer} connected anew"))
+
+    def detach(self, link: SessionLink) -> None:
+        """That link has closed."""
+        if self.link is link:
+            self.link = None
+            self.connected = trio.Event()
+            self.unreachable_since = trio.current_time()
+
+    async def call(self, name: str, args: dict[str, Any], *, timeout_s: float) -> Any:
+        """Ask the mount. Raises Disconnected (no link now), TimedOut, or what it answers."""
+        link = self.link
+        if link is None:
+            raise Disconnected(f"{self.writer} incarnation {self.incarnation} is not connected")
+        return await link.call(name, args, timeout_s=timeout_s)
+
+
+class Sessions:
+    """All sessions of one volume, by (node, incarnation)."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[SessionKey, Session] = {}
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._by_key.values()))
+
+    def add(self, session: Session) -> Session:
+        """Returns the one that was there already, if so."""
+        return self._by_key.setdefault(session.key, session)
+
+    def get(self, key: SessionKey) -> Session | None:
+        return self._by_key.get(key)
+
+    def remove(self, session: Session) -> None:
+        self._by_key.pop(session.key, None)
+
+    def older_of(self, node: NodeName, incarnation: Incarnation) -> list[Session]:
+        """Earlier incarnations of the node's mount: they are dead, and must be evicted before it is served."""
+        return [session for session in self if session.node == node and session.incarnation < incarnation]
+
+    def check_newest(self, node: NodeName, incarnation: Incarnation) -> None:
+        """Raises Fenced when a later incarnation of the node's mount is known."""
+        for session in self:
+            if session.node == node and session.incarnation > incarnation:
+                raise Fenced(
+                    f"mount of {node}, incarnation {incarnation}: {session.incarnation} has taken its place"
+                )
+
+    @property
+    def unclaimed(self) -> list[Session]:
+        """Those that have not said what they hold: while there are any, no lease may be granted."""
+        return [session for session in self if not session.reclaimed]
+
+
+def once(
+    store: ReplyStore, session: Session, op: int, op_done: int, apply: Callable[[], dict[str, Any]]
+) -> Callable[[], tuple[dict[str, Any], bool]]:
+    """`apply` as a change that is executed exactly once (I11), to be run inside a batch.
+
+    The change returns its reply, and whether it is a stored one: what that says may be history by now.
+    """
+
+    def change() -> tuple[dict[str, Any], bool]:
+        if session.ended:
+            raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
+        try:
+            stored = store.reply_of(session.id, op)
+        except NotFound:
+            raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted") from None
+        if stored is not None:
+            return unpack_value(stored), True
+        reply = apply()
+        store.op_done(session.id, min(op_done, op))
+        store.store_reply(session.id, op, pack_value(reply))
+        return reply, False
+
+    return change
