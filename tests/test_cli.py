@@ -667,3 +667,108 @@ def test_errors_of_a_nursery_are_one_line_unless_one_of_them_is_a_bug() -> None:
     assert expected_failure(expected) == "no pool"
     assert expected_failure(ExceptionGroup("x", [NotFound("no pool"), KeyError("bug")])) is None
     assert expected_failure(FileNotFoundError(2, "No such file", "/x")) == "/x: No such file"
+
+
+# ---------------------------------------------------------------- the lab
+
+
+@pytest.fixture
+def lab_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The calls that reach lab.py, which is tested by itself."""
+    calls: list[tuple[Any, ...]] = []
+
+    def record(name: str, result: Any = None) -> None:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append((name, *args, *([options] if options else [])))
+            return result
+
+        monkeypatch.setattr(f"csvfs.admin.cli_lab.lab.{name}", call)
+
+    nodes = [
+        {"name": "n1", "address": "10.77.0.1", "state": "up", "processes": {"node": [7], "mount": [8, 9]}},
+        {"name": "n2", "address": "10.77.0.2", "state": "partitioned", "processes": {}},
+    ]
+    for name in ("lab_up", "lab_kill", "lab_start", "lab_partition", "lab_heal", "lab_down"):
+        record(name)
+    record("lab_exec", 3)
+    record("lab_status", {"directory": "/lab", "store": "embedded", "nodes": nodes})
+    return calls
+
+
+LAB = Path("/lab")
+UP = {"nodes": 3, "drives": 3, "drive_size": 4 * GIB, "store": "embedded"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (("up", "--dir", "/lab"), ("lab_up", LAB, UP)),
+        (
+            ("up", "--dir", "/lab", "--nodes", "5", "--drives", "1", "--drive-size", "1G"),
+            ("lab_up", LAB, {**UP, "nodes": 5, "drives": 1, "drive_size": GIB}),
+        ),
+        (("kill", "n1", "--dir", "/lab"), ("lab_kill", LAB, "n1", "all")),
+        (("kill", "--dir", "/lab", "n1", "--role", "drives"), ("lab_kill", LAB, "n1", "drives")),
+        (("start", "n1", "--dir", "/lab"), ("lab_start", LAB, "n1")),
+        (("partition", "n1", "--dir", "/lab"), ("lab_partition", LAB, "n1")),
+        (("heal", "--dir", "/lab"), ("lab_heal", LAB)),
+        (("down", "--dir", "/lab"), ("lab_down", LAB)),
+    ],
+)
+def test_lab_commands_reach_the_lab(
+    bare: Cluster, lab_calls: list[tuple[Any, ...]], arguments: tuple[str, ...], call: tuple[Any, ...]
+) -> None:
+    assert bare.run("lab", *arguments).exit_code == 0
+    assert lab_calls == [call]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--dir", "/lab", "n1", "--", "ls", "-l", "--dir", "x", "--"),
+        ("n1", "--dir", "/lab", "--", "ls", "-l", "--dir", "x", "--"),
+    ],
+)
+def test_lab_exec_passes_on_everything_behind_the_dashes_and_the_exit_status(
+    bare: Cluster, lab_calls: list[tuple[Any, ...]], arguments: tuple[str, ...]
+) -> None:
+    assert bare.run("lab", "exec", *arguments).exit_code == 3
+    assert lab_calls == [("lab_exec", LAB, "n1", ["ls", "-l", "--dir", "x", "--"])]
+
+
+def test_lab_status_names_processes(bare: Cluster, lab_calls: list[tuple[Any, ...]]) -> None:
+    text = bare.run("lab", "status").stdout
+    assert "mount 8 9, node 7" in text
+    assert "partitioned" in text
+    assert bare.json("lab", "status")["nodes"][0]["processes"] == {"node": [7], "mount": [8, 9]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("up", "--nodes", "0"),
+        ("up", "--nodes", "17"),
+        ("up", "--drives", "0"),
+        ("up", "--drive-size", "x"),
+        ("up", "--store", "sqlite"),
+        ("kill", "n1", "--role", "cleaner"),
+        ("exec", "n1"),
+        ("exec",),
+        ("start",),
+    ],
+)
+def test_impossible_labs_are_wrong_usage(
+    bare: Cluster, lab_calls: list[tuple[Any, ...]], arguments: tuple[str, ...]
+) -> None:
+    assert bare.misused("lab", *arguments)
+    assert lab_calls == []
+
+
+def test_lab_drives_that_hold_no_slab_are_refused(bare: Cluster, lab_calls: list[tuple[Any, ...]]) -> None:
+    assert "too small: at least 128.0 MiB" in bare.fails("lab", "up", "--drive-size", "1M")
+    assert lab_calls == []
+
+
+@pytest.mark.parametrize("verb", [("status",), ("exec", "n1", "--", "true"), ("kill", "n1"), ("heal",)])
+def test_a_lab_that_is_not_there_is_one_line(bare: Cluster, verb: tuple[str, ...]) -> None:
+    assert bare.fails("lab", verb[0], "--dir", str(LAB / "absent"), *verb[1:])

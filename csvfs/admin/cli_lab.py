@@ -1,37 +1,39 @@
-"""`csvfs lab`: a whole cluster on this machine (DESIGN of the lab: csvfs/admin/lab.py)."""
+"""`csvfs lab`: a whole cluster on this machine.
+
+Place      admin floor, over lab.py.
+"""
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from csvfs.admin import lab
 from csvfs.admin.cli_context import SIZE, json_option
-from csvfs.admin.render import print_json, print_table
+from csvfs.admin.lab_files import DRIVES_MAX, LAB_DIR_DEFAULT, NODES_MAX
+from csvfs.admin.lab_processes import ROLES
+from csvfs.admin.render import note, print_json, print_table
 from csvfs.errors import BadRequest
-from csvfs.units import GIB, format_size
+from csvfs.units import GIB, MIB, format_size
 
-NODES_MAX = 16
-DRIVES_MAX = 16
-DRIVE_SIZE_MIN = GIB // 4
+DRIVE_SIZE_MIN = 128 * MIB  # one slab of the default size and what describes it
 
 dir_option = click.option(
     "--dir",
     "directory",
     type=click.Path(path_type=Path, file_okay=False),
-    default=lab.LAB_DIR_DEFAULT,
+    default=LAB_DIR_DEFAULT,
     show_default=True,
     help="Which lab; several may run side by side.",
 )
-ROLES = ("drives", "coordinator", "mount", "all")
 
 
 @click.group("lab")
 def lab_group() -> None:
     """A whole cluster on this machine, to try things and to break them.
 
-    Each node n1, n2, ... is a network and mount namespace with its own /clusterstorage. Needs root, /dev/fuse.
+    Each node n1, n2, ... is a network and mount namespace with its own /clusterstorage.
+    Needs root and /dev/fuse.
     """
 
 
@@ -48,7 +50,8 @@ def up_command(nodes: int, drives: int, drive_size: int, store: str, directory: 
             f"drives of {format_size(drive_size)} are too small: at least {format_size(DRIVE_SIZE_MIN)}"
         )
     lab.lab_up(directory, nodes=nodes, drives=drives, drive_size=drive_size, store=store)
-    click.echo(f"lab of {nodes} nodes is up; next: csvfs lab exec n1 -- csvfs volume create Volume1")
+    where = "" if directory == LAB_DIR_DEFAULT else f" --dir {directory}"
+    note(f"the lab is up; next: csvfs lab exec{where} n1 -- csvfs volume create Volume1")
 
 
 @lab_group.command("exec", context_settings={"ignore_unknown_options": True})
@@ -62,7 +65,9 @@ def exec_command(node: str, command: tuple[str, ...], directory: Path) -> None:
 
 @lab_group.command("kill")
 @click.argument("node")
-@click.option("--role", type=click.Choice(ROLES), default="all", show_default=True, help="Which process.")
+@click.option(
+    "--role", type=click.Choice([*ROLES, "all"]), default="all", show_default=True, help="Which process."
+)
 @dir_option
 def kill_command(node: str, role: str, directory: Path) -> None:
     """kill -9 one process of NODE, or all of it, as a power cut would."""
@@ -97,11 +102,22 @@ def heal_command(directory: Path) -> None:
 @dir_option
 def status_command(as_json: bool, directory: Path) -> None:
     """Show the lab's nodes and their processes."""
-    status: dict[str, Any] = lab.lab_status(directory)
+    status = lab.lab_status(directory)
     if as_json:
         print_json(status)
         return
-    print_table(("NODE", "STATE", "ADDRESS", "PROCESSES"), [], empty="no nodes")
+    rows = [
+        (node["name"], node["state"], node["address"], processes_text(node["processes"]))
+        for node in status["nodes"]
+    ]
+    print_table(("NODE", "STATE", "ADDRESS", "PROCESSES"), rows, empty="this lab has no nodes")
+
+
+def processes_text(processes: dict[str, list[int]]) -> str:
+    """`coordinator 812, drives 810`: roles and their process ids."""
+    return ", ".join(
+        f"{role} {' '.join(str(pid) for pid in pids)}" for role, pids in sorted(processes.items())
+    )
 
 
 @lab_group.command("down")

@@ -26,6 +26,8 @@ STYLES = {
     "online": "green",
     "Healthy": "green",
     "down": "red",
+    "partitioned": "red",
+    "starting": "yellow",
     "No redundancy": "red",
     "failed": "red",
     "Degraded": "yellow",
