@@ -24,7 +24,8 @@ def check(metadata: Metadata) -> list[str]:
 def _check_links(database: Database) -> list[str]:
     problems = []
     inodes = {
-        row[0]: row[1:] for row in database.rows("SELECT ino, mode, nlink, parent, size, blocks, xattrs FROM inodes")
+        row[0]: row[1:]
+        for row in database.rows("SELECT ino, mode, nlink, parent, size, blocks, xattrs FROM inodes")
     }
     orphans = {ino for (ino,) in database.rows("SELECT ino FROM orphans")}
     names: Counter[int] = Counter()
@@ -39,7 +40,9 @@ def _check_links(database: Database) -> list[str]:
         if holder is None or not stat.S_ISDIR(holder[0]) or holder[1] == 0:
             problems.append(f"entry {name!r} is in {parent}, which is no live directory")
         if inode is None:
-            problems.append(f"entry {name!r} of directory {parent} leads to inode {ino}, which does not exist")
+            problems.append(
+                f"entry {name!r} of directory {parent} leads to inode {ino}, which does not exist"
+            )
         elif stat.S_ISDIR(inode[0]):
             subdirectories[parent] += 1
             if inode[2] != parent:
@@ -74,7 +77,9 @@ def _check_belongings(database: Database) -> list[str]:
     symlinks = {ino for (ino,) in database.rows("SELECT ino FROM symlinks")}
     xattrs = dict(database.rows("SELECT ino, count(*) FROM xattrs GROUP BY ino"))
     blocks = dict(database.rows("SELECT ino, sum(count) FROM extents GROUP BY ino"))
-    for ino, mode, inode_blocks, inode_xattrs in database.rows("SELECT ino, mode, blocks, xattrs FROM inodes"):
+    for ino, mode, inode_blocks, inode_xattrs in database.rows(
+        "SELECT ino, mode, blocks, xattrs FROM inodes"
+    ):
         if stat.S_ISLNK(mode) != (ino in symlinks):
             problems.append(f"inode {ino} of mode {mode:#o}: symlink target does not fit")
         if inode_xattrs != xattrs.get(ino, 0):

@@ -67,6 +67,7 @@ class SlabImage:
         self.database_block = WAL_FIRST_BLOCK + wal_blocks
         self._overlay: dict[int, bytes] = {}  # header and database blocks that the members lack
         self._log: list[LogEntry] = []
+        self._behind_barrier = False  # something was written since the last barrier, taken or not
         # Writes since the last barrier or take_log. None: a WAL block, whose bytes are taken when the stretch ends.
         self._stretch: dict[int, bytes | None] = {}
         self._wal = bytearray(wal_blocks * BLOCK_SIZE)  # checkpoints read it back, so it stays in memory
@@ -132,9 +133,11 @@ class SlabImage:
         return len(self._overlay)
 
     def barrier(self) -> None:
+        """SQLite relies on all that was written before; it may have left with an earlier take_log already."""
         self._end_stretch()
-        if self._log and not isinstance(self._log[-1], LogBarrier):
+        if self._behind_barrier:
             self._log.append(LogBarrier())
+            self._behind_barrier = False
 
     def _end_stretch(self) -> None:
         for block, data in self._stretch.items():
@@ -142,6 +145,7 @@ class SlabImage:
                 offset = (block - WAL_FIRST_BLOCK) * BLOCK_SIZE
                 data = bytes(self._wal[offset : offset + BLOCK_SIZE])
             self._log.append(LogWrite(block, data))
+            self._behind_barrier = True
         self._stretch.clear()
 
     # Space

@@ -66,6 +66,16 @@ def test_writes_of_one_block_are_merged_only_between_barriers():
     assert log[0].data[:4] == b"12\0\0" and log[2].data[:4] == b"123\0"
 
 
+def test_a_barrier_is_kept_when_what_it_orders_was_taken_before():
+    """The checkpoint after an idle moment: the WAL's blocks have long left with an earlier take_log."""
+    image = SlabImage.create(Members().read_blocks, SLAB_BLOCKS, SLAB_BLOCKS)
+    image.write_wal(b"1", 0)
+    assert len(image.take_log()) == 1
+    image.barrier()
+    image.write_database(b"page" * 1024, 0)
+    assert [type(entry) for entry in image.take_log()] == [LogBarrier, LogWrite]
+
+
 def test_the_wal_never_leaves_its_region_however_many_batches_come():
     volume = TestVolume()
     used = []
