@@ -22,14 +22,14 @@ def list_command(as_json: bool) -> None:
     """List all drives of the cluster."""
 
     async def work(here: Here, peers: Peers) -> list[DriveStatus]:
-        return (await collect_status(here.store, peers)).drives
+        return (await collect_status(here.store, peers, ask_coordinators=False)).drives
 
     drives = run_with_peers(work)
     if as_json:
         print_json(drives)
         return
     print_table(
-        ("DRIVE", "NODE", "PATH", "STATE", ">SIZE", ">FREE"),
+        ("DRIVE", "NODE", "PATH", "STATE", ">SIZE", ">FREE", ">BAD BLOCKS", ">HEALED"),
         [
             (
                 drive.id[:8],
@@ -38,6 +38,8 @@ def list_command(as_json: bool) -> None:
                 drive.state,
                 format_size(drive.size),
                 size_or_unknown(drive.free),
+                drive.counters.get("checksum_errors"),
+                drive.counters.get("healed"),
             )
             for drive in drives
         ],

@@ -46,7 +46,7 @@ def status_command(as_json: bool) -> None:
 
     async def work(here: Here, peers: Peers) -> ClusterStatus:
         await require_pool(here.store)
-        return await collect_status(here.store, peers)
+        return await collect_status(here.store, peers, ask_coordinators=False)
 
     status = run_with_peers(work)
     pool = status.pool

@@ -116,7 +116,7 @@ def volume_row(volume: VolumeStatus) -> tuple[str, ...]:
         resiliency_text(volume.resiliency, volume.copies),
         volume.state,
         volume.health,
-        volume.coordinator,
+        volume.coordinator or None,
         size_or_unknown(volume.size),
         size_or_unknown(volume.free),
     )

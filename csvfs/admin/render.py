@@ -89,7 +89,7 @@ def make_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
 
 
 def styled(cell: Any) -> Text:
-    text = "-" if cell is None or cell == "" else str(cell)
+    text = "-" if cell is None else str(cell)
     text = text.encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
     return Text(text, style=STYLES.get(text, ""))
 

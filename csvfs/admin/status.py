@@ -104,7 +104,9 @@ class ClusterStatus:
     jobs: list[JobStatus]
 
 
-async def collect_status(store: ClusterStore, peers: Peers) -> ClusterStatus:
+async def collect_status(
+    store: ClusterStore, peers: Peers, *, ask_coordinators: bool = True
+) -> ClusterStatus:
     """Ask the store, then all drive servers and coordinators at once.
 
     Raises  Corrupt, Unavailable: of the cluster store. Cancel safe.
@@ -120,7 +122,7 @@ async def collect_status(store: ClusterStore, peers: Peers) -> ClusterStatus:
             nursery.start_soon(
                 answer_or_error, peers.drive_server(view, node, "status"), node, servers, server_errors
             )
-        for name in view.volumes:
+        for name in view.volumes if ask_coordinators else ():
             for call, answers in (("volume_status", volumes), ("statfs", figures)):
                 nursery.start_soon(
                     answer_or_error, peers.coordinator(view, name, call), name, answers, volume_errors
