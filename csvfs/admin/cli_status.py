@@ -110,7 +110,7 @@ def resiliency_text(resiliency: str, copies: int) -> str:
     return f"{resiliency} x{copies}" if resiliency == "mirror" else resiliency
 
 
-def volume_row(volume: VolumeStatus) -> tuple[str, ...]:
+def volume_row(volume: VolumeStatus) -> tuple[str | None, ...]:
     return (
         volume.name,
         resiliency_text(volume.resiliency, volume.copies),
