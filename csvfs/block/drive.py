@@ -155,6 +155,7 @@ class Drive:
                 self._note_open(opens)
             self._table = SlotTable(self._fd, self.layout, self.id)
             self.repairs += self._table.repairs
+            self._table.repair()
             self._find_slots()
             if self.contents_lost:
                 self._mark_all_active()

@@ -339,11 +339,13 @@ class SlabCopy:
         tables = self._open()
         self._check_range(block, count)
         numbers = range(block, block + count)
-        sums = tables.checksums[block : block + count]
+        sums = tables.checksums[block : block + count].tolist()
         if not any(sums) and not any_bits(tables.written, block, block + count):
             return []
         try:
-            data = memoryview(os.pread(self._fd, count << _BLOCK_SHIFT, self.data_offset + (block << _BLOCK_SHIFT)))
+            data = memoryview(
+                os.pread(self._fd, count << _BLOCK_SHIFT, self.data_offset + (block << _BLOCK_SHIFT))
+            )
         except OSError:
             return [number for number in numbers if not self._is_good(tables, number)]
         bad = []

@@ -167,6 +167,16 @@ class SlotTable:
                 # After a kill the newer half may be in the page cache only: T1 has it flushed before the other.
                 self._unsettled[slot] = Unsettled(pair.index(current), False, current.sequence)
 
+    def repair(self) -> None:
+        """Make both halves of every entry equal and durable (T2): before the first `put`, which needs one to stand on.
+
+        Raises OSError.
+        """
+        for _ in range(2):  # what is current, then the halves that lag behind
+            if self._unsettled:
+                os.fdatasync(self._fd)
+                self.settle(self.unsettled())
+
     def entry(self, slot: int) -> SlotEntry:
         """Raises Corrupt when the slot is quarantined."""
         entry = self.entries[slot]

@@ -63,6 +63,10 @@ class Superblock:
     def layout(self) -> Layout:
         return layout_of(self.size, self.slab_size)
 
+    @property
+    def slot_count(self) -> int:
+        return self.layout.slot_count
+
 
 @dataclass(slots=True)
 class Found:
