@@ -167,8 +167,9 @@ async def test_a_view_starts_from_what_is_there_and_follows_what_changes(store: 
 def test_nonsense_under_one_key_does_not_hurt_the_others() -> None:
     view = View()
     rows = [
-        ("nodes/n1", b"\xc1"), ("drives/xyz", pack_value({})), ("drives/00", pack_value({})), ("pool", pack_value(3)),
-        ("term/v", pack_value({"term": "x"})), ("unknown", b"?"), ("nodes/n2", pack_value({"address": "a"})),
+        ("nodes/n1", b"\xc1"), ("drives/xyz", pack_value({})), ("drives/00", pack_value({})), ("pool",
+        pack_value(3)), ("term/v", pack_value({"term": "x"})), ("unknown", b"?"), ("nodes/n2",
+        pack_value({"address": "a"})),
     ]  # fmt: skip
     view.apply([Change(key, Item(key, value, 1, 0), 1) for key, value in rows])
     assert view.nodes == {"n2": {"address": "a"}}

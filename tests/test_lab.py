@@ -53,7 +53,8 @@ def assert_nothing_left(directory: Path) -> None:
 
 
 def processes_naming(directory: Path) -> list[str]:
-    """Independently of the lab's own search: whoever has the directory on its command line or in its environment."""
+    """Independently of the lab's own search: whoever has the directory on its command line or in its
+    environment."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):

@@ -1,4 +1,5 @@
-"""`csvfs node run`: its lease, its children and their burial. The children are small scripts, without csvfs."""
+"""`csvfs node run`: its lease, its children and their burial. The children are small scripts, without
+csvfs."""
 
 import contextlib
 import os

@@ -15,6 +15,7 @@ import trio
 from csvfs.errors import BadRequest, Corrupt, NotFound, Unavailable
 from csvfs.store import embedded
 from csvfs.store.embedded import EmbeddedStore
+from csvfs.store.embedded_bell import Bell
 from csvfs.store.interface import Change, ClusterStore, Compare, Delete, Put
 from csvfs.store.opening import open_store
 
@@ -383,8 +384,9 @@ async def test_embedded_closed_gate_cuts_off_every_operation_and_watches_go_on_a
     other = open_store(f"embedded:{tmp_path}/store.db")
     lease = await store.grant_lease(60_000)
     operations = [
-        lambda: store.get("a"), lambda: store.list(""), lambda: store.put("a", b""), lambda: store.delete("a"),
-        lambda: store.grant_lease(1000), lambda: store.keep_alive(lease), lambda: store.revoke_lease(lease),
+        lambda: store.get("a"), lambda: store.list(""), lambda: store.put("a", b""), lambda:
+        store.delete("a"), lambda: store.grant_lease(1000), lambda: store.keep_alive(lease), lambda:
+        store.revoke_lease(lease),
     ]  # fmt: skip
     async with store.watch("") as changes:
         gate.touch()
@@ -440,6 +442,22 @@ async def test_embedded_watch_behind_compaction_still_learns_every_deletion(
     assert [change.key for change in batch if change.item] == ["k/new"]
     rows = sqlite3.connect(tmp_path / "store.db").execute("SELECT count(*) FROM items WHERE value IS NULL")
     assert rows.fetchone()[0] <= 6
+    await store.close()
+
+
+@pytest.mark.parametrize("silent", ["writer", "listener"])
+async def test_embedded_watch_sees_a_change_though_the_bell_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
+    """A writer may be killed between commit and ringing; the kernel may have no inotify to give."""
+    store = EmbeddedStore(tmp_path / "store.db")
+    if silent == "writer":
+        monkeypatch.setattr(Bell, "ring", lambda self: None)
+    async with store.watch("") as changes:
+        if silent == "listener":
+            changes.bell.close()  # type: ignore[attr-defined]
+        await store.put("a", b"")
+        assert [change.key for change in await next_changes(changes)] == ["a"]
     await store.close()
 
 

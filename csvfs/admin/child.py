@@ -1,10 +1,10 @@
 """A child process of `csvfs node run`: started, seen dying at once, buried, started again.
 
 Place      admin floor, below node_run.py.
-Limits     A child that dies is started again at once, then after 100, 200, 400 ms ... up to restart_backoff_max_ms;
-           one that ran for RAN_WELL_S starts from the beginning again.
-Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fires when the *thread* that forked
-           ends; so children are forked here, in the main thread, and waited for by pidfd.
+Limits     A child that dies is started again at once, then after 100, 200, 400 ms ... up to
+           restart_backoff_max_ms; one that ran for RAN_WELL_S starts from the beginning again.
+Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fires when the *thread* that
+           forked ends; so children are forked here, in the main thread, and waited for by pidfd.
 """
 
 import logging
@@ -158,8 +158,8 @@ async def wait_dead(process: subprocess.Popen[bytes]) -> None:
 def bound_log(path: Path, size_max: int) -> None:
     """Roll a log over to `<name>.1` when it is larger than `size_max` bytes.
 
-    By copy and truncation: the writer keeps its descriptor, and O_APPEND makes it go on at the new end. What it
-    writes between the two is lost.
+    By copy and truncation: the writer keeps its descriptor, and O_APPEND makes it go on at the new end. What
+    it writes between the two is lost.
     """
     try:
         if path.stat().st_size <= size_max:

@@ -1,9 +1,9 @@
 """Become another program that is killed when its parent dies. Started as a file by child.py, with `-I -S`.
 
-Place      admin floor; imports nothing of csvfs, since it runs at every start of a child before Python knows us.
+Place      admin floor; imports nothing of csvfs, since it runs at every start of a child.
 Usage      child_exec.py PARENT_PID PROGRAM ARGUMENT...
-Why        A wrapper and not a `preexec_fn`: the parent has threads, and code between fork and exec of a process
-           with threads may find a lock held for ever.
+Why        A wrapper and not a `preexec_fn`: the parent has threads, and code between fork and exec of a
+           process with threads may find a lock held for ever.
 """
 
 import ctypes

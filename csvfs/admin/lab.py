@@ -1,7 +1,7 @@
 """The lab: a whole cluster on one machine, to try csvfs and to break it.
 
-Place      admin floor. lab_files.py says what lies where, lab_network.py makes the network, lab_processes.py finds
-           and kills. Plain functions; they block, and must not be called from a trio task.
+Place      admin floor. lab_files.py says what lies where, lab_network.py makes the network, lab_processes.py
+           finds and kills. Plain functions; they block, and must not be called from a trio task.
 Rule       every function may be run again after it, or anything in the lab, was killed at any moment.
 """
 
@@ -37,8 +37,8 @@ from csvfs.units import GIB, format_size
 from csvfs.wire.control import pack_value
 
 __all__ = [
-    "LAB_DIR_DEFAULT", "lab_down", "lab_exec", "lab_heal", "lab_kill", "lab_partition", "lab_start", "lab_status",
-    "lab_up",
+    "LAB_DIR_DEFAULT", "lab_down", "lab_exec", "lab_heal", "lab_kill", "lab_partition", "lab_start",
+    "lab_status", "lab_up",
 ]  # fmt: skip
 
 CLUSTER_ROOT = Path("/clusterstorage")
@@ -62,10 +62,11 @@ def lab_up(
 ) -> None:
     """Bring a lab up; of one that is there, start what is not running.
 
-    Args     drives, drive_size: per node, and bytes of each (sparse). with_pool: format the drives and make the
-             pool. say: gets a line per step.
-    Raises   NotPermitted, NotSupported: no lab can run here. BadRequest. Conflict: there is one with other numbers.
-             TimedOut: a node does not come up; its log is named, and everything is left for you to look at.
+    Args     drives, drive_size: per node, and bytes of each (sparse). with_pool: format the drives and make
+             the pool. say: gets a line per step.
+    Raises   NotPermitted, NotSupported: no lab can run here. BadRequest. Conflict: there is one with other
+             numbers. TimedOut: a node does not come up; its log is named, and everything is left for you to
+             look at.
     """
     plan = LabPlan(nodes, drives, drive_size, store)
     files = lab_files(directory)

@@ -4,9 +4,9 @@ Place      admin floor, below lab.py.
 Layout     DIR/lab.json                what it was made with; written first, removed last
            DIR/store/store.db          the embedded cluster store
            DIR/netns                   the lab's own network namespace, with the bridge in it
-           DIR/nodes/n1/node.toml, netns, gate, run/ (sockets, logs), root/ (its /clusterstorage), drives/d1 ...
-Names      A namespace is kept by a bind mount inside DIR, and all interfaces live in namespaces: nothing of a lab
-           has a name outside DIR, so labs never collide.
+           DIR/nodes/n1/node.toml, netns, gate, run/ (sockets, logs), root/ (its /clusterstorage), drives/
+Names      A namespace is kept by a bind mount inside DIR, and all interfaces live in namespaces: nothing of a
+           lab has a name outside DIR, so labs never collide.
 """
 
 import json

@@ -68,8 +68,9 @@ def make_network(files: LabFiles, nodes: list[LabNode]) -> None:
 def set_link(files: LabFiles, node: LabNode, *, up: bool) -> None:
     """Join the node to the bridge, or cut it off.
 
-    By leaving the bridge and not by pulling the cable: packets vanish without a word to either side, which is the
-    worst a network does, and the kernel's up to 1 s of thinking about a carrier that changed is not waited for.
+    By leaving the bridge and not by pulling the cable: packets vanish without a word to either side, which is
+    the worst a network does, and the kernel's up to 1 s of thinking about a carrier that changed is not
+    waited for.
     """
     _ip(files.netns, "link", "set", node.name, *(["master", BRIDGE] if up else ["nomaster"]))
 

@@ -2,8 +2,8 @@
 
 Place      admin floor, below lab.py.
 Finding    A process belongs to a node if it is in the node's network namespace, or bears CSVFS_LAB=DIR and
-           CSVFS_NODE=<node> in its environment. A child inherits both, so nothing can escape by being orphaned,
-           and a pid that was used again by a stranger is never taken for ours.
+           CSVFS_NODE=<node> in its environment. A child inherits both, so nothing can escape by being
+           orphaned, and a pid that was used again by a stranger is never taken for ours.
 """
 
 import os
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from csvfs.admin.lab_files import LabFiles, LabNode
 from csvfs.admin.lab_network import netns_inode
@@ -108,7 +109,7 @@ def node_pid(files: LabFiles, node: LabNode) -> int | None:
 
 
 def node_environment(files: LabFiles, node: LabNode, role: str) -> dict[str, str]:
-    """The environment inside a node: this one, with the node's configuration, and our programs first on PATH."""
+    """The environment inside a node: this one, with the node's configuration, our programs first on PATH."""
     programs = os.path.dirname(sys.executable)
     return os.environ | {
         CONFIG_ENVIRONMENT: str(node.config),
@@ -120,7 +121,7 @@ def node_environment(files: LabFiles, node: LabNode, role: str) -> dict[str, str
 
 
 def start_node(files: LabFiles, node: LabNode, cluster_root: Path) -> None:
-    """Start the node's `node run` in its namespaces, its own directory as `cluster_root`; does not wait for it."""
+    """Start the node's `node run` in its namespaces, its own directory as `cluster_root`; does not wait."""
     script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
     argv = [
         "nsenter", f"--net={node.netns}",
@@ -168,4 +169,5 @@ def run_in_node(
         *argv,
     ]
     environment = node_environment(files, node, ROLE_EXEC)
-    return subprocess.run(entered, env=environment, check=False, **options)  # type: ignore[call-overload, no-any-return]
+    keywords: dict[str, Any] = {"env": environment, "check": False, **options}
+    return subprocess.run(entered, **keywords)

@@ -1,14 +1,17 @@
 """`csvfs node run`: holds the node's lease in the cluster store, and runs the node's processes under it.
 
-Place      admin floor. Starts `csvfs.block.drive_server`, `coordinator.host` and `csvfs.mount.process` by name.
-Writer     of `alive/<node>`, `nodes/<node>`, `incarnations/<node>` and the liveness page. It deletes what its children
-           wrote (`servers/`, `coordinators/`, `owner/`) as soon as they are dead: nobody waits for a timeout.
-Children   get CSVFS_CONFIG, CSVFS_NODE_LEASE (attach your keys to it), CSVFS_NODE_INCARNATION (of the lease: give it
-           to Liveness), CSVFS_INCARNATION (of this start of this child; grows), CSVFS_ROLE.
+Place      admin floor. Starts `csvfs.block.drive_server`, `coordinator.host` and `csvfs.mount.process` by
+           name.
+Writer     of `alive/<node>`, `nodes/<node>`, `incarnations/<node>` and the liveness page. It deletes what its
+           children wrote (`servers/`, `coordinators/`, `owner/`) as soon as they are dead: nobody waits for a
+           timeout.
+Children   get CSVFS_CONFIG, CSVFS_NODE_LEASE (attach your keys to it), CSVFS_NODE_INCARNATION (of the lease:
+           give it to Liveness), CSVFS_INCARNATION (of this start of this child; grows), CSVFS_ROLE.
 
 Invariants
   N1  The liveness page says at most `time the heartbeat was sent + lease - margin` (I5).
-  N2  A lease that is lost stays lost: the page is closed, every child killed and reaped before the next lease.
+  N2  A lease that is lost stays lost: the page is closed, every child killed and reaped before the next
+      lease.
 """
 
 import contextlib
@@ -290,7 +293,7 @@ class _NodeLease:
         self._poke()
 
     async def _stop_in_order(self) -> None:
-        """Mounts first, as they flush through the others; then the coordinator, which writes to the drives."""
+        """Mounts first, as they flush through the others; then the coordinator, which writes to drives."""
         grace_s = self._config.options.stop_timeout_ms / 1000
         async with trio.open_nursery() as nursery:
             for name, (_, child) in list(self._mounts.items()):

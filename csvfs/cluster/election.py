@@ -1,9 +1,10 @@
 """Election: who becomes the coordinator of a volume that has none.
 
-Place      cluster floor. `decide` is pure; `take_ownership` and `release_ownership` are its hands in the store.
-How        Every host computes the same order of candidates from the same view and waits according to its rank, so
-           that normally one host tries. That is courtesy, not safety: of several that try, the store's
-           compare-and-swap lets exactly one through.
+Place      cluster floor. `decide` is pure; `take_ownership` and `release_ownership` are its hands in the
+           store.
+How        Every host computes the same order of candidates from the same view and waits according to its
+           rank, so that normally one host tries. That is courtesy, not safety: of several that try, the
+           store's compare-and-swap lets exactly one through.
 
 Invariants
   L1  `owner/<name>` is created only where it is absent (or is this very host's), and in the same transaction
@@ -48,8 +49,8 @@ def decide(
              now_ns: since when the volumes have been without owner, as far as this node knows.
     Returns  one attempt per volume without owner, by volume name; none when `node` is not itself alive.
 
-    The preferred node goes first, then whoever owns the fewest volumes, then by name. A volume counts as its first
-    candidate's at once, so that several volumes that lose their owner together are spread too.
+    The preferred node goes first, then whoever owns the fewest volumes, then by name. A volume counts as its
+    first candidate's at once, so that several volumes that lose their owner together are spread too.
     """
     owned = dict.fromkeys(alive, 0)
     for owner in owners.values():
@@ -78,8 +79,8 @@ async def take_ownership(
     """Make this host the coordinator of a volume that has none.
 
     Args     lease: of the node; when it ends, so does the ownership.
-    Returns  the new term, or None: another has it. A host that owns the volume already (the answer of an earlier try
-             was lost) gets a fresh term: whatever ran under the earlier one is over.
+    Returns  the new term, or None: another has it. A host that owns the volume already (the answer of an
+             earlier try was lost) gets a fresh term: whatever ran under the earlier one is over.
     Raises   Unavailable: it may or may not have happened; call again. NotFound: the lease has ended.
     Cancel   safe; it may or may not have happened.
     """
@@ -109,7 +110,8 @@ async def take_ownership(
 async def release_ownership(
     store: ClusterStore, volume_name: str, node: NodeName, host_incarnation: Incarnation
 ) -> bool:
-    """Give the volume up; False: it was not this host's (any more), and nothing was changed. Raises Unavailable."""
+    """Give the volume up; False: it was not this host's (any more), and nothing was changed. Raises
+    Unavailable."""
     key = f"owner/{volume_name}"
     item = await store.get(key)
     if item is None or not _is_host(item, node, host_incarnation):
@@ -118,7 +120,8 @@ async def release_ownership(
 
 
 async def release_host(store: ClusterStore, node: NodeName, host_incarnation: Incarnation) -> list[str]:
-    """Give up all that a coordinator host owned, after it died; returns the volumes' names. Raises Unavailable."""
+    """Give up all that a coordinator host owned, after it died; returns the volumes' names. Raises
+    Unavailable."""
     released = []
     for item in await store.list("owner/"):
         volume_name = item.key.removeprefix("owner/")

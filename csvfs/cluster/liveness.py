@@ -90,7 +90,8 @@ class Liveness:
         return Incarnation(self._words[_INCARNATION])
 
     def may_serve(self) -> bool:
-        """Whether an answer given now is covered by the node's lease. Less than 1 us: ask before each answer."""
+        """Whether an answer given now is covered by the node's lease. Less than 1 us: ask before each
+        answer."""
         return self._clock() < self._words[_UNTIL]
 
     @property
@@ -100,5 +101,6 @@ class Liveness:
 
 
 def serve_until_ns(sent_ns: int, lease_ms: int, margin_ms: int) -> int:
-    """Until when a heartbeat that was *sent* at `sent_ns` and answered allows serving (CLOCK_MONOTONIC, ns)."""
+    """Until when a heartbeat that was *sent* at `sent_ns` and answered allows serving (CLOCK_MONOTONIC,
+    ns)."""
     return sent_ns + (lease_ms - margin_ms) * 1_000_000

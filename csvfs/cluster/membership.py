@@ -1,6 +1,7 @@
 """Membership: what this process knows of the cluster, kept up to date from the cluster store.
 
-Place      cluster floor; the trio shell around a dict per kind of key (ARCHITECTURE.md, "Cluster store keys").
+Place      cluster floor; the trio shell around a dict per kind of key (ARCHITECTURE.md, "Cluster store
+           keys").
 Writer     `keep_view_forever` alone; everybody else reads `View`, whose tables change only between awaits.
 Cost       one watch per process.
 """
@@ -28,8 +29,8 @@ T = TypeVar("T")
 class View:
     """The cluster as last heard. Values are the maps of the store, as they are; treat them as read-only.
 
-    After a partition a view is old until the store can be reached again: it says what was, never what is. What
-    must not be wrong is decided by compare-and-swap in the store, by fences and by the liveness page.
+    After a partition a view is old until the store can be reached again: it says what was, never what is.
+    What must not be wrong is decided by compare-and-swap in the store, by fences and by the liveness page.
     """
 
     def __init__(self) -> None:
@@ -103,7 +104,8 @@ class View:
                 else:
                     table[to_id(name)] = value
         except (CsvfsError, ValueError, TypeError) as error:
-            # Somebody wrote nonsense under a key; the others must not suffer, and the key is as good as absent.
+            # Somebody wrote nonsense under a key; the others must not suffer, and the key is as good as
+            # absent.
             logger.error("cluster store key %s is malformed and ignored: %s", key, error)
 
     def _apply_term(self, volume_name: str, value: Map | None) -> None:

@@ -3,16 +3,17 @@
 Place      store floor, one back end of interface.py.
 Owns       `store.db` (WAL, synchronous=FULL: a transaction that has been answered survives a power cut) and
            `store.db-leases` (embedded_leases.py), `store.db-lock` (held while opening).
-Blocking   Reads and lease renewals run inline: microseconds, no fsync, never behind a writer (WAL). Where SQLite
-           says busy they are tried again after a trio sleep. Transactions fsync, so they run in a worker thread,
-           one at a time per handle; between processes SQLite's write lock decides.
-Watches    Every 20 ms a watch asks `PRAGMA data_version` (2 us), and reads what has a higher revision when that
-           has moved. Deleted keys stay as rows without a value until compaction; a watch that fell behind
-           compaction lists everything and compares with what it knew.
+Blocking   Reads and lease renewals run inline: microseconds, no fsync, never behind a writer (WAL). Where
+           SQLite says busy they are tried again after a trio sleep. Transactions fsync, so they run in a
+           worker thread, one at a time per handle; between processes SQLite's write lock decides.
+Watches    A watch sleeps until the bell rings (embedded_bell.py), or 200 ms at most; then it asks `PRAGMA
+           data_version` (2 us), and reads what has a higher revision when that has moved. Deleted keys stay
+           as rows without a value until compaction; a watch that fell behind it lists everything and compares
+           with what it knew.
 
 Invariants
-  S1  `revision` and the rows that bear it change in one SQLite transaction; so what has a revision above the one
-      last seen, read in one snapshot, is exactly what changed since.
+  S1  `revision` and the rows that bear it change in one SQLite transaction; so what has a revision above the
+      one last seen, read in one snapshot, is exactly what changed since.
   S2  A key is attached to a lease only while that lease is alive, checked under the main write lock; whoever
       deletes the keys of an ended lease takes that lock later, and so finds the key.
 """
@@ -29,13 +30,13 @@ import trio
 
 from csvfs.clock import MonotonicNs, monotonic_ns
 from csvfs.errors import BadRequest, Corrupt, NotFound, Unavailable
+from csvfs.store.embedded_bell import Bell, BellListener
 from csvfs.store.embedded_leases import LeaseTable
 from csvfs.store.interface import Change, Compare, Delete, Item, Put, TransactionResult
 
 KEY_SIZE_MAX = 512  # characters
 VALUE_SIZE_MAX = 1 << 20  # bytes; etcd takes 1.5 MiB per request
 TOMBSTONES_KEPT = 1000  # deleted keys remembered for watches; a watch behind them lists anew
-WATCH_INTERVAL_S = 0.02
 LEASE_CHECK_INTERVAL_NS = 100_000_000  # how late a watch sees at most that a lease ran out
 BUSY_SLEEP_S = 0.002
 BUSY_TIMEOUT_S = 5.0
@@ -57,7 +58,8 @@ CREATE INDEX IF NOT EXISTS items_by_lease ON items(lease) WHERE lease != 0;
 
 
 def boot_id() -> str:
-    """Changes with every boot of this machine, and so tells whether a CLOCK_MONOTONIC deadline means anything."""
+    """Changes with every boot of this machine, and so tells whether a CLOCK_MONOTONIC deadline means
+    anything."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -85,7 +87,9 @@ class EmbeddedStore:
         self._closed = False
         self._leases_checked_ns = 0
         lease_path = path.with_name(path.name + "-leases")
+        self._bell_path = path.with_name(path.name + "-bell")
         with _sqlite_errors(path), _opening_lock(path):
+            self._bell = Bell(self._bell_path)
             self._writer = _connect(path, BUSY_TIMEOUT_S)
             self._prepare(boot_id() if boot is None else boot, lease_path)
             self._reader = _connect(path, BUSY_TIMEOUT_S)
@@ -103,7 +107,8 @@ class EmbeddedStore:
             if found != _FORMAT:
                 raise Corrupt(f"{self._path} has format {found}, this csvfs reads {_FORMAT}; upgrade csvfs")
             if last_boot != boot:
-                # Nobody has the lease table open: whoever had died with the machine, and _opening_lock is ours.
+                # Nobody has the lease table open: whoever had died with the machine, and _opening_lock is
+                # ours.
                 for suffix in ("", "-wal", "-shm"):
                     lease_path.with_name(lease_path.name + suffix).unlink(missing_ok=True)
                 self._delete_keys("SELECT key FROM items WHERE lease != 0", ())
@@ -208,7 +213,8 @@ class EmbeddedStore:
         await self._in_thread(self._sweep)
 
     async def _sweep_if_due(self, interval_ns: int) -> None:
-        """Delete the keys of leases that have ended, unless that was looked at less than `interval_ns` ago."""
+        """Delete the keys of leases that have ended, unless that was looked at less than `interval_ns`
+        ago."""
         now = self._clock()
         if interval_ns and now - self._leases_checked_ns < interval_ns:
             return
@@ -232,7 +238,11 @@ class EmbeddedStore:
     async def watch(self, prefix: str) -> AsyncIterator[AsyncIterator[list[Change]]]:
         """See interface.py. Entering raises Unavailable; afterwards the iterator waits instead."""
         revision, known = await self._inline(lambda: self._snapshot(prefix))
-        yield _Watch(self, prefix, revision, known)
+        bell = BellListener(self._bell_path)
+        try:
+            yield _Watch(self, bell, prefix, revision, known)
+        finally:
+            bell.close()
 
     def _snapshot(self, prefix: str) -> tuple[int, dict[str, int]]:
         """The store's revision, and that of each key under `prefix`, of one instant."""
@@ -251,7 +261,7 @@ class EmbeddedStore:
                 raise
             except Unavailable:
                 pass  # the gate, or SQLite is busy: what changes meanwhile is found afterwards
-            await trio.sleep(WATCH_INTERVAL_S)
+            await watch.bell.wait()
 
     def _poll(self, watch: "_Watch") -> list[Change]:
         version = self._data_version()
@@ -306,7 +316,7 @@ class EmbeddedStore:
                 await trio.to_thread.run_sync(self._close)
 
     def _close(self) -> None:
-        for resource in (self._leases, self._writer_leases, self._reader, self._writer):
+        for resource in (self._leases, self._writer_leases, self._reader, self._writer, self._bell):
             resource.close()
 
     async def _inline(self, operation: Callable[[], T]) -> T:
@@ -325,10 +335,17 @@ class EmbeddedStore:
 
     async def _in_thread(self, operation: Callable[[], T]) -> T:
         """Run what may fsync, in a worker thread; once begun it is finished even when cancelled."""
+
+        def run() -> T:
+            try:
+                return operation()
+            finally:
+                self._bell.ring()
+
         async with self._write_lock:
             self._refuse_when_closed()
             with _sqlite_errors(self._path):
-                return await trio.to_thread.run_sync(operation)
+                return await trio.to_thread.run_sync(run)
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
@@ -347,8 +364,11 @@ class EmbeddedStore:
 class _Watch:
     """Where one watch stands. Its `anext` may be cancelled and called again."""
 
-    def __init__(self, store: EmbeddedStore, prefix: str, revision: int, known: dict[str, int]) -> None:
+    def __init__(
+        self, store: EmbeddedStore, bell: BellListener, prefix: str, revision: int, known: dict[str, int]
+    ) -> None:
         self._store = store
+        self.bell = bell
         self.prefix = prefix
         self.revision = revision
         self.known = known  # key -> revision as this watch last told

@@ -1,16 +1,17 @@
 """The lease table of the embedded store: who renewed when, in a database of its own that is never flushed.
 
 Place      store floor, below embedded.py. Synchronous.
-Why apart  A lease is renewed twice a second by each node and must cost no fsync; deadlines are CLOCK_MONOTONIC
-           and mean nothing after a reboot, so there is nothing to make durable. With synchronous=OFF a crash of
-           any process loses nothing (the kernel has the pages); a power cut may ruin this file, and the first
-           opener after a boot makes a new one.
+Why apart  A lease is renewed twice a second by each node and must cost no fsync; deadlines are
+           CLOCK_MONOTONIC and mean nothing after a reboot, so there is nothing to make durable. With
+           synchronous=OFF a crash of any process loses nothing (the kernel has the pages); a power cut may
+           ruin this file, and the first opener after a boot makes a new one.
 
 Invariants
   E1  A lease ends by one committed update here (`ended`), under this database's write lock. keep_alive takes
       the same lock, so either it came first and the lease lives, or it is told NotFound.
-  E2  The keys of an ended lease are deleted from the main database afterwards, by whoever comes next, and only
-      then is its row here removed. So a crash in between leaves work to do, never a key that stays for ever.
+  E2  The keys of an ended lease are deleted from the main database afterwards, by whoever comes next, and
+      only then is its row here removed. So a crash in between leaves work to do, never a key that stays for
+      ever.
 """
 
 import secrets
@@ -44,7 +45,8 @@ class LeaseTable:
         self._db.execute(f"PRAGMA busy_timeout = {busy_timeout_ms}")
 
     def grant(self, ttl_ms: int) -> int:
-        # Ids are random: they need no counter that would have to survive a reboot. 62 bits: SQLite's are signed.
+        # Ids are random: they need no counter that would have to survive a reboot. 62 bits: SQLite's are
+        # signed.
         lease = secrets.randbits(62) | 1
         ttl_ns = ttl_ms * 1_000_000
         row = (lease, ttl_ns, self._clock() + ttl_ns)
