@@ -604,7 +604,17 @@ def test_a_volume_that_is_not_empty_is_deleted_only_with_yes(
     assert three_nodes.value("volumes/Volume1") is None
 
 
-@pytest.mark.parametrize("answer", [None, [], {}, {"files": "many", "files_free": None}])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        [],
+        {},
+        {"files": "many", "files_free": None},
+        {"files": 9, "files_free": 9},
+        {"files": 1, "files_free": 9},
+    ],
+)
 def test_a_volume_whose_emptiness_nobody_can_tell_is_not_deleted(
     three_nodes: Cluster, files_in_volume: list[Any], answer: Any
 ) -> None:

@@ -168,12 +168,14 @@ async def require_empty(view: ClusterView, peers: Peers, name: str) -> None:
         if not isinstance(figures, dict):
             raise ProtocolError(f"the coordinator of {name} answers statfs with {type(figures).__name__}")
         file_count = int(figures["files"]) - int(figures["files_free"])
+        if file_count < 1:  # the root directory is always there: whatever this counts, it is not files
+            raise ProtocolError(f"the coordinator of {name} counts {file_count} files")
     except (CsvfsError, KeyError, TypeError, ValueError) as error:
         raise Conflict(
             f"cannot find out whether volume {name} is empty ({error}): "
             "use --yes to delete it with all it holds"
         ) from None
-    held = file_count - 1  # the root directory is always there
+    held = file_count - 1
     if held > 0:
         raise NotEmpty(
             f"volume {name} holds {held} files and directories: use --yes to delete them all with it"
