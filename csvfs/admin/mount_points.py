@@ -17,7 +17,7 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
 def mounted_paths(mountinfo: bytes | None = None) -> list[bytes]:
-    """All mount points of this process's mount namespace, in mount order: of equal ones the last is on top."""
+    """Mount points of this process's mount namespace, in mount order: of equal ones the last is on top."""
     text = Path("/proc/self/mountinfo").read_bytes() if mountinfo is None else mountinfo
     fields = (line.split(b" ") for line in text.splitlines())
     return [_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), row[4]) for row in fields if len(row) > 4]
