@@ -8,7 +8,7 @@ import stat
 
 from coordinator.database import Database
 from coordinator.extents import FILE_SIZE_MAX, Extents
-from coordinator.inodes import Inode, Inodes
+from coordinator.inodes import TIME_MAX, TIME_MIN, Inode, Inodes
 from csvfs.errors import (
     BadRequest,
     Exists,
@@ -26,7 +26,6 @@ XATTR_LIST_SIZE_MAX = 64 * KIB  # all names of an inode, each with a NUL: what l
 XATTR_CREATE = 1  # must not exist yet
 XATTR_REPLACE = 2  # must exist
 _ID_MAX = 0xFFFF_FFFF
-_TIME_MIN, _TIME_MAX = -(1 << 63), (1 << 63) - 1
 
 
 class Attributes:
@@ -55,7 +54,7 @@ class Attributes:
     ) -> list[int]:
         """Change what is not None; returns the attr afterwards.
 
-        A file with very many extents may end up larger than `size`: then commit, and call again until it is not.
+        A file of very many extents may end up larger than `size`: then commit, and call again.
 
         Raises   NotFound, BadRequest, FileTooBig, IsADirectory or Conflict: size of what is no regular file.
         """
@@ -83,7 +82,7 @@ class Attributes:
     def commit_file(
         self, ino: int, size: int, mtime_ns: int | None, atime_ns: int | None, now_ns: int
     ) -> None:
-        """What a holder of a write lease reports: a size only grows by this. Raises NotFound, FileTooBig ..."""
+        """What the holder of a write lease reports: the size only grows. Raises NotFound, FileTooBig ..."""
         inode = self._inodes.file(ino)
         _check_change(None, None, None, atime_ns, mtime_ns)
         if size > FILE_SIZE_MAX:
@@ -96,7 +95,7 @@ class Attributes:
         self._inodes.changed(inode)
 
     def _resize(self, inode: Inode, size: int, now_ns: int) -> None:
-        # A growing file keeps blocks granted ahead: the holder of its write lease may be writing them right now.
+        # A growing file keeps blocks granted ahead: whoever has its write lease may be writing them now.
         if size < inode.size:
             end = -(-size // BLOCK_SIZE)
             reached = self._extents.free_from(inode, end)
@@ -124,8 +123,13 @@ class Attributes:
         ]
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, now_ns: int) -> None:
-        """Raises NotFound, NameTooLong, ResultTooLarge, Exists (XATTR_CREATE), NoAttribute (XATTR_REPLACE), NoSpace."""
+        """Flags: 0, XATTR_CREATE or XATTR_REPLACE.
+
+        Raises   NotFound, NameTooLong, ResultTooLarge, Exists, NoAttribute, NoSpace (too many), BadRequest.
+        """
         inode = self._inodes.get(ino)
+        if not isinstance(name, bytes) or not isinstance(value, bytes):
+            raise BadRequest(f"attribute {name!r}: name and value are bytes")
         if not 0 < len(name) <= XATTR_NAME_SIZE_MAX or b"\0" in name:
             raise NameTooLong(
                 f"attribute name of {len(name)} B, may have 1 to {XATTR_NAME_SIZE_MAX} and no NUL"
@@ -176,12 +180,12 @@ def _check_change(
     if mode is not None and not 0 <= mode <= 0xFFFF:
         raise BadRequest(f"mode {mode:#o} is none")
     for time_ns in (atime_ns, mtime_ns):
-        if time_ns is not None and not _TIME_MIN <= time_ns <= _TIME_MAX:
+        if time_ns is not None and not TIME_MIN <= time_ns <= TIME_MAX:
             raise BadRequest(f"time {time_ns} ns does not fit 64 bits")
 
 
 def _mode_after_chown(mode: int) -> int:
-    """As Linux does for everybody, root too: set-uid goes; set-gid too where it means running as the group."""
+    """As Linux does, for root too: set-uid goes, and set-gid where it means running as the group."""
     if stat.S_ISDIR(mode):
         return mode
     mode &= ~stat.S_ISUID

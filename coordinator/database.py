@@ -127,7 +127,7 @@ class Database:
         if self.active and self._doom is None:
             self._doom = error
             if not self._connection.in_transaction:
-                # SQLite has rolled back by itself. What still comes must not be committed statement by statement.
+                # SQLite has rolled back by itself. What still comes must not be committed piecemeal.
                 self._connection.execute("BEGIN")
         return error
 
@@ -149,7 +149,7 @@ class Database:
         self.active = True
 
     def commit(self) -> None:
-        """Commit the batch. Raises NoSpace, Corrupt ...: a statement failed; nothing of the batch was applied."""
+        """Commit the batch. Raises NoSpace, Corrupt ...: a statement failed, nothing of it was applied."""
         assert self.active
         try:
             if self._doom is not None:
@@ -190,9 +190,11 @@ class Database:
         """Copy the WAL's pages to their places; between batches. The next batch starts the WAL anew."""
         assert not self.active
         try:
-            self._connection.wal_checkpoint()
+            frames, copied = self._connection.wal_checkpoint()
         except apsw.Error as error:
             raise _ours(error) from error
+        if frames == copied:
+            self.image.wal_end = 0
 
     def used_blocks(self) -> int:
         """Blocks of the address space up to the end of the database, with pages that only the WAL holds."""

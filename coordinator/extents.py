@@ -3,15 +3,15 @@
 Place      coordinator floor; above inodes.py and space.py, below attributes, namespace, metadata.
 Owns       table extents, and `blocks` of inodes.
 
-A hole has no extent. Blocks that were granted but never written read as zeros, so more may be granted than was
-asked for: whole chunks below the end of a file, and ahead of a file that grows.
+A hole has no extent. Blocks that were granted but never written read as zeros, so more may be granted than
+was asked for: whole chunks below the end of a file, and ahead of a file that grows.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
 from coordinator.database import Database
-from coordinator.inodes import Inode, Inodes
+from coordinator.inodes import TIME_MAX, TIME_MIN, Inode, Inodes
 from coordinator.space import Piece, Space
 from csvfs.errors import BadRequest, FileTooBig
 from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, MIB, TIB
@@ -55,7 +55,7 @@ class Allocation:
     attr      of the file afterwards
     extents   those that overlap the range, whole, by file block, with what was given ahead
     missing   blocks for which no slab has room: nothing was changed; add a slab and call again
-    reached   no hole before this block of the range. Less than its end: the rest takes another call, from there
+    reached   no hole before this block of the range. Less than its end: call again for the rest, from there
     """
 
     attr: list[int]
@@ -94,6 +94,8 @@ class Extents:
         _check_range(block, count)
         if size > FILE_SIZE_MAX:
             raise FileTooBig(f"inode {ino}: {size} B, a file may have {FILE_SIZE_MAX} B")
+        if not TIME_MIN <= mtime_ns <= TIME_MAX:
+            raise BadRequest(f"time {mtime_ns} ns does not fit 64 bits")
         end = block + count
         known = self._read(ino, block, end, PIECES_PER_CALL_MAX)
         if len(known) == PIECES_PER_CALL_MAX:
@@ -151,7 +153,7 @@ class Extents:
         return reached
 
     def trim_allocation_ahead(self, ino: int) -> bool:
-        """Give up blocks behind the end of the file, once nobody writes it. False: call again (see free_from)."""
+        """Give up blocks behind the end of a file that nobody writes. False: call again (see free_from)."""
         inode = self._inodes.file(ino)
         end = -(-inode.size // BLOCK_SIZE)
         return self.free_from(inode, end) == end
@@ -175,7 +177,7 @@ class Extents:
         return [Piece(extent.slab, extent.slab_block + keep, extent.count - keep)]
 
     def _read(self, ino: int, block: int, end: int, limit: int) -> list[Extent]:
-        """The last extent that starts at or before `block`, even if it ends before it, and those behind it."""
+        """The last extent that starts at or before `block`, wherever it ends, and those behind it."""
         return [Extent(*row) for row in self._database.rows(_READ, (ino, block, end, limit))]
 
     def _widen(
@@ -192,8 +194,8 @@ class Extents:
             behind = starts[index] if index < len(starts) else self._next_extent(inode.ino, end)
             index = bisect_left(starts, start)
             before = known[index - 1].end if index else 0
-            at_tail = behind == _NO_EXTENT_BEHIND and end >= size_blocks
-            if at_tail and inode.blocks and before == start and known:
+            grows = behind == _NO_EXTENT_BEHIND and end > size_blocks
+            if grows and inode.blocks and before == start and known:
                 ahead = min(max(inode.blocks, AHEAD_BLOCKS_MIN), AHEAD_BLOCKS_MAX)
                 wide.append((start, min(end + ahead, FILE_BLOCKS_MAX)))
                 continue

@@ -11,11 +11,16 @@ from coordinator.database import Database
 from csvfs.errors import Conflict, IsADirectory, NotADirectory, NotFound
 from csvfs.units import BLOCK_SIZE
 
+INO_LIMIT = 1 << 62
+TIME_MIN, TIME_MAX = -(1 << 63), (1 << 63) - 1  # ns
 CACHE_INODES_MAX = 50_000  # about 250 B each
 DIRECTORY_SIZE = BLOCK_SIZE  # what stat says of any directory
 _SECTORS_PER_BLOCK = BLOCK_SIZE // 512
 _COLUMNS = "ino, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime, generation, parent, xattrs"
-ATTR_COLUMNS = "i.ino, i.mode, i.nlink, i.uid, i.gid, i.rdev, i.size, i.blocks * 8, i.atime, i.mtime, i.ctime, i.generation"
+ATTR_COLUMNS = (
+    "i.ino, i.mode, i.nlink, i.uid, i.gid, i.rdev, i.size, i.blocks * 8,"
+    " i.atime, i.mtime, i.ctime, i.generation"
+)
 assert _SECTORS_PER_BLOCK == 8  # ATTR_COLUMNS
 _READ = f"SELECT {_COLUMNS} FROM inodes WHERE ino = ?"
 _WRITE = f"INSERT OR REPLACE INTO inodes({_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
@@ -65,6 +70,8 @@ class Inodes:
         """Raises NotFound."""
         inode = self._cache.get(ino)
         if inode is None:
+            if not 0 < ino < INO_LIMIT:
+                raise NotFound(f"inode {ino} does not exist: numbers go from 1 to {INO_LIMIT - 1}")
             rows = self._database.rows(_READ, (ino,))
             if not rows:
                 raise NotFound(f"inode {ino} does not exist")

@@ -1,9 +1,9 @@
 """A volume's metadata: everything its coordinator knows about names, attributes, layouts and sessions.
 
-Place      coordinator floor; above its parts (namespace, attributes, extents, space, replies), below service.py.
+Place      coordinator floor; above namespace, attributes, extents, space, replies; below service.py.
            Synchronous: no network, clock or trio. Times come in as arguments.
-Use        `begin`, operations, `commit` (or `rollback`); then send `image.take_log()` to the members; answer the
-           batch once that is there. Expected errors of an operation leave the batch as it was before it.
+Use        `begin`, operations, `commit` (or `rollback`); then send `image.take_log()` to the members; answer
+           the batch once that is there. Expected errors of an operation leave the batch as it was before it.
            Any other error, and NoSpace: roll the batch back, then do its operations again one by one.
 """
 

@@ -2,7 +2,7 @@
 
 Place      coordinator floor; above inodes.py and extents.py, below metadata.py.
 Owns       tables entries, symlinks and orphans; link counts; `parent` of directories.
-Rule       an operation checks everything before it changes anything: an expected error leaves the batch intact.
+Rule       an operation checks all before it changes anything: an expected error leaves the batch intact.
 
 Directory cookies: an entry's key in its directory is a keyed hash of its name, so it stays where it is while
 others come and go, and readdir goes on from it. Names of one hash share a bucket of 16 keys.
@@ -38,7 +38,8 @@ READDIR_LIMIT_MAX = 4096
 
 COOKIE_BUCKET = 16
 COOKIE_MIN = 16  # those below are the mount's, for the start, `.` and `..`
-_COOKIE_MASK = (1 << 62) - COOKIE_BUCKET
+COOKIE_LIMIT = 1 << 62
+_COOKIE_MASK = COOKIE_LIMIT - COOKIE_BUCKET
 HASH_KEY_SIZE = 16
 _KINDS = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK}
 
@@ -76,7 +77,7 @@ class Namespace:
     # Looking
 
     def lookup(self, parent: int, name: bytes) -> list[int] | None:
-        """The attr of the entry; None: there is none. Raises NotFound (no parent), NotADirectory, NameTooLong."""
+        """The attr of the entry, or None. Raises NotFound (no parent), NotADirectory, NameTooLong."""
         self._inodes.directory(parent)
         found = self._find(parent, name)[0]
         return None if found is None else self._inodes.get(found[1]).attr()
@@ -89,15 +90,15 @@ class Namespace:
         return target
 
     def readdir(self, ino: int, cookie: int, limit: int) -> tuple[list[list], bool]:
-        """Entries behind `cookie` (0: all), at most `limit`, as [cookie, name, attr]; and whether these were the last.
+        """Up to `limit` entries behind `cookie` (0: all), as [cookie, name, attr]; and if they are the last.
 
         An entry that is there all the time is seen exactly once, whatever else changes between two calls.
 
         Raises   NotFound, NotADirectory, BadRequest.
         """
         self._inodes.directory(ino)
-        if limit <= 0:
-            raise BadRequest(f"readdir of {limit} entries; ask for 1 to {READDIR_LIMIT_MAX}")
+        if limit <= 0 or not 0 <= cookie < COOKIE_LIMIT:
+            raise BadRequest(f"readdir: {limit} entries from cookie {cookie}; ask for {READDIR_LIMIT_MAX}")
         limit = min(limit, READDIR_LIMIT_MAX)
         if self._database.active:
             self._inodes.flush()
@@ -114,8 +115,9 @@ class Namespace:
         Raises   NotFound (no parent), NotADirectory, Exists, NameTooLong, TooManyLinks, BadRequest.
         """
         directory = self._live_directory(parent)
-        kind = stat.S_IFMT(mode)
-        if kind not in _KINDS or mode > 0xFFFF or min(uid, gid, rdev) < 0 or max(uid, gid, rdev) >> 32:
+        kind = stat.S_IFMT(mode & 0xFFFF)
+        fits = 0 <= mode <= 0xFFFF and min(uid, gid, rdev) >= 0 and not max(uid, gid, rdev) >> 32
+        if kind not in _KINDS or not fits:
             raise BadRequest(f"cannot make mode {mode:#o}, owner {uid}:{gid}, device {rdev}")
         is_symlink = kind == stat.S_IFLNK
         if is_symlink and (not 0 < len(target) <= TARGET_SIZE_MAX or b"\0" in target):
@@ -148,7 +150,7 @@ class Namespace:
         return inode.attr()
 
     def link(self, ino: int, parent: int, name: bytes, now_ns: int) -> list[int]:
-        """Another name; returns the attr. Raises NotFound, NotPermitted (a directory), Exists, TooManyLinks ..."""
+        """Another name; returns the attr. Raises NotFound, NotPermitted (directory), Exists, TooManyLinks."""
         inode = self._inodes.get(ino)
         directory = self._live_directory(parent)
         if inode.is_directory:
@@ -192,7 +194,7 @@ class Namespace:
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, now_ns: int
     ) -> tuple[int, int, int]:
-        """As renameat2(2), flags RENAME_NOREPLACE or RENAME_EXCHANGE; returns (ino, replaced or 0, its links left).
+        """As renameat2(2), flags NOREPLACE or EXCHANGE; returns (ino, replaced or 0, its links left).
 
         With RENAME_EXCHANGE "replaced" is the other one. A replaced inode of 0 links is an orphan.
 
@@ -287,6 +289,8 @@ class Namespace:
 
     def _find(self, parent: int, name: bytes) -> tuple[tuple[int, int] | None, int]:
         """(cookie, ino) of the entry, or None; and the first free cookie of its bucket."""
+        if not isinstance(name, bytes):
+            raise BadRequest(f"name {name!r} is not bytes")
         if not 0 < len(name) <= NAME_SIZE_MAX:
             raise NameTooLong(f"name of {len(name)} B, may have 1 to {NAME_SIZE_MAX}")
         if b"/" in name or b"\0" in name or name in (b".", b".."):

@@ -1,4 +1,4 @@
-"""Replies: what was answered to whom, so that an operation sent again after a failover is not done again (I11).
+"""Replies: what was answered to whom, so that what is sent again after a failover is not done again (I11).
 
 Place      coordinator floor; above database.py, below metadata.py.
 Owns       tables sessions and replies. All of it is in memory: sessions have few operations in flight.
@@ -45,13 +45,11 @@ class Replies:
 
     def open_session(self, node: str, incarnation: int) -> Session:
         """The session of that mount, new or known. Raises Fenced: a later incarnation of it is known."""
-        for session in self._sessions.values():
-            if session.node == node and session.incarnation >= incarnation:
-                if session.incarnation == incarnation:
-                    return session
-                raise Fenced(
-                    f"mount of {node}, incarnation {incarnation}: {session.incarnation} has taken its place"
-                )
+        known = {s.incarnation: s for s in self._sessions.values() if s.node == node}
+        if known and max(known) > incarnation:
+            raise Fenced(f"mount of {node}, incarnation {incarnation}: {max(known)} has taken its place")
+        if incarnation in known:
+            return known[incarnation]
         assert self._database.active, "changes need a batch"
         counters = self._database.counters
         session = Session(counters.next_session, node, incarnation)
@@ -73,7 +71,7 @@ class Replies:
         self._database.run("DELETE FROM sessions WHERE id = ?", (session,))
 
     def reply_of(self, session: int, op: int) -> bytes | None:
-        """The reply that was stored; None: the operation was not done yet. Raises NotFound, Conflict, BadRequest."""
+        """The stored reply; None: the operation was not done yet. Raises NotFound, Conflict, BadRequest."""
         known = self._session(session)
         if op <= 0:
             raise BadRequest(f"operation number {op} of session {session}; they start at 1")
@@ -95,7 +93,7 @@ class Replies:
         self._new_replies.append((session, op, reply))
 
     def op_done(self, session: int, op: int) -> None:
-        """The session has received all answers to operations below `op`: their replies may go. Raises NotFound."""
+        """The session has received all answers to operations below `op`: these may go. Raises NotFound."""
         known = self._session(session)
         if op <= known.done_below:
             return

@@ -1,6 +1,6 @@
 """The image: a metadata database's bytes as blocks of the metadata slabs, and the log of what changed.
 
-Place      coordinator floor; below slab_vfs.py. Synchronous: no network, clock or trio. The service sends the log.
+Place      coordinator floor; below slab_vfs.py. Synchronous: no network; the service sends the log.
 Layout     block 0 header, then the WAL region, then the database file (FORMAT.md, "Metadata slabs").
 Owns       what was written and is not on the members yet (overlay), and a copy of the WAL region.
 
@@ -68,11 +68,11 @@ class SlabImage:
         self._overlay: dict[int, bytes] = {}  # header and database blocks that the members lack
         self._log: list[LogEntry] = []
         self._behind_barrier = False  # something was written since the last barrier, taken or not
-        # Writes since the last barrier or take_log. None: a WAL block, whose bytes are taken when the stretch ends.
+        # Writes since the last barrier or take_log. None: a WAL block; its bytes are taken at the end.
         self._stretch: dict[int, bytes | None] = {}
         self._wal = bytearray(wal_blocks * BLOCK_SIZE)  # checkpoints read it back, so it stays in memory
         self._wal_unread: set[int] = set() if created else set(range(-(-wal_blocks // _LOAD_BLOCKS)))
-        # Recovery reads frames until one does not verify, so "the whole region" is a right size after a start.
+        # Recovery reads frames until one does not verify: after a start the whole region is a right size.
         self.wal_size = 0 if created else wal_blocks * BLOCK_SIZE
         self.wal_end = 0  # bytes; end of the last write
         self.database_size = 0  # bytes
@@ -96,7 +96,7 @@ class SlabImage:
 
     @staticmethod
     def open(read_blocks: ReadBlocks, capacity_blocks: int, volume: VolumeId) -> "SlabImage":
-        """The image that the members hold. Raises Corrupt: block 0 is not the header of this volume's metadata."""
+        """The image that the members hold. Raises Corrupt: block 0 is no header of this volume's metadata."""
         header = bytes(read_blocks(0, 1))
         return SlabImage(
             read_blocks, capacity_blocks, _parse_header(header, capacity_blocks, volume), created=False
@@ -121,7 +121,7 @@ class SlabImage:
         return log
 
     def written(self, entries: list[LogEntry]) -> None:
-        """`entries` are on the members: from now on their blocks are read from there (unless written again)."""
+        """`entries` are on the members: from now on their blocks are read there (unless written again)."""
         overlay = self._overlay
         for entry in entries:
             if isinstance(entry, LogWrite) and overlay.get(entry.block) is entry.data:
@@ -293,7 +293,7 @@ def _parse_header(block: bytes, capacity_blocks: int, volume: VolumeId) -> int:
     )
     if not sane:
         raise Corrupt(
-            f"metadata header: page size {page_size}, log {wal_block}+{wal_blocks}, database at {database_block}"
-            f" of {capacity_blocks} blocks do not fit together"
+            f"metadata header: page size {page_size}, log {wal_block}+{wal_blocks}, database at"
+            f" {database_block} of {capacity_blocks} blocks do not fit together"
         )
     return int(wal_blocks)

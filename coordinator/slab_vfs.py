@@ -165,7 +165,7 @@ def connect(image: SlabImage) -> tuple[apsw.Connection, SlabVfs]:
             f"page_size={BLOCK_SIZE}",
             "locking_mode=EXCLUSIVE",  # before the first access: then no shared memory is asked for
             "journal_mode=WAL",
-            "synchronous=NORMAL",  # sync around checkpoints; commits are ordered by the log, not by a sync each
+            "synchronous=NORMAL",  # sync around checkpoints; the log orders commits without a sync each
             "wal_autocheckpoint=0",  # database.py does it, between batches
             "temp_store=MEMORY",
             f"cache_size=-{CACHE_SIZE // 1024}",

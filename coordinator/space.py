@@ -24,7 +24,6 @@ SLAB_BLOCKS_MAX = SLAB_SIZE_MAX // BLOCK_SIZE
 
 _FREE = b"\0"
 _USED = b"\1"
-_TO_DIGITS = bytes.maketrans(b"\0\1", b"01")
 _FROM_DIGITS = bytes.maketrans(b"01", b"\0\1")
 
 
@@ -167,7 +166,7 @@ class Space:
         return [SlabId(slab) for (slab,) in rows]
 
     def remove_slab(self, slab: int) -> None:
-        """Give up an empty slab; its drives may forget it once that is committed. Raises NotFound, Conflict."""
+        """Give up an empty slab: drives may forget it once that is committed. Raises NotFound, Conflict."""
         self.slab(slab)
         self.flush()
         ((blocks, free),) = self._database.rows("SELECT blocks, free FROM slabs WHERE id = ?", (slab,))
@@ -243,8 +242,8 @@ class Space:
     def take_trims(self, limit: int, mark: int) -> list[Trim]:
         """Trims to carry out on all members now; each is handed out once.
 
-        Args     mark: a trim_mark after which the log was written to all members and flushed: were the freeing
-                 lost in a power cut after its trim had been done, a file would have lost bytes (P2).
+        Args     mark: a trim_mark after which the log was written to all members and flushed: were the
+                 freeing lost in a power cut after its trim had been done, a file would have lost bytes (P2).
         """
         if self._handed_back:
             trims, self._handed_back = self._handed_back[:limit], self._handed_back[limit:]
@@ -262,7 +261,7 @@ class Space:
         self._done.extend(trims)
 
     def trims_failed(self, trims: Iterable[Trim]) -> None:
-        """They did not come through on all members, and none is on its way any more: take_trims has them again."""
+        """Not done on all members, and none is on its way any more: take_trims has them again."""
         self._handed_back.extend(trims)
 
     # Part
@@ -307,7 +306,13 @@ class Space:
 
 def _pack_bits(taken: bytearray) -> bytes:
     """One bit per block, bit 0 of byte 0 first."""
-    return int(taken[::-1].translate(_TO_DIGITS), 2).to_bytes(-(-len(taken) // 8), "little")
+    # As one large number: each step makes every byte collect the bits of twice as many bytes that follow it,
+    # so that in the end every byte has the bits of eight.
+    bits = int.from_bytes(taken, "little")
+    bits |= bits >> 7
+    bits |= bits >> 14
+    bits |= bits >> 28
+    return bits.to_bytes(len(taken), "little")[::8]
 
 
 def _unpack_bits(packed: bytes, blocks: int) -> bytearray:

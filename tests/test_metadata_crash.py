@@ -1,4 +1,4 @@
-"""Wherever the log of a coordinator ends, its successor finds every acknowledged operation, and no half one."""
+"""Wherever a coordinator's log ends, its successor finds every acknowledged operation, and no half one."""
 
 import random
 
