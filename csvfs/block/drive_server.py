@@ -45,7 +45,7 @@ class DriveServer:
         self.config = config
         self.store = store
         self.engine = Engine()
-        self.liveness = Liveness(config.liveness_path)
+        self.liveness = Liveness(config.liveness_path, Incarnation(int(os.environ["CSVFS_NODE_INCARNATION"])))
         self.service = BlockService(config.node, cluster, incarnation, self.liveness.may_serve)
         self.calls = DriveCalls(self.service, self.engine)
         self._pool: bytes | None = None
