@@ -49,7 +49,8 @@ class Session:
     link: SessionLink | None = None
     reclaimed: bool = False
     ended: bool = False
-    unreachable_since: float = 0.0  # trio time; meaningful while there is no link
+    last_answer: float = field(default_factory=trio.current_time)  # when it was last told anything
+    unreachable_since: float = field(default_factory=trio.current_time)  # meaningful while there is no link
     connected: trio.Event = field(default_factory=trio.Event)  # set while there is a link
 
     @property

@@ -1,0 +1,101 @@
+"""Eviction: a mount is gone, or does not answer; its leases may pass on only when nothing of it can land any more.
+
+Place      coordinator floor; above slab_changes.py.
+Order      refuse its calls; fence its incarnation on every drive server (I6), dropping the copies on those that cannot
+           be reached; make the chunks it was writing equal on all members; wait until it cannot be serving reads
+           from its own drives any more; forget it. Every step may be done twice: a successor begins anew.
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from coordinator.cluster_facts import ClusterFacts
+from coordinator.drive_control import DriveControl
+from coordinator.sessions import Session
+from coordinator.slab_changes import SlabChanges
+from csvfs.errors import CsvfsError, Fenced, Unavailable
+from csvfs.ids import METADATA_SLAB_ID_MIN, Incarnation, NodeName, SlabId
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.3
+# A mount stops serving CONTACT_S_MAX (4 s, mount/guard.py) after it sent what was answered last.
+CONTACT_S_MAX = 4.5
+
+
+class Eviction:
+    """Makes sure that nothing of a session can land or be served any more."""
+
+    def __init__(self, changes: SlabChanges, control: DriveControl, facts: ClusterFacts) -> None:
+        self._changes = changes
+        self._control = control
+        self._facts = facts
+
+    async def fence_out(self, session: Session, *, succeeded: Callable[[], bool]) -> None:
+        """Returns when leases of the session may pass on.
+
+        Args     succeeded: whether a later incarnation of the same node's mount has introduced itself: then the
+                 process is known to be dead, and need not be waited for.
+        Raises   Fenced: this coordinator is over. Cancel safe: to be begun anew.
+        """
+        while True:
+            try:
+                await self._fence_and_equalize(session)
+                break
+            except Fenced:
+                raise
+            except CsvfsError as error:
+                log.warning("eviction of %s waits: %s", session.writer, error)
+                await trio.sleep(RETRY_S)
+        while self._facts.is_alive(session.node) and not succeeded():
+            left_s = session.last_answer + CONTACT_S_MAX - trio.current_time()
+            if left_s <= 0:
+                break
+            await trio.sleep(min(left_s, RETRY_S))
+
+    async def _fence_and_equalize(self, session: Session) -> None:
+        minimum = Incarnation(session.incarnation + 1)
+        nodes = self._facts.drive_nodes()
+        reached = [node for node in nodes if await self._fence(node, session.writer, minimum)]
+        for node in nodes:
+            if node not in reached:
+                await self._do_without(node)
+        chunks: dict[SlabId, set[int]] = {}
+        for node in reached:
+            for drive, slab, marked in await self._control.active(node, session.writer):
+                if slab < METADATA_SLAB_ID_MIN and self._is_writable_member(slab, drive):
+                    chunks.setdefault(slab, set()).update(marked)
+        if chunks:
+            log.info("making %d slabs equal that %s was writing", len(chunks), session.writer)
+            await self._changes.equalize(chunks)
+        for node in reached:
+            await self._control.settle_writer(node, session.writer, minimum)
+
+    async def _fence(self, node: NodeName, writer: str, minimum: Incarnation) -> bool:
+        try:
+            await self._control.fence(node, writer, minimum)
+        except Fenced:
+            raise
+        except CsvfsError as error:
+            log.warning("%s cannot be fenced on node %s: %s", writer, node, error)
+            return False
+        return True
+
+    async def _do_without(self, node: NodeName) -> None:
+        """A node where the writer cannot be fenced: nothing written there may count any more."""
+        kept = await self._changes.drop_node(node, "its drive server cannot be reached")
+        if kept and self._facts.is_alive(node):
+            # Last copies. Without a lease the node serves nothing, and its copies start over at a new epoch; but
+            # one that lives and that we cannot reach may be taking writes.
+            raise Unavailable(
+                f"node {node} holds the last copies of {len(kept)} slabs, the first is {kept[0]}, and its drive "
+                "server cannot be reached"
+            )
+
+    def _is_writable_member(self, slab: SlabId, drive: bytes) -> bool:
+        try:
+            return any(member.drive == drive for member in self._changes.book.current(slab).writable)
+        except CsvfsError:
+            return False  # removed meanwhile

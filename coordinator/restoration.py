@@ -1,0 +1,157 @@
+"""Restoration: drive servers that started anew, and what their copies are worth.
+
+Place      coordinator floor; above slab_changes.py, below resync.py. `judge` is pure.
+Why        After a start of a drive server none of its copies is in service (PROTOCOL.md, "Kinds"): writes may have
+           been torn, or made elsewhere meanwhile. A copy that is in sync and not the last leaves the in-sync set and is
+           resynced (which costs little: what it misses); the last goes on, for it has all that was acknowledged.
+
+Invariants
+  I1   the last in-sync copy is never dropped, and while one is in service the others are not preferred to it.
+"""
+
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from coordinator.cluster_facts import ClusterFacts
+from coordinator.drive_control import DriveControl
+from coordinator.slab_changes import SLABS_PER_CHANGE_MAX, SlabChanges
+from csvfs.block import slab_state
+from csvfs.errors import CsvfsError, Fenced
+from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
+from csvfs.wire.block_messages import ROLE_JOINING, SlabDescriptor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class Judgement:
+    """`drops`: members to take out. `kept`: the copy that goes on alone, though its server has started anew."""
+
+    drops: frozenset[DriveId] = frozenset()
+    kept: DriveId | None = None
+
+
+def judge(
+    descriptor: SlabDescriptor, serving: Collection[DriveId], returned: Collection[DriveId]
+) -> Judgement:
+    """What to do with a slab of which some copies are on servers that have started anew.
+
+    Args     serving: drives whose copy is in service. returned: drives that can be reached, with a copy that is
+             not in service. Members on drives in neither cannot be reached.
+    """
+    in_sync = [member.drive for member in descriptor.in_sync]
+    joining = {m.drive for m in descriptor.members if m.role == ROLE_JOINING and m.drive not in serving}
+    good = [drive for drive in in_sync if drive in serving]
+    if good:
+        return Judgement(frozenset(drive for drive in in_sync if drive not in good) | joining)
+    back = [drive for drive in in_sync if drive in returned]
+    if not back:
+        return Judgement()  # None of those that count is here: the slab waits for one.
+    return Judgement(frozenset(in_sync) - {back[0]} | joining, back[0])
+
+
+@dataclass(slots=True)
+class Census:
+    """The copies of one volume on the drives that can be reached, as `list_slabs` counts them."""
+
+    copies: dict[SlabId, dict[DriveId, bool]] = field(default_factory=dict)  # drive -> in service
+    nodes: dict[NodeName, Incarnation] = field(default_factory=dict)  # those that were asked
+    node_of: dict[DriveId, NodeName] = field(default_factory=dict)
+
+    def serving(self, slab: SlabId) -> set[DriveId]:
+        return {drive for drive, in_service in self.copies.get(slab, {}).items() if in_service}
+
+    def returned(self, slab: SlabId) -> set[DriveId]:
+        return {drive for drive, in_service in self.copies.get(slab, {}).items() if not in_service}
+
+
+async def take_census(
+    control: DriveControl, facts: ClusterFacts, volume: VolumeId, nodes: Iterable[NodeName]
+) -> Census:
+    """Ask every node for the volume's copies; nodes that cannot be asked are left out. Raises Fenced."""
+    census = Census()
+    for node in nodes:
+        if facts.server(node) is None:
+            continue
+        found: dict[SlabId, dict[DriveId, bool]] = {}
+        try:
+            await control.register_term(node)
+            incarnation = await control.incarnation(node)
+            for drive in facts.drives_of(node):
+                try:
+                    copies = await control.copies(node, drive)
+                except Fenced:
+                    raise
+                except CsvfsError as error:
+                    log.warning("drive %s of node %s is left out: %s", drive.hex()[:8], node, error)
+                    continue
+                census.node_of[drive] = node
+                for copy in copies:
+                    if copy.volume == volume:
+                        found.setdefault(copy.slab, {})[drive] = copy.in_service
+        except Fenced:
+            raise
+        except CsvfsError as error:
+            log.warning("the drive server of node %s is left out: %s", node, error)
+            continue
+        census.nodes[node] = incarnation
+        for slab, copies_of_slab in found.items():
+            census.copies.setdefault(slab, {}).update(copies_of_slab)
+    return census
+
+
+async def restore(changes: SlabChanges, census: Census) -> list[SlabId]:
+    """Judge every slab with a member on a drive of the census; commit and install what was judged.
+
+    Returns  slabs that could not be settled now: a later census tries again. Raises Fenced.
+    """
+    unsettled: list[SlabId] = []
+    part: dict[SlabId, Judgement] = {}
+    for descriptor in changes.book.all():
+        judgement = judge(descriptor, census.serving(descriptor.slab), census.returned(descriptor.slab))
+        if judgement != Judgement():
+            part[descriptor.slab] = judgement
+        if len(part) >= SLABS_PER_CHANGE_MAX:
+            unsettled += await _carry_out(changes, part)
+            part = {}
+    if part:
+        unsettled += await _carry_out(changes, part)
+    return unsettled
+
+
+async def _carry_out(changes: SlabChanges, judgements: dict[SlabId, Judgement]) -> list[SlabId]:
+    def transition(descriptor: SlabDescriptor) -> SlabDescriptor:
+        judgement = judgements[descriptor.slab]
+        if judgement.kept is not None and judgement.kept not in {m.drive for m in descriptor.in_sync}:
+            return descriptor  # it changed since it was judged
+        changed = slab_state.drop_members(descriptor, judgement.drops)
+        if changed is descriptor and judgement.kept is not None:
+            # The server has forgotten its fences: a new epoch keeps out whoever was evicted before.
+            return slab_state.bump(descriptor)
+        return changed
+
+    outcome = await changes.book.change(judgements, transition)
+    changed = [slab for slab, result in outcome.items() if not isinstance(result, CsvfsError)]
+    changes.unsettle(changed)
+    failures = await changes.settle(changed)
+    return [slab for slab in judgements if slab in failures or slab not in changed]
+
+
+def strays(
+    changes: SlabChanges, census: Census, is_ours: "Collection[SlabId]"
+) -> list[tuple[SlabId, NodeName, DriveId]]:
+    """Copies that no descriptor names: left by a creation that was interrupted, or of a member that was replaced.
+
+    Args     is_ours: slab ids to look at; those being created at the moment are not among them.
+    """
+    found = []
+    for slab in is_ours:
+        try:
+            members = {member.drive for member in changes.book.current(slab).members}
+        except CsvfsError:
+            members = set()
+        for drive in census.copies.get(slab, {}):
+            if drive not in members:
+                found.append((slab, census.node_of[drive], drive))
+    return found

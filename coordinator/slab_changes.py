@@ -1,0 +1,219 @@
+"""Changes of slabs' members, in the only order that loses nothing: commit, install, then tell.
+
+Place      coordinator floor; above slab_book.py and drive_control.py. The same for data and metadata slabs.
+
+Invariants
+  I1  commit before install: a drive never has an epoch that could un-happen.
+  I2  A descriptor is told to writers only when its epoch is installed on all its writable members; a member where
+      that fails is dropped first. So a writer with an older epoch can never complete a write.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+
+from coordinator.drive_control import DriveControl
+from coordinator.slab_book import SlabBook
+from csvfs.block import slab_state
+from csvfs.errors import CsvfsError, Fenced, LastCopy, Unavailable
+from csvfs.ids import DriveId, Epoch, NodeName, SlabId
+from csvfs.wire.block_messages import SlabDescriptor
+
+log = logging.getLogger(__name__)
+
+SLABS_PER_CHANGE_MAX = 512  # in one transaction
+SETTLE_ROUNDS_MAX = 16  # each drops a member or follows another task's change
+
+
+class SlabChanges:
+    """Commits transitions of slabs and installs them."""
+
+    def __init__(self, book: SlabBook, control: DriveControl) -> None:
+        self.book = book
+        self.control = control
+        self._settled: dict[SlabId, Epoch] = {}  # installed on all writable members
+        self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
+
+    async def failed(self, slab: SlabId, epoch: Epoch, drives: Collection[DriveId], reason: str) -> SlabDescriptor:
+        """A writer at `epoch` got no good answer from `drives` (none: it only asks). Returns what it shall use.
+
+        Idempotent: a report of an epoch that is over drops nobody.
+        Raises  LastCopy, Unavailable: nothing can be decided now; the writer waits and asks again. NotFound.
+        """
+        if drives and self.book.current(slab).epoch <= epoch:
+
+            def drop(descriptor: SlabDescriptor) -> SlabDescriptor:
+                return descriptor if descriptor.epoch > epoch else slab_state.drop_members(descriptor, drives)
+
+            outcome = (await self.book.change([slab], drop))[slab]
+            if isinstance(outcome, CsvfsError):
+                raise outcome
+            if outcome.epoch > epoch:
+                names = ", ".join(drive.hex()[:8] for drive in drives)
+                log.warning("slab %d: drives %s dropped at epoch %d: %s", slab, names, outcome.epoch, reason)
+        error = (await self.settle([slab])).get(slab)
+        if error is not None:
+            raise error
+        return self.book.current(slab)
+
+    async def change(
+        self, slab: SlabId, transition: Callable[[SlabDescriptor], SlabDescriptor]
+    ) -> SlabDescriptor:
+        """Commit one transition and install it. Raises what the transition raises, and as `settle` reports."""
+        outcome = (await self.book.change([slab], transition))[slab]
+        if isinstance(outcome, CsvfsError):
+            raise outcome
+        error = (await self.settle([slab])).get(slab)
+        if error is not None:
+            raise error
+        return self.book.current(slab)
+
+    async def settle(self, slabs: Iterable[SlabId]) -> dict[SlabId, CsvfsError]:
+        """Install the committed epochs of `slabs` on all their writable members, dropping those where it fails.
+
+        Returns  the slabs that could not be settled, and why. Raises Fenced: another coordinator is at work.
+        """
+        failures: dict[SlabId, CsvfsError] = {}
+        pending = [slab for slab in dict.fromkeys(slabs) if not self._is_settled(slab, failures)]
+        for _ in range(SETTLE_ROUNDS_MAX):
+            if not pending:
+                return failures
+            descriptors = {slab: self.book.current(slab) for slab in pending}
+            refused = await self.control.install(descriptors.values())
+            drops: dict[SlabId, dict[DriveId, CsvfsError]] = {}
+            for (slab, drive), error in refused.items():
+                drops.setdefault(slab, {})[drive] = error
+            for slab, descriptor in descriptors.items():
+                if slab not in drops:
+                    self._note_settled(descriptor)
+            if drops:
+                await self._drop_refusing(descriptors, drops, failures)
+            pending = [slab for slab in pending if slab not in failures and not self._is_settled(slab, failures)]
+        for slab in pending:
+            failures[slab] = Unavailable(f"slab {slab} changes faster than it can be installed; asking again")
+        return failures
+
+    async def _drop_refusing(
+        self,
+        installed: dict[SlabId, SlabDescriptor],
+        drops: dict[SlabId, dict[DriveId, CsvfsError]],
+        failures: dict[SlabId, CsvfsError],
+    ) -> None:
+        def drop(descriptor: SlabDescriptor) -> SlabDescriptor:
+            if descriptor.epoch != installed[descriptor.slab].epoch:
+                return descriptor  # It changed meanwhile: a refusal of the older epoch says nothing.
+            return slab_state.drop_members(descriptor, drops[descriptor.slab])
+
+        for slab, outcome in (await self.book.change(drops, drop)).items():
+            reasons = "; ".join(sorted({str(error) for error in drops[slab].values()}))
+            if isinstance(outcome, LastCopy):
+                failures[slab] = LastCopy(f"{outcome} ({reasons})")
+            elif isinstance(outcome, CsvfsError):
+                failures[slab] = outcome
+            else:
+                log.warning("slab %d epoch %d: members dropped: %s", slab, outcome.epoch, reasons)
+
+    def _is_settled(self, slab: SlabId, failures: dict[SlabId, CsvfsError]) -> bool:
+        try:
+            return self._settled.get(slab) == self.book.current(slab).epoch
+        except CsvfsError as error:
+            failures[slab] = error
+            return True
+
+    def _note_settled(self, descriptor: SlabDescriptor) -> None:
+        if self._settled.get(descriptor.slab, 0) < descriptor.epoch:
+            self._settled[descriptor.slab] = descriptor.epoch
+            self.on_settled(descriptor)
+
+    def unsettle(self, slabs: Iterable[SlabId]) -> None:
+        """A drive server has started anew: what was installed there is not in service any more."""
+        for slab in slabs:
+            self._settled.pop(slab, None)
+
+    def forget(self, slab: SlabId) -> None:
+        """The slab was removed."""
+        self._settled.pop(slab, None)
+
+    async def drop_node(self, node: NodeName, reason: str) -> list[SlabId]:
+        """Take all copies on a node that cannot be reached out of their slabs.
+
+        Returns  the slabs whose last in-sync copies it holds: those stay. Raises Fenced.
+        """
+        kept: list[SlabId] = []
+        part: list[SlabId] = []
+        dropped = 0
+        for descriptor in self.book.all():
+            if any(member.node == node for member in descriptor.writable):
+                part.append(descriptor.slab)
+            if len(part) >= SLABS_PER_CHANGE_MAX:
+                dropped += await self._drop_node_from(part, node, kept)
+                part = []
+        if part:
+            dropped += await self._drop_node_from(part, node, kept)
+        if dropped:
+            log.warning("node %s dropped from %d slabs: %s", node, dropped, reason)
+        return kept
+
+    async def _drop_node_from(self, slabs: list[SlabId], node: NodeName, kept: list[SlabId]) -> int:
+        def drop(descriptor: SlabDescriptor) -> SlabDescriptor:
+            drives = [member.drive for member in descriptor.writable if member.node == node]
+            return slab_state.drop_members(descriptor, drives)
+
+        changed = []
+        for slab, outcome in (await self.book.change(slabs, drop)).items():
+            if isinstance(outcome, LastCopy):
+                kept.append(slab)
+            elif not isinstance(outcome, CsvfsError):
+                changed.append(slab)
+        await self.settle(changed)
+        return len(changed)
+
+    # -- making members equal --------------------------------------------------------------------
+
+    async def equalize(self, chunks: dict[SlabId, set[int]]) -> None:
+        """Make `chunks` of each slab the same on all its writable members, as one in-sync member has them.
+
+        Their writer is fenced everywhere. What it was told is complete is on every in-sync member, so whichever
+        is the source, nothing acknowledged is lost; what it was not told may go either way, but the same way.
+        Raises  LastCopy, Unavailable: not now; call again. Fenced.
+        """
+        pending = list(chunks)
+        while pending:
+            part, pending = pending[:SLABS_PER_CHANGE_MAX], pending[SLABS_PER_CHANGE_MAX:]
+            outcome = await self.book.change(part, slab_state.bump)
+            alive = [slab for slab, changed in outcome.items() if not isinstance(changed, CsvfsError)]
+            failures = await self.settle(alive)
+            for slab in alive:
+                if slab in failures:
+                    raise failures[slab]
+                if not await self._equalize_slab(slab, sorted(chunks[slab])):
+                    pending.append(slab)
+
+    async def _equalize_slab(self, slab: SlabId, chunks: list[int]) -> bool:
+        """False: a member failed and was dropped: the slab has to be stamped again, at an epoch that it will miss."""
+        descriptor = self.book.current(slab)
+        source, failing = descriptor.in_sync[0], descriptor.in_sync[0]
+        try:
+            for member in descriptor.in_sync:
+                failing = member
+                await self.control.stamp(member, slab, descriptor.epoch, chunks)
+            for member in descriptor.writable:
+                failing = member
+                if member is not source:
+                    await self.control.pull(member, source, descriptor, chunks)
+        except Fenced:
+            raise
+        except CsvfsError as error:
+            if failing is not source and not await self._is_reachable(source.node):
+                failing = source  # the pull failed, but not for its target's fault
+            await self.failed(slab, descriptor.epoch, [failing.drive], f"cannot be made equal: {error}")
+            return False
+        return True
+
+    async def _is_reachable(self, node: NodeName) -> bool:
+        try:
+            await self.control.register_term(node)
+        except Fenced:
+            raise
+        except CsvfsError:
+            return False
+        return True

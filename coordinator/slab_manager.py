@@ -1,0 +1,314 @@
+"""Slab manager: gives the volume slabs from the pool, trims what was freed, gives empty slabs back.
+
+Place      coordinator floor; above metadata.py, batches.py, slab_changes.py.
+Tasks      grow_forever (the only one that creates data slabs), trim_forever.
+
+Order of a creation: take a number (durable), create the copies, add the slab (durable). A kill in between leaves
+copies that no descriptor names; the next coordinator finds and deletes them (restoration.strays).
+Order of a trim: the freeing is on the media of all members (`log.flush`), then trim on all members, then free.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from random import Random
+
+import trio
+
+from coordinator.batches import Batches
+from coordinator.cluster_facts import ClusterFacts
+from coordinator.drive_control import DriveControl
+from coordinator.metadata import Metadata
+from coordinator.metadata_log import MetadataLog
+from coordinator.slab_changes import SlabChanges
+from coordinator.space import Trim
+from csvfs.block import slab_state
+from csvfs.block.placement import DriveSpace, choose_drives
+from csvfs.errors import Conflict, CsvfsError, Fenced, NoSpace, NotFound, StaleEpoch
+from csvfs.ids import DriveId, NodeName, SlabId
+from csvfs.units import BLOCK_SIZE
+from csvfs.wire.block_messages import SlabDescriptor
+
+log = logging.getLogger(__name__)
+
+AHEAD_SLABS = 2  # so much free space is kept, so that no write waits for a slab
+SLABS_AT_ONCE = 8  # created in parallel when a writer needs much
+TRIMS_AT_ONCE = 512
+TRIM_INTERVAL_S = 0.5
+SPACE_INTERVAL_S = 5.0
+EMPTY_SLABS_KEPT = 4
+RETRY_S = 1.0
+CREATE_TRIES = 4
+
+
+class SlabManager:
+    """Data slabs of one volume.
+
+    size_blocks_max   of the volume, in blocks of one copy; 0: as large as the pool.
+    """
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        batches: Batches,
+        metadata_log: MetadataLog,
+        changes: SlabChanges,
+        control: DriveControl,
+        facts: ClusterFacts,
+        *,
+        copies: int,
+        slab_blocks: int,
+        size_blocks_max: int,
+        rng: Random,
+    ) -> None:
+        self._metadata = metadata
+        self._batches = batches
+        self._log = metadata_log
+        self._changes = changes
+        self._control = control
+        self._facts = facts
+        self._copies = copies
+        self.slab_blocks = slab_blocks
+        self._size_blocks_max = size_blocks_max
+        self._rng = rng
+        self._wanted_blocks = 0
+        self._grow_due = trio.Event()
+        self._grown = trio.Event()  # replaced at the end of every round
+        self._shortage: NoSpace | None = None  # why the last round could not give more
+        self.pool_spaces: list[DriveSpace] = []
+        self.creating: set[SlabId] = set()
+        self.on_trimmed: Callable[[], None] = lambda: None
+
+    # -- space -----------------------------------------------------------------------------------
+
+    async def ensure_free(self, blocks: int) -> None:
+        """Have at least `blocks` free blocks in slabs, waiting for new slabs if need be.
+
+        Raises  NoSpace: neither the pool nor, once trimmed, the volume itself has so many.
+        """
+        for attempt in range(3):
+            if self._metadata.statfs().free_blocks >= blocks:
+                return
+            self._wanted_blocks = max(self._wanted_blocks, blocks)
+            grown = self._grown
+            self._grow_due.set()
+            await grown.wait()
+            if self._metadata.statfs().free_blocks >= blocks:
+                return
+            if self._shortage is not None and not await self._trim_once() and attempt:
+                raise NoSpace(str(self._shortage))
+        raise NoSpace(f"{blocks} blocks are not free in this volume; see csvfs volume status")
+
+    def note_use(self) -> None:
+        """Space was taken: grow ahead if it has become little."""
+        if self._metadata.statfs().free_blocks < AHEAD_SLABS * self.slab_blocks:
+            self._grow_due.set()
+
+    async def grow_forever(self) -> None:
+        """Raises Fenced, and what ends the batches."""
+        while True:
+            with trio.move_on_after(SPACE_INTERVAL_S):
+                await self._grow_due.wait()
+            self._grow_due = trio.Event()
+            await self.refresh_spaces()
+            try:
+                await self._grow()
+            finally:
+                grown, self._grown = self._grown, trio.Event()
+                grown.set()
+
+    async def _grow(self) -> None:
+        self._shortage = None
+        wanted, self._wanted_blocks = self._wanted_blocks, 0
+        # An empty volume takes nothing from the pool until somebody writes.
+        used = self._metadata.statfs().slab_blocks > 0
+        ahead = AHEAD_SLABS * self.slab_blocks if used else 0
+        missing = max(wanted, ahead) - self._metadata.statfs().free_blocks
+        count = -(-missing // self.slab_blocks)
+        while count > 0 and self._shortage is None:
+            room = self._slabs_allowed()
+            if room <= 0:
+                self._shortage = NoSpace(
+                    f"the volume's size of {self._size_blocks_max * BLOCK_SIZE} bytes is used up; delete something"
+                )
+                return
+            batch = min(count, SLABS_AT_ONCE, room)
+            count -= batch
+            async with trio.open_nursery() as nursery:
+                for _ in range(batch):
+                    nursery.start_soon(self._create_or_note)
+
+    def _slabs_allowed(self) -> int:
+        if not self._size_blocks_max:
+            return 1 << 40
+        return -(-(self._size_blocks_max - self._metadata.statfs().slab_blocks) // self.slab_blocks)
+
+    async def _create_or_note(self) -> None:
+        try:
+            await self._create_slab()
+        except NoSpace as error:
+            self._shortage = error
+        except Fenced:
+            raise
+        except CsvfsError as error:
+            log.warning("a data slab could not be created: %s", error)
+            self._shortage = NoSpace(f"no slab could be created: {error}")
+
+    async def _create_slab(self) -> SlabDescriptor:
+        """Raises NoSpace, Fenced, and what the last try raised."""
+        slab = await self._batches.run(self._metadata.new_slab_id)
+        self.creating.add(slab)
+        try:
+            places = await self.create_copies(slab, self._copies)
+            descriptor = slab_state.new_slab(slab, [(place.drive, place.node) for place in places])
+            await self._batches.run(lambda: self._metadata.add_slab(descriptor, self.slab_blocks))
+            return descriptor
+        finally:
+            self.creating.discard(slab)
+
+    async def create_copies(self, slab: SlabId, copies: int) -> list[DriveSpace]:
+        """Create the copies of a new slab in different fault domains, on other drives where one fails."""
+        failed: set[DriveId] = set()
+        error: CsvfsError = NoSpace("no drive has room")
+        for _ in range(CREATE_TRIES):
+            candidates = [space for space in self.pool_spaces if space.drive not in failed]
+            places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
+            done: list[DriveSpace] = []
+            try:
+                for place in places:
+                    await self._control.create_slab(slab, slab_state.EPOCH_FIRST, place, copies)
+                    done.append(place)
+                    self._take_slot(place)
+                return places
+            except Fenced:
+                raise
+            except CsvfsError as failure:
+                error = failure
+                failed.add(places[len(done)].drive)
+                log.warning("slab %d cannot be created on node %s: %s", slab, places[len(done)].node, failure)
+                for place in [*done, places[len(done)]]:
+                    await self.delete_copy(slab, place.node, place.drive)
+        raise error
+
+    def _take_slot(self, place: DriveSpace) -> None:
+        for index, space in enumerate(self.pool_spaces):
+            if space.drive == place.drive:
+                self.pool_spaces[index] = DriveSpace(space.drive, space.node, max(0, space.free_slots - 1))
+
+    async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
+        """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
+        try:
+            await self._control.delete_slab(slab, node, drive)
+        except Fenced:
+            raise
+        except CsvfsError as error:
+            log.info("the copy of slab %d on node %s stays for now: %s", slab, node, error)
+
+    async def refresh_spaces(self) -> None:
+        """Ask every drive server for its free slots."""
+        spaces: list[DriveSpace] = []
+
+        async def ask(node: NodeName) -> None:
+            try:
+                found = await self._control.spaces(node)
+            except CsvfsError as error:
+                log.info("node %s is not asked for space: %s", node, error)
+                return
+            spaces.extend(space for space in found if self._facts.takes_slabs(space.drive))
+
+        async with trio.open_nursery() as nursery:
+            for node in self._facts.drive_nodes():
+                if self._facts.server(node) is not None:
+                    nursery.start_soon(ask, node)
+        self.pool_spaces = spaces
+
+    def free_slabs_in_pool(self) -> int:
+        """How many slabs of this volume the pool has room for: a bound, from the free slots of each fault domain."""
+        by_domain: dict[str, int] = {}
+        for space in self.pool_spaces:
+            domain = self._facts.domain_of(space.node)
+            by_domain[domain] = by_domain.get(domain, 0) + space.free_slots
+        slots = sorted(by_domain.values())
+        # With c copies, n slabs fit iff the domains' slots, each counted up to n, sum up to c * n.
+        low, high = 0, sum(slots) // self._copies
+        while low < high:
+            middle = (low + high + 1) // 2
+            if sum(min(count, middle) for count in slots) >= self._copies * middle:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    # -- trims -----------------------------------------------------------------------------------
+
+    async def trim_forever(self) -> None:
+        """Raises Fenced, and what ends the batches."""
+        while True:
+            await trio.sleep(TRIM_INTERVAL_S)
+            try:
+                while await self._trim_once():
+                    pass
+                await self._give_back_empty_slabs()
+            except Fenced:
+                raise
+            except CsvfsError as error:
+                log.warning("trimming waits: %s", error)
+                await trio.sleep(RETRY_S)
+
+    async def _trim_once(self) -> bool:
+        """One round; False: nothing was there to trim."""
+        mark = self._metadata.trim_mark()
+        if not self._metadata.database.rows("SELECT 1 FROM trims WHERE id <= ? LIMIT 1", (mark,)):
+            return False
+        await self._log.flush()
+        trims = self._metadata.take_trims(TRIMS_AT_ONCE, mark)
+        if not trims:
+            return False
+        by_slab: dict[int, list[Trim]] = {}
+        for trim in trims:
+            by_slab.setdefault(trim.slab, []).append(trim)
+        done: list[Trim] = []
+        try:
+            for slab, of_slab in by_slab.items():
+                if await self._trim_slab(SlabId(slab), of_slab):
+                    done += of_slab
+        finally:
+            failed = [trim for trim in trims if trim not in done]
+            self._metadata.trims_failed(failed)
+        self._metadata.trims_done(done)
+        await self._batches.run(lambda: None)  # the batch that makes them free
+        self.on_trimmed()
+        return bool(done)
+
+    async def _trim_slab(self, slab: SlabId, trims: Iterable[Trim]) -> bool:
+        """On all in-sync and joining members. False: try again later, maybe at another epoch."""
+        try:
+            descriptor = self._changes.book.current(slab)
+        except NotFound:
+            return True
+        ranges = [(trim.block, trim.count) for trim in trims]
+        for member in descriptor.writable:
+            try:
+                await self._control.trim(member, descriptor, ranges)
+            except Fenced:
+                raise
+            except CsvfsError as error:
+                drives = [] if isinstance(error, StaleEpoch) else [member.drive]
+                await self._changes.failed(slab, descriptor.epoch, drives, f"a trim failed: {error}")
+                return False
+        # A member that joined meanwhile copied from one that was trimmed already, or not yet: only an unchanged
+        # epoch says that all have it.
+        return self._changes.book.current(slab).epoch == descriptor.epoch
+
+    async def _give_back_empty_slabs(self) -> None:
+        surplus = self._metadata.statfs().free_blocks - EMPTY_SLABS_KEPT * self.slab_blocks
+        if surplus < self.slab_blocks:
+            return
+        for slab in self._metadata.empty_slabs(min(SLABS_AT_ONCE, surplus // self.slab_blocks)):
+            descriptor = self._changes.book.current(slab)
+            try:
+                await self._batches.run(lambda slab=slab: self._metadata.remove_slab(slab))  # type: ignore[misc]
+            except Conflict:
+                continue  # somebody took blocks of it just now
+            self._changes.forget(slab)
+            for member in descriptor.members:
+                await self.delete_copy(slab, member.node, member.drive)
