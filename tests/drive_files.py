@@ -1,7 +1,6 @@
 """Small drive files for tests: 64 MiB with slabs of 4 MiB, sparse."""
 
 import os
-import shutil
 from pathlib import Path
 
 from csvfs.block.drive import Drive
@@ -62,7 +61,19 @@ def read(copy: SlabCopy, block: int, count: int = 1) -> bytes:
 
 def image_of(path: str, target: Path) -> str:
     """A copy of a drive file as it is now: what a kill of its process would leave."""
-    shutil.copyfile(path, target)
+    with open(path, "rb") as source, open(target, "wb") as copy:
+        size = os.fstat(source.fileno()).st_size
+        copy.truncate(size)
+        end = 0
+        while end < size:  # only what is there: drive files are sparse
+            try:
+                start = os.lseek(source.fileno(), end, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+            source.seek(start)
+            copy.seek(start)
+            copy.write(source.read(end - start))
     return str(target)
 
 

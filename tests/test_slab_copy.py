@@ -249,7 +249,7 @@ def test_a_block_at_the_place_of_another_does_not_verify(drive, copy):
 
 def test_trimmed_blocks_are_zeros_and_their_space_is_given_back(drive, copy):
     write(copy, 0, pattern(1, count=64))
-    os.fsync(drive._fd)
+    os.fsync(drive.fd)
     used = os.stat(drive.path).st_blocks
     copy.trim_blocks(0, 63)
     assert read(copy, 0, 64) == 63 * ZERO_BLOCK + pattern(1, count=64)[63 * BLOCK_SIZE :]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -160,7 +161,7 @@ def test_no_two_structures_of_any_layout_overlap(size, shift):
     places += [(layout.metadata_offset, layout.metadata_size)]
     places += [(layout.slot_data_offset(0), layout.slot_count * slab_size)]
     places.sort()
-    for (start, length), (following, _) in zip(places, places[1:], strict=False):
+    for (start, length), (following, _) in pairwise(places):
         assert start + length <= following
     assert sum(places[-1]) <= size
     assert layout.data_offset % MIB == 0

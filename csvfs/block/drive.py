@@ -13,16 +13,13 @@ Invariants
 """
 
 import contextlib
-import fcntl
 import heapq
-import mmap
 import os
-import stat
 import threading
 from dataclasses import dataclass
 from typing import NoReturn
 
-from csvfs.block.in_use import describe_users
+from csvfs.block.in_use import open_locked
 from csvfs.block.layout import ACTIVE_MAP_OFFSET, Layout
 from csvfs.block.medium import (
     disk_sequence,
@@ -32,14 +29,14 @@ from csvfs.block.medium import (
     punch_hole,
     write_all,
 )
+from csvfs.block.open_tables import OpenTables
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.slot_table import STATE_DELETING, STATE_FREE, STATE_IN_USE, SlotEntry, SlotTable
 from csvfs.block.slot_tables import (
+    SLOT_HEADER_SIZE,
     SlotTables,
-    check_slot_header,
     pack_slot_header,
     read_slot_metadata,
-    slot_header_of,
 )
 from csvfs.block.superblock import (
     Superblock,
@@ -52,8 +49,6 @@ from csvfs.errors import BadRequest, Corrupt, DriveFailed, DriveRefused, NoSpace
 from csvfs.ids import DriveId, Epoch, PoolId, SlabId, Term, VolumeId
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING
 
-# Tables of this many slabs are held open: five views each, about 1 KiB of Python objects.
-OPEN_TABLES_MAX = 4096
 _EPOCH_MAX = (1 << 32) - 1
 _STAGE_DELETING, _STAGE_FREED = 1, 2  # what the next flush makes durable of a deleted slot (D2)
 
@@ -75,6 +70,7 @@ class Drive:
     """Use `Drive.open`; then `close`.
 
     failure    why the drive is failed for good; None: it is not.
+    fd         its descriptor, for this package.
     unclean    it was not closed cleanly before this open.
     contents_lost  unclean, and the page cache may be gone too (another boot, replugged, failed flush): see D3.
     repairs    what was found damaged at this open, one line each; it has been repaired where another copy allowed it.
@@ -83,7 +79,7 @@ class Drive:
     def __init__(self, path: str, fd: int, boot_id: bytes | None = None) -> None:
         """Takes over a locked `fd`. Use `Drive.open`."""
         self.path = path
-        self._fd = fd
+        self.fd = fd
         self._boot_id = machine_boot_id() if boot_id is None else boot_id
         self.failure: str | None = None
         self.counters = DriveCounters()
@@ -110,12 +106,10 @@ class Drive:
             or self.superblock.disk_sequence != disk_sequence(fd)
         )
         self._copies: dict[tuple[VolumeId, SlabId], SlabCopy] = {}
-        self._open_copies: dict[int, SlabCopy] = {}  # by slot, in the order in which they may be closed
         self._free: list[int] = []
         self._deleting: dict[int, int] = {}
         self._table: SlotTable
-        self._mapping: mmap.mmap
-        self._view: memoryview
+        self._tables: OpenTables
 
     @classmethod
     def open(
@@ -132,7 +126,7 @@ class Drive:
         Raises  DriveRefused: missing, in use, of another pool or cluster. Corrupt: truncated, or no superblock is
                 readable. DriveFailed: it cannot be written.
         """
-        fd = _open_locked(path)
+        fd = open_locked(path)
         try:
             drive = cls(path, fd, boot_id)
             found = drive.superblock
@@ -153,28 +147,27 @@ class Drive:
                 self._note(clean=False, opens=opens)  # D1; the old boot id stays until D3 holds
             else:
                 self._note_open(opens)
-            self._table = SlotTable(self._fd, self.layout, self.id)
+            self._table = SlotTable(self.fd, self.layout, self.id)
             self.repairs += self._table.repairs
             self._table.repair()
             self._find_slots()
             if self.contents_lost:
                 self._mark_all_active()
-                os.fdatasync(self._fd)
+                os.fdatasync(self.fd)
                 self._note_open(opens)
-            self._mapping = mmap.mmap(self._fd, self.layout.metadata_size, offset=self.layout.metadata_offset)
+            self._tables = OpenTables(self)
         except OSError as error:
             raise DriveFailed(f"drive {self.path}: cannot be opened for writing: {error.strerror}") from None
-        self._view = memoryview(self._mapping)
 
     def _note_open(self, opens: int) -> None:
-        boot_id, sequence = self._boot_id, disk_sequence(self._fd)
+        boot_id, sequence = self._boot_id, disk_sequence(self.fd)
         self._note(clean=False, failed=False, opens=opens, boot_id=boot_id, disk_sequence=sequence)
 
     def _note(self, **changes: object) -> None:
         """Durably change the superblock. Raises DriveFailed."""
         self._superblock_sequence += 1
         self.superblock = next_superblock(self.superblock, self._superblock_sequence, **changes)
-        write_superblock(self._fd, self.superblock)
+        write_superblock(self.fd, self.superblock)
 
     def _find_slots(self) -> None:
         """Copies, free slots and unfinished deletes from the slot table; called once."""
@@ -200,7 +193,7 @@ class Drive:
     def _add_copy(
         self, slot: int, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: Term
     ) -> SlabCopy:
-        copy = SlabCopy(self, self._fd, slot, volume, slab, epoch, role, term)
+        copy = SlabCopy(self, self.fd, slot, volume, slab, epoch, role, term)
         self._copies[volume, slab] = copy
         return copy
 
@@ -211,17 +204,18 @@ class Drive:
             maps = self.layout.slot_maps_offset(copy.slot)
             header = pack_slot_header(self.id, copy.volume, copy.slab, copy.slot)
             try:
-                raw = read_slot_metadata(self._fd, self.layout, copy.slot)
-            except DriveFailed as error:  # whoever uses this slab is told again, by open_tables
+                found = os.pread(self.fd, SLOT_HEADER_SIZE, maps)
+                raw = b"" if found == header else read_slot_metadata(self.fd, self.layout, copy.slot)
+            except (OSError, DriveFailed) as error:  # whoever uses this slab is told again, by open_tables
                 self.repairs.append(f"slab {copy.slab}: {error}")
                 continue
-            if slot_header_of(raw, self.layout) != header:
+            if found != header:
                 if raw.strip(b"\0"):
                     self.repairs.append(f"slab {copy.slab} in slot {copy.slot}: its metadata is damaged")
                     continue
                 # The slab was just made: its entry got to the medium, its header did not.
-                write_all(self._fd, header, maps)
-            write_all(self._fd, marks, maps + ACTIVE_MAP_OFFSET)
+                write_all(self.fd, header, maps)
+            write_all(self.fd, marks, maps + ACTIVE_MAP_OFFSET)
 
     @property
     def opens(self) -> int:
@@ -262,12 +256,12 @@ class Drive:
         _check_epoch_and_role(epoch, role)
         slot = self._take_free_slot()
         try:
-            if read_slot_metadata(self._fd, self.layout, slot).strip(b"\0"):  # D2, against damage
+            if read_slot_metadata(self.fd, self.layout, slot).strip(b"\0"):  # D2, against damage
                 self.repairs.append(f"slot {slot} was free, but its tables were not empty: erased")
                 self._erase_slot(slot)
                 self.flush()
             header = pack_slot_header(self.id, volume, slab, slot)
-            write_all(self._fd, header, self.layout.slot_maps_offset(slot))
+            write_all(self.fd, header, self.layout.slot_maps_offset(slot))
             with self._lock:
                 self._table.put(
                     slot, state=STATE_IN_USE, role=role, volume=volume, slab=slab, epoch=epoch, term=term
@@ -302,12 +296,12 @@ class Drive:
         except OSError as error:
             raise self.io_error("delete", slab, 0, error) from None
         del self._copies[volume, slab]
-        self._close_tables(copy)
+        self._tables.close_one(copy)
         return True
 
     def _erase_slot(self, slot: int) -> None:
-        write_all(self._fd, bytes(self.layout.metadata_stride), self.layout.slot_metadata_offset(slot))
-        punch_hole(self._fd, self.layout.slot_data_offset(slot), self.layout.slab_size)
+        write_all(self.fd, bytes(self.layout.metadata_stride), self.layout.slot_metadata_offset(slot))
+        punch_hole(self.fd, self.layout.slot_data_offset(slot), self.layout.slab_size)
 
     def set_epoch(self, copy: SlabCopy, epoch: Epoch, role: int, term: Term) -> None:
         """Install an epoch and role; durable after the next flush. The term never falls.
@@ -352,7 +346,7 @@ class Drive:
             with self._lock:
                 unsettled, deleting = self._table.unsettled(), dict(self._deleting)
             try:
-                os.fdatasync(self._fd)
+                os.fdatasync(self.fd)
                 with self._lock:
                     self._table.settle(unsettled)
                 for slot, stage in deleting.items():
@@ -386,7 +380,7 @@ class Drive:
         """A drive file that was deleted or truncated under us keeps nothing. Raises DriveFailed."""
         if not self.is_file:
             return
-        status = os.fstat(self._fd)
+        status = os.fstat(self.fd)
         if status.st_nlink == 0:
             self._fail("its file was deleted")
         if status.st_size < self.superblock.size:
@@ -424,56 +418,18 @@ class Drive:
             clean = False
             raise
         finally:
-            self._release()
+            self._tables.close()
             try:
                 if clean:
                     self._note(clean=True)  # D1
             finally:
-                os.close(self._fd)
+                os.close(self.fd)
                 self.failure = self.failure or "it was closed"
 
-    def _release(self) -> None:
-        for copy in list(self._open_copies.values()):
-            self._close_tables(copy)
-        self._view.release()
-        self._mapping.close()
-
-    # Tables
-
     def open_tables(self, copy: SlabCopy) -> SlotTables:
-        """The tables of a copy, read once by pread and verified, then views; closes others above OPEN_TABLES_MAX.
-
-        Raises  NotFound: the slab was deleted. Corrupt: another slab's metadata, or damage. DriveFailed.
-        """
+        """The tables of a copy; see OpenTables.open. Raises NotFound too: the slab was deleted."""
         self._check_here(copy)
-        try:
-            raw = read_slot_metadata(self._fd, self.layout, copy.slot)
-            check_slot_header(raw, self.layout, pack_slot_header(self.id, copy.volume, copy.slab, copy.slot))
-        except DriveFailed as error:
-            self.counters.io_errors += 1
-            raise DriveFailed(f"drive {self.path}: slab {copy.slab}: {error}") from None
-        except Corrupt as error:
-            raise Corrupt(f"drive {self.path}: slab {copy.slab}: {error}") from None
-        while len(self._open_copies) >= OPEN_TABLES_MAX:
-            self._close_one_unused()
-        copy.tables = SlotTables(self._view, self.layout, copy.slot)
-        self._open_copies[copy.slot] = copy
-        return copy.tables
-
-    def _close_one_unused(self) -> None:
-        """Second chance: the first in line that was not used since it last stood there."""
-        copy = next(iter(self._open_copies.values()))
-        if copy.recently_used:
-            copy.recently_used = False
-            self._open_copies[copy.slot] = self._open_copies.pop(copy.slot)
-        else:
-            self._close_tables(copy)
-
-    def _close_tables(self, copy: SlabCopy) -> None:
-        tables, copy.tables = copy.tables, None
-        if tables is not None:
-            del self._open_copies[copy.slot]
-            tables.release()
+        return self._tables.open(copy)
 
     def _check_here(self, copy: SlabCopy) -> None:
         if self._copies.get((copy.volume, copy.slab)) is not copy:
@@ -483,24 +439,3 @@ class Drive:
 def _check_epoch_and_role(epoch: int, role: int) -> None:
     if not 0 <= epoch <= _EPOCH_MAX or role not in (ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING):
         raise BadRequest(f"epoch {epoch} or role {role} is out of range")
-
-
-def _open_locked(path: str) -> int:
-    """Open for reading and writing, as the only one. Raises DriveRefused."""
-    try:
-        exclusive = os.O_EXCL if _is_block_device(path) else 0
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
-    except FileNotFoundError:
-        raise DriveRefused(f"drive {path} is missing; attach it, or remove it from the pool") from None
-    except OSError as error:
-        raise DriveRefused(f"drive {path} cannot be opened: {error.strerror}{describe_users(path)}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise DriveRefused(f"drive {path} is in use by another process{describe_users(path)}") from None
-    return fd
-
-
-def _is_block_device(path: str) -> bool:
-    return stat.S_ISBLK(os.stat(path).st_mode)

@@ -50,7 +50,7 @@ def check_drive(
         _check_writable(path, fd)
         try:
             size = medium_size(fd)
-            _check_content(path, fd, size, pool_id, cluster_id)
+            check_content(path, fd, size, pool_id, cluster_id)
         except OSError as error:
             raise DriveRefused(f"{path}: cannot be read: {error.strerror}") from None
         if size < needed:
@@ -147,7 +147,8 @@ def _check_writable(path: str, fd: int) -> None:
         raise DriveRefused(f"{path}: read-only")
 
 
-def _check_content(path: str, fd: int, size: int, pool_id: PoolId | None, cluster_id: bytes | None) -> None:
+def check_content(path: str, fd: int, size: int, pool_id: PoolId | None, cluster_id: bytes | None) -> None:
+    """The part of check_drive that looks at what is there. Raises DriveRefused, OSError."""
     try:
         found = read_superblock(fd, size).superblock
     except Corrupt as error:

@@ -1,7 +1,7 @@
 """Making a drive of a blank file or block device (FORMAT.md).
 
 Place      block floor, above eligibility.py. Blocks: for block devices as long as zeroing their metadata takes.
-Order      check, lock, check again; erase; tables; flush; superblock last: a format that was cut short leaves no drive.
+Order      check, lock, check the content again; erase; tables; flush; superblock last: a format that was cut short leaves no drive.
 """
 
 import fcntl
@@ -9,7 +9,7 @@ import os
 import stat
 import time
 
-from csvfs.block.eligibility import check_drive
+from csvfs.block.eligibility import check_content, check_drive
 from csvfs.block.layout import TAIL_SIZE, Layout, layout_of
 from csvfs.block.medium import is_regular_file, medium_size, punch_hole, write_zeros
 from csvfs.block.slot_table import format_slot_table
@@ -47,6 +47,7 @@ def format_drive(
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         size = medium_size(fd)
+        check_content(path, fd, size, pool_id, cluster_id)  # another format may have been quicker
         layout = layout_of(size, slab_size)
         superblock = Superblock(
             sequence=1,

@@ -1,14 +1,17 @@
-"""Who uses a file or block device: mounts, swap, loop devices, holders, processes that have it open.
+"""Who uses a file or block device: mounts, swap, loop devices, holders, processes; and how to be its one user.
 
-Place      block floor, lowest. Only reads /proc and /sys.
+Place      block floor, lowest. Only reads /proc and /sys, and locks.
 Rule       what cannot be looked at (a process that ended, another's namespace) counts as not using it; the kernel's own
            O_EXCL and our flock are the last word.
 """
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from csvfs.errors import DriveRefused
 
 
 def _same(a: os.stat_result, b: os.stat_result) -> bool:
@@ -109,3 +112,24 @@ def describe_users(path: str) -> str:
     except OSError:
         return ""
     return f" ({', '.join(f'pid {pid}, {name}' for pid, name in found)})" if found else ""
+
+
+def open_locked(path: str) -> int:
+    """A descriptor for reading and writing of which there is one only; the lock ends with it. Raises DriveRefused."""
+    try:
+        exclusive = os.O_EXCL if is_block_device(path) else 0
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
+    except FileNotFoundError:
+        raise DriveRefused(f"drive {path} is missing; attach it, or remove it from the pool") from None
+    except OSError as error:
+        raise DriveRefused(f"drive {path} cannot be opened: {error.strerror}{describe_users(path)}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise DriveRefused(f"drive {path} is in use by another process{describe_users(path)}") from None
+    return fd
+
+
+def is_block_device(path: str) -> bool:
+    return stat.S_ISBLK(os.stat(path).st_mode)

@@ -101,6 +101,10 @@ class Layout:
     def slot_maps_offset(self, slot: int) -> int:
         return self.slot_metadata_offset(slot) + self.checksums_size + self.epochs_size
 
+    def slot_header_offset(self, slot: int) -> int:
+        """Of the header that says of which slab the metadata of a slot is (slot_tables.pack_slot_header)."""
+        return self.slot_maps_offset(slot)
+
     def slot_data_offset(self, slot: int) -> int:
         return self.data_offset + slot * self.slab_size
 

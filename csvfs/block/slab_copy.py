@@ -14,7 +14,6 @@ Order of stores, so that a kill at any point leaves old or new content, or a chu
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import errno
 import os
 from array import array
@@ -330,8 +329,14 @@ class SlabCopy:
             return b""
 
     def warm_blocks(self, block: int, count: int) -> None:
-        """Bring blocks into the page cache, for read_blocks right after; may run in another thread. Raises nothing."""
+        """Bring blocks and tables into the page cache, for read_blocks right after, which raises what fails here.
+
+        May run in another thread.
+        """
         with contextlib.suppress(OSError):
+            if self.tables is None:
+                layout = self._drive.layout
+                os.pread(self._fd, layout.metadata_stride, layout.slot_metadata_offset(self.slot))
             os.pread(self._fd, count << _BLOCK_SHIFT, self.data_offset + (block << _BLOCK_SHIFT))
 
     def bad_blocks_scan(self, block: int, count: int) -> list[int]:

@@ -44,15 +44,10 @@ def read_slot_metadata(fd: int, layout: Layout, slot: int) -> bytes:
     return raw
 
 
-def slot_header_of(raw: bytes, layout: Layout) -> bytes:
-    """The header within the metadata of a slot."""
-    start = layout.checksums_size + layout.epochs_size
-    return raw[start : start + SLOT_HEADER_SIZE]
-
-
 def check_slot_header(raw: bytes, layout: Layout, wanted: bytes) -> None:
     """Raises Corrupt unless the metadata of a slot is that of the slab the slot table says."""
-    found = slot_header_of(raw, layout)
+    start = layout.checksums_size + layout.epochs_size
+    found = raw[start : start + SLOT_HEADER_SIZE]
     if found != wanted:
         why = "is all zeros" if not found.strip(b"\0") else "is damaged or of another slab"
         raise Corrupt(f"the header of its metadata {why}; this copy must be made anew from another one")
