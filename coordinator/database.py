@@ -122,8 +122,11 @@ class Database:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> Exception:
-        """A failed statement dooms its batch: it may have been half of an operation."""
-        error = _ours(error)
+        """A failed statement dooms its batch."""
+        return self.doom(_ours(error))
+
+    def doom(self, error: Exception) -> Exception:
+        """The batch, if one runs, cannot be committed any more: an operation may be half done. Returns `error`."""
         if self.active and self._doom is None:
             self._doom = error
             if not self._connection.in_transaction:

@@ -79,8 +79,10 @@ class Extents:
 
         Raises NotFound, IsADirectory, Conflict: no regular file. BadRequest: range out of bounds.
         """
-        self._inodes.file(ino)
+        inode = self._inodes.file(ino)
         _check_range(block, count)
+        if inode.blocks == 0:
+            return []
         extents = self._read(ino, block, block + count, limit + 1)
         return [extent for extent in extents if extent.end > block][:limit]
 
@@ -97,7 +99,7 @@ class Extents:
         if not TIME_MIN <= mtime_ns <= TIME_MAX:
             raise BadRequest(f"time {mtime_ns} ns does not fit 64 bits")
         end = block + count
-        known = self._read(ino, block, end, PIECES_PER_CALL_MAX)
+        known = self._read(ino, block, end, PIECES_PER_CALL_MAX) if inode.blocks else []
         if len(known) == PIECES_PER_CALL_MAX:
             end = min(end, known[-1].end)
         holes = _holes(known, block, end)

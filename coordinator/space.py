@@ -211,8 +211,9 @@ class Space:
             "SELECT id FROM slabs WHERE free > 0 AND id > ? ORDER BY id LIMIT 1", (self._current,)
         ) or self._database.rows("SELECT id FROM slabs WHERE free > 0 ORDER BY id LIMIT 1")
         if not rows:
-            raise Conflict(
-                f"{self._database.counters.free_blocks} free blocks are in no slab; run the metadata check"
+            free = self._database.counters.free_blocks
+            raise self._database.doom(
+                Corrupt(f"{free} blocks count as free, but are in no slab; check the volume")
             )
         self._current = int(rows[0][0])
         return self._current
@@ -222,8 +223,11 @@ class Space:
         if bitmap is None:
             rows = self._database.rows("SELECT blocks, free, bitmap FROM slabs WHERE id = ?", (slab,))
             if not rows:
-                raise NotFound(f"slab {slab} does not exist")
-            bitmap = self._bitmaps[slab] = _Bitmap(*rows[0])
+                raise self._database.doom(Corrupt(f"slab {slab} has blocks in use, but does not exist"))
+            try:
+                bitmap = self._bitmaps[slab] = _Bitmap(*rows[0])
+            except Corrupt as error:
+                raise self._database.doom(Corrupt(f"slab {slab}: {error}")) from None
         return bitmap
 
     # Freeing

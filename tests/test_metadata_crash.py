@@ -1,13 +1,14 @@
 """Wherever a coordinator's log ends, its successor finds every acknowledged operation, and no half one."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
 from coordinator.consistency import check
 from coordinator.metadata import Metadata
 from coordinator.slab_image import LogBarrier, LogEntry, SlabImage
-from csvfs.errors import Corrupt, CsvfsError
+from csvfs.errors import Corrupt, CsvfsError, NoSpace
 from tests.metadata_members import SLAB_BLOCKS, VOLUME, Members, TestVolume
 
 FILE, DIRECTORY = 0o100644, 0o040755
@@ -24,9 +25,10 @@ def state_of(metadata: Metadata) -> State:
 class History:
     """A volume with random batches, and what was committed after how many entries of its log."""
 
-    def __init__(self, seed: int, batches: int, *, files_per_batch: int) -> None:
+    def __init__(self, seed: int, batches: int, *, files_per_batch: int, cache_pages: int = 2000) -> None:
         self.random = random.Random(seed)
         self.volume = TestVolume(data_slabs=0)
+        self.volume.metadata.database.rows(f"PRAGMA cache_size={cache_pages}")
         self.commits: list[tuple[int, State]] = []
         self.volume.add_data_slab()
         self.remember()
@@ -127,6 +129,45 @@ def test_a_power_cut_loses_nothing_that_was_flushed_whatever_else_reached_the_me
         metadata = recover(members.blocks, volume)
         assert state_of(metadata) in history.states_from(flushed), f"seed {seed}: {flushed} to {length}"
         assert metadata.database.rows("PRAGMA integrity_check") == [("ok",)]
+        metadata.close()
+
+
+def test_pages_that_leave_the_cache_before_their_commit_do_not_count_without_it():
+    """SQLite then writes frames early, and some of them twice in place."""
+    history = History(21, 25, files_per_batch=60, cache_pages=10)
+    volume = history.volume
+    assert any(next_length - length > 40 for (length, _), (next_length, _) in pairwise(history.commits))
+    members = Members()
+    first_commit = history.commits[0][0]
+    members.apply(volume.log[:first_commit])
+    for length in range(first_commit, len(volume.log) + 1):
+        members.apply(volume.log[length - 1 : length])
+        metadata = recover(dict(members.blocks), volume)
+        assert state_of(metadata) in history.states_from(length)[:2], f"cut after {length} entries"
+        metadata.close()
+
+
+def test_a_batch_that_was_refused_leaves_nothing_for_a_successor_to_find():
+    volume = TestVolume(slabs=16)
+    with volume.batch() as metadata:
+        metadata.make(1, b"before", FILE, 0, 0, 0, b"", 1)
+    start = len(volume.log)
+    with pytest.raises(NoSpace), volume.batch() as metadata:
+        for number in range(20_000):
+            metadata.make(1, b"%d-" % number + b"x" * 200, FILE, 0, 0, 0, b"", 1)
+    volume.send_log()
+    refused = len(volume.log)
+    assert refused - start > 100
+    with volume.batch() as metadata:
+        metadata.make(1, b"after", FILE, 0, 0, 0, b"", 1)
+    members = Members()
+    members.apply(volume.log[:start])
+    for length in range(start + 1, len(volume.log) + 1):
+        members.apply(volume.log[length - 1 : length])
+        metadata = recover(dict(members.blocks), volume)
+        found = {name for _, name, _ in metadata.readdir(1, 0, 4096)[0]}
+        assert found == {b"before", b"after"} if length == len(volume.log) else found >= {b"before"}
+        assert len(found) <= 2
         metadata.close()
 
 

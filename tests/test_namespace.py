@@ -373,3 +373,33 @@ def test_rollback_undoes_what_is_only_in_memory_too(volume):
     metadata.rollback()
     assert (metadata.getattr(1), metadata.statfs()) == before
     assert names(metadata, 1) == [b"kept"] and metadata.orphans() == []
+
+
+def test_numbers_and_types_out_of_range_are_refused_one_by_one(volume):
+    """A confused mount must not take down the batch that others are in."""
+    huge = 1 << 70
+    with volume.batch() as metadata:
+        ino = make(metadata, 1, b"file")
+        for error, attempt in [
+            (NotFound, lambda: metadata.getattr(huge)),
+            (NotFound, lambda: metadata.getattr(-1)),
+            (BadRequest, lambda: metadata.lookup(1, "text")),
+            (BadRequest, lambda: metadata.readdir(1, huge, 10)),
+            (BadRequest, lambda: metadata.readdir(1, -1, 10)),
+            (BadRequest, lambda: metadata.make(1, b"x", -1, 0, 0, 0, b"", 1)),
+            (BadRequest, lambda: metadata.make(1, b"x", huge, 0, 0, 0, b"", 1)),
+            (BadRequest, lambda: metadata.make(1, b"x", FILE, huge, 0, 0, b"", 1)),
+            (BadRequest, lambda: metadata.make(1, b"x", FILE, 0, 0, -1, b"", 1)),
+            (BadRequest, lambda: metadata.setattr(ino, mtime_ns=huge, now_ns=1)),
+            (BadRequest, lambda: metadata.setattr(ino, mode=huge, now_ns=1)),
+            (FileTooBig, lambda: metadata.setattr(ino, size=-1, now_ns=1)),
+            (BadRequest, lambda: metadata.allocate(ino, 0, 1, 0, huge, 1)),
+            (FileTooBig, lambda: metadata.allocate(ino, huge, 1, 0, 0, 1)),
+            (FileTooBig, lambda: metadata.allocate(ino, 0, 1, huge, 0, 1)),
+            (FileTooBig, lambda: metadata.commit_file(ino, huge, None, None, 1)),
+            (BadRequest, lambda: metadata.commit_file(ino, 1, huge, None, 1)),
+            (BadRequest, lambda: metadata.setxattr(ino, "text", b"", 0, 1)),
+        ]:
+            with pytest.raises(error):
+                attempt()
+    assert names(volume.reopened(), 1) == [b"file"]

@@ -233,3 +233,25 @@ def test_switching_back_to_a_rollback_journal_and_forth_keeps_the_data():
     assert connection.execute("SELECT sum(a) FROM t").get == 6
     connection.close()
     vfs.unregister()
+
+
+def test_opening_reads_no_more_however_many_files_there_are():
+    """Takeover time must not grow with the volume."""
+    volume = TestVolume(slabs=16)
+    read = []
+    for number in range(40):
+        with volume.batch() as metadata:
+            make_files(metadata, number * 100, 100)
+        volume.metadata.checkpoint()
+        volume.send_log()
+        if number in (2, 39):
+            blocks = []
+
+            def read_blocks(block: int, count: int, blocks: list[int] = blocks) -> bytes:
+                blocks.extend(range(block, block + count))
+                return volume.members.read_blocks(block, count)
+
+            Metadata.open(SlabImage.open(read_blocks, volume.capacity, VOLUME), VOLUME).close()
+            read.append(len(blocks))
+    assert volume.metadata.used_blocks() > 500
+    assert read[1] <= read[0] + 128 and read[1] < 300

@@ -306,3 +306,14 @@ def test_one_full_slab_leads_to_the_next_with_room(volume):
         ino = make(metadata, b"large")
         extents = grow(metadata, ino, 0, 1024)
     assert len(extents) == 32 and {extent.slab for extent in extents} == {1, 2}
+
+
+def test_a_damaged_bitmap_dooms_the_batch_that_met_it(volume):
+    volume.metadata.begin()
+    volume.metadata.database.run("UPDATE slabs SET free = 5 WHERE id = 1")
+    ino = make(volume.metadata)
+    with pytest.raises(Corrupt, match="slab 1"):
+        volume.metadata.allocate(ino, 0, 1, 0, 0, 1)
+    with pytest.raises(Corrupt, match="slab 1"):
+        volume.metadata.commit()
+    assert volume.metadata.lookup(1, b"file") is None
