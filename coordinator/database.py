@@ -126,7 +126,7 @@ class Database:
         return self.doom(_ours(error))
 
     def doom(self, error: Exception) -> Exception:
-        """The batch, if one runs, cannot be committed any more: an operation may be half done. Returns `error`."""
+        """A batch that runs cannot be committed any more: an operation may be half done. Returns `error`."""
         if self.active and self._doom is None:
             self._doom = error
             if not self._connection.in_transaction:
