@@ -13,11 +13,13 @@ Cost       find: O(log n). learn, forget: one slice assignment, O(log n + runs r
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from csvfs.errors import ProtocolError
 
 HOLE = -1
-BLOCKS_MAX = 1 << 51  # 2**63 bytes of blocks: no file is larger
+BLOCKS_MAX = 1 << 51  # 2**63 bytes: more than any offset
+FILE_BLOCKS_MAX = 1 << 32  # 16 TiB, the largest file
 
 Run = tuple[int, int, int, int]  # start, end (exclusive), slab or HOLE, slab block
 Piece = tuple[int, int, int, int]  # block, count, slab or HOLE, slab block
@@ -109,7 +111,7 @@ class ExtentMap:
         Raises  ProtocolError when extents overlap or have numbers out of range; then nothing is taken.
         """
         rows = sorted(_checked(extent) for extent in extents)
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in pairwise(rows):
             if before[1] > after[0]:
                 raise ProtocolError(f"extents of blocks {before[:2]} and {after[:2]} of one file overlap")
         end = block + count

@@ -1,0 +1,241 @@
+"""What a mount knows of one inode: lease, attributes, layout, and what is under way.
+
+Place      mount floor. Plain state; the rules that change it are in leases.py, the paths and recall.py.
+
+Invariants
+  M1  `size` is what a reader may see: it grows after data and size are both done, shrinks before the blocks go.
+      It is right while the lease is READ or more.
+  M2  `readable` and `writable` say whether the hot path may answer; `regate` follows every change of what they
+      are made of, in the same synchronous step.
+  M3  Whoever does I/O has raised `reads` or `writers`, or stands in `writes`, without an await since it looked
+      at the lease. None of them waits for a lease meanwhile: a recall waits for them.
+"""
+
+import trio
+
+from csvfs.errors import CsvfsError
+from csvfs.volume.extents import ExtentMap
+from csvfs.volume.file_io import WriteDone
+
+LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE = range(4)  # PROTOCOL.md, lease kinds
+
+# PROTOCOL.md, "attr"
+INO, MODE, NLINK, UID, GID, RDEV, SIZE, BLOCKS, ATIME, MTIME, CTIME, GENERATION = range(12)
+ATTR_LENGTH = 12
+
+WHOLE_FILE = (0, 0)  # offset, length; length 0: to the end
+
+
+class InFlight:
+    """One write taken by write_nowait. `done` is called exactly once."""
+
+    __slots__ = ("done", "end", "error", "first", "remaining", "slabs", "state")
+
+    def __init__(self, state: "FileState", first: int, end: int, slabs: tuple[int, ...], done: WriteDone) -> None:
+        self.state = state
+        self.first = first
+        self.end = end
+        self.slabs = slabs
+        self.done = done
+        self.remaining = len(slabs)
+        self.error: CsvfsError | None = None
+
+    def landed(self, error: CsvfsError | None) -> None:
+        """One of its pieces ended."""
+        if error is not None:
+            self.error = error
+        self.remaining -= 1
+        if self.remaining:
+            return
+        state = self.state
+        del state.writes[self]
+        # Now, not when it was sent: a flush between the two would not have covered it (I8).
+        for slab in self.slabs:
+            state.dirty_slabs[slab] = None
+        if state.waiters is not None:
+            state.notify()
+        self.done(self.error)
+
+
+class Claim:
+    """Blocks that a write which reads, allocates or extends has for itself."""
+
+    __slots__ = ("end", "first")
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first = first
+        self.end = end
+
+
+class Recall:
+    """A recall under way. `signal` is set when a write got stuck behind it; `yielding`: it must not wait for pages."""
+
+    __slots__ = ("signal", "yielding")
+
+    def __init__(self) -> None:
+        self.signal = trio.Event()
+        self.yielding = False
+
+
+class FileState:
+    """One inode. Numbers in bytes unless they are called blocks."""
+
+    __slots__ = (
+        "__weakref__",
+        "_locks",
+        "allocated_upto",
+        "attr",
+        "claims",
+        "committed",
+        "directory",
+        "dirty_slabs",
+        "extents",
+        "failure",
+        "ino",
+        "lease",
+        "metadata_dirty",
+        "mtime_ns",
+        "open_count",
+        "read_holds",
+        "readable",
+        "reads",
+        "recall",
+        "report",
+        "runs",
+        "size",
+        "starts",
+        "stuck",
+        "tail_zero",
+        "taint",
+        "times_dirty",
+        "truncating",
+        "truncations",
+        "waiters",
+        "waiting",
+        "writable",
+        "write_holds",
+        "writers",
+        "writes",
+    )
+
+    def __init__(self, ino: int) -> None:
+        self.ino = ino
+        self.lease = LEASE_NONE
+        self.directory = False
+        self.attr: list | None = None  # as the coordinator said last; see `attributes`
+        self.size = 0
+        self.committed = 0  # size the coordinator knows
+        self.mtime_ns = 0
+        self.times_dirty = False  # mtime_ns is newer than what the coordinator knows
+        self.extents = ExtentMap()
+        self.starts = self.extents.starts  # the same lists, for the hot path
+        self.runs = self.extents.runs
+        self.tail_zero = -1  # the size for which the rest of its last block is known to be zeros
+        self.allocated_upto = 0  # block: beyond the end of the file, up to here, blocks may hold old bytes
+        self.open_count = 0
+        self.reads: dict[object, None] = {}
+        self.writers = 0
+        self.writes: dict[InFlight, None] = {}
+        self.claims: dict[Claim, None] = {}
+        self.dirty_slabs: dict[int, None] = {}
+        self.metadata_dirty = True  # changed since the coordinator's last fsync, as far as we can tell
+        self.failure: CsvfsError | None = None  # of a flush; reported until the file is closed (I8)
+        self.read_holds = 0
+        self.write_holds = 0
+        self.truncating = False  # the coordinator is at it: no write may begin
+        self.truncations = 0  # under way, in whatever phase
+        self.waiting = 0  # reads and writes that are with us, in whatever phase
+        self.stuck: dict[object, tuple[int, int]] = {}  # writes without the write lease: (offset, end) of pages
+        self.recall: Recall | None = None
+        self.report: dict | None = None  # what the last recall answered, until the next grant
+        self.taint: list[tuple[int, int]] | None = None  # (offset, length) of pages filled during a pass
+        self.readable = False
+        self.writable = False
+        self.waiters: trio.Event | None = None
+        self._locks: dict[str, trio.Lock] | None = None
+
+    def regate(self) -> None:
+        """Call after every change of lease, holds or truncating (M2); wakes who waits for it."""
+        self.readable = self.lease >= LEASE_READ and not self.read_holds
+        self.writable = self.lease == LEASE_WRITE and not self.write_holds and not self.truncating
+        self.notify()
+
+    def notify(self) -> None:
+        event = self.waiters
+        if event is not None:
+            self.waiters = None
+            event.set()
+
+    async def wait_change(self) -> None:
+        """Returns after the next `notify`: then look again. Cancel safe."""
+        if self.waiters is None:
+            self.waiters = trio.Event()
+        await self.waiters.wait()
+
+    def attributes(self) -> list:
+        """The attributes as they are now, ours laid over the coordinator's. `attr` must be known."""
+        assert self.attr is not None
+        attr = list(self.attr)
+        if self.lease == LEASE_WRITE:
+            attr[SIZE] = self.size
+            if self.times_dirty:
+                attr[MTIME] = self.mtime_ns
+                attr[CTIME] = max(attr[CTIME], self.mtime_ns)
+        return attr
+
+    def is_claimed(self, first: int, end: int) -> bool:
+        return any(claim.first < end and first < claim.end for claim in self.claims)
+
+    def is_written(self, first: int, end: int) -> bool:
+        return any(write.first < end and first < write.end for write in self.writes)
+
+    def is_busy(self) -> bool:
+        """Something is under way, or the kernel has it open: not to be released."""
+        return bool(
+            self.open_count or self.waiting or self.writes or self.recall or self.truncations
+            or (self._locks and any(lock.locked() for lock in self._locks.values()))
+        )  # fmt: skip
+
+    def _lock(self, name: str) -> trio.Lock:
+        """Made when first used: most inodes never need one."""
+        if self._locks is None:
+            self._locks = {}
+        return self._locks.setdefault(name, trio.Lock())
+
+    @property
+    def acquiring(self) -> trio.Lock:
+        """Held while a higher lease is asked for."""
+        return self._lock("acquiring")
+
+    @property
+    def mapping(self) -> trio.Lock:
+        """Held while the layout alone is asked for."""
+        return self._lock("mapping")
+
+    @property
+    def flushing(self) -> trio.Lock:
+        """Held during fsync."""
+        return self._lock("flushing")
+
+    @property
+    def tail(self) -> trio.Lock:
+        """Held by the write that moves the end of the file."""
+        return self._lock("tail")
+
+    async def claim(self, first: int, end: int) -> Claim:
+        """Have blocks `first..end` for oneself: no other write is or gets under way there until `unclaim`."""
+        while self.is_claimed(first, end) or self.is_written(first, end):
+            await self.wait_change()
+        claim = Claim(first, end)
+        self.claims[claim] = None
+        return claim
+
+    def unclaim(self, claim: Claim) -> None:
+        del self.claims[claim]
+        self.notify()
+
+    async def wait_writes(self) -> None:
+        """Until the writes under way now have ended; not those that begin meanwhile."""
+        before: set[InFlight | Claim] = {*self.writes, *self.claims}
+        while any(write in self.writes or write in self.claims for write in before):
+            await self.wait_change()

@@ -1,0 +1,336 @@
+"""The file table: what stands between the FUSE channel and the coordinator and drives of the volume.
+
+Place      mount floor; gathers leases.py, read_path.py, write_path.py, truncation.py and recall.py.
+Tasks      `run_forever`: every second it reports times of files written to, gives back what nobody uses any more,
+           and watches whether this node may serve. Recalls run in the session's nursery.
+Limits     INODES_MAX inodes that are not open are remembered; the longest known go first.
+
+Invariant  I8: fsync answers only after every member flushed what was acknowledged before. A flush that failed is
+           reported to it, and to every fsync of the inode until it is closed: what the drive lost meanwhile cannot
+           be had back by flushing again.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from csvfs.errors import CsvfsError, Fenced
+from csvfs.mount.file_state import LEASE_NONE, LEASE_OPEN, LEASE_READ, FileState
+from csvfs.mount.guard import Guard
+from csvfs.mount.leases import Coordinator, Leases
+from csvfs.mount.read_path import ReadPath
+from csvfs.mount.recall import KernelNotifier, Recaller
+from csvfs.mount.truncation import Truncation
+from csvfs.mount.write_path import WritePath
+from csvfs.volume.file_io import BlockBus, Data, WriteDone
+
+log = logging.getLogger(__name__)
+
+INODES_MAX = 65_536  # about 1 KiB each
+RELEASE_BATCH = 1024
+MAINTENANCE_S = 1.0
+GUARD_S = 0.05
+TIMES_S = 5.0  # as `attribute_report_ms` of config.py
+
+
+class FileTable:
+    """One per mount. `nursery` outlives it; start `run_forever` in it."""
+
+    read_nowait: Callable[[int, int, int], Data | list[Data] | None]
+    write_nowait: Callable[[int, int, memoryview, int, WriteDone], bool]
+
+    def __init__(
+        self,
+        *,
+        coordinator: Coordinator,
+        bus: BlockBus,
+        notifier: KernelNotifier,
+        guard: Guard,
+        nursery: trio.Nursery,
+        io_timeout_s: float = 60.0,
+        times_s: float = TIMES_S,
+        inodes_max: int = INODES_MAX,
+    ) -> None:
+        self._coordinator = coordinator
+        self._bus = bus
+        self._notifier = notifier
+        self._guard = guard
+        self._nursery = nursery
+        self._times_s = times_s
+        self._inodes_max = inodes_max
+        self._timed: dict[FileState, None] = {}
+        self._forgotten: dict[int, None] = {}
+        self._io_timeout_s = io_timeout_s
+        self.leases = Leases(coordinator, bus)
+        self._recaller = Recaller(self.leases, notifier, nursery, self._lowered)
+        self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
+        self._writes = WritePath(
+            self.leases, bus, coordinator, notifier, guard, nursery, self._timed, io_timeout_s
+        )
+        self._truncation = Truncation(self.leases, coordinator, self._writes, self._give_up, io_timeout_s)
+        # Bound once: the channel calls them for every request.
+        self.read_nowait = self._reads.read_nowait
+        self.write_nowait = self._writes.write_nowait
+        self.read = self._reads.read
+        self.write = self._writes.write
+        self.truncate = self._truncation.truncate
+        self.stamp = self.leases.stamp
+        self.recalled_since = self.leases.recalled_since
+
+    # -- leases ----------------------------------------------------------------------------------
+
+    def holds(self, ino: int) -> int:
+        """The lease held now: 0 none, 1 open, 2 read, 3 write."""
+        state = self.leases.states.get(ino)
+        return LEASE_NONE if state is None else state.lease
+
+    def granted(self, ino: int, kind: int, attr: list | None) -> None:
+        """A reply of the coordinator said so. Call before the next await after the reply."""
+        self._forgotten.pop(ino, None)
+        self.leases.granted(ino, kind, attr)
+
+    def granted_directory(self, ino: int, kind: int) -> None:
+        """As granted, for a directory whose attributes the reply does not have."""
+        self._forgotten.pop(ino, None)
+        self.leases.state(ino).directory = True
+        self.leases.granted(ino, kind, None)
+
+    def claims(self) -> list[list[int]]:
+        """See session.LeaseHolder."""
+        return self.leases.claims()
+
+    def refused(self, inos: list[int]) -> None:
+        """A new coordinator gave these leases to others before we could claim them."""
+        states = self.leases.states
+        self._recaller.lose([states[ino] for ino in inos if ino in states])
+
+    async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]:
+        """See session.LeaseHolder. Cancel: leaves the lease as it is, the recall unanswered."""
+        return await self._recaller.recall(ino, kind, attr)
+
+    def query(self, ino: int) -> dict[str, Any] | None:
+        """See session.LeaseHolder."""
+        return self._recaller.query(ino)
+
+    def _give_up(self, state: FileState) -> None:
+        """Give a lease back that we are no longer sure to understand."""
+
+        async def take_back() -> None:
+            if state.recall is None:
+                await self._recaller.take_back(state, LEASE_NONE)
+
+        self._nursery.start_soon(take_back)
+
+    # -- attributes ------------------------------------------------------------------------------
+
+    async def getattr(self, ino: int) -> list:
+        """The attributes, by our lease where we have one, else as the coordinator says.
+
+        Raises  NotFound; Unavailable, TimedOut after io_timeout_s. Cancel safe.
+        """
+        state = self.leases.states.get(ino)
+        if state is not None and state.lease >= LEASE_READ and state.attr is not None and self._guard.serving():
+            return state.attributes()
+        reply = await self._coordinator.call("getattr", {"ino": ino})
+        self.granted(ino, reply["lease"], reply["attr"])
+        state = self.leases.states[ino]
+        return state.attributes() if state.attr is not None else list(reply["attr"])
+
+    async def statfs(self) -> dict[str, int]:
+        """size, free, files, files_free, name_max; bytes."""
+        figures: dict[str, int] = await self._coordinator.call("statfs", {})
+        return figures
+
+    # -- open files ------------------------------------------------------------------------------
+
+    def opened(self, ino: int) -> None:
+        state = self.leases.state(ino)
+        state.open_count += 1
+        self._forgotten.pop(ino, None)
+        if state.lease == LEASE_NONE:
+            # Recalled since the caller looked: an unlink elsewhere must still find the file open here.
+            self._nursery.start_soon(self._hold_open, state)
+
+    async def _hold_open(self, state: FileState) -> None:
+        try:
+            await self.leases.acquire(state, LEASE_OPEN, 0, 0)
+        except CsvfsError as error:
+            log.warning("inode %d is open without a lease: %s", state.ino, error)
+
+    def closed(self, ino: int) -> None:
+        state = self.leases.states.get(ino)
+        if state is None or not state.open_count:
+            return
+        state.open_count -= 1
+        if not state.open_count:
+            state.failure = None
+            if state.lease <= LEASE_OPEN:
+                self._forgotten[ino] = None  # nothing is cached under it
+
+    def forget(self, ino: int) -> None:
+        """The kernel knows the inode no more, and caches nothing of it."""
+        if ino in self.leases.states:
+            self._forgotten[ino] = None
+
+    # -- fsync -----------------------------------------------------------------------------------
+
+    async def fsync(self, ino: int) -> None:
+        """Everything acknowledged before is on the medium of all members, and what leads to it (I8).
+
+        Raises  the error of a failed flush, again at every fsync until the file is closed. Unavailable, TimedOut:
+                nothing is promised, another fsync may succeed. Cancel safe.
+        """
+        state = self.leases.state(ino)
+        state.waiting += 1
+        try:
+            await state.wait_writes()
+            # One at a time: the second waits for what the first took over.
+            async with state.flushing:
+                await self._flush_locked(state)
+        finally:
+            state.waiting -= 1
+
+    async def _flush_locked(self, state: FileState) -> None:
+        if state.failure is not None:
+            raise state.failure
+        slabs, state.dirty_slabs = state.dirty_slabs, {}
+        errors: list[CsvfsError] = []
+
+        async def flush_slabs() -> None:
+            try:
+                await self._bus.flush(slabs)
+            except CsvfsError as error:
+                errors.append(error)
+                if not error.retryable:
+                    state.failure = error
+            except BaseException:
+                state.dirty_slabs = {**slabs, **state.dirty_slabs}
+                raise
+
+        async with trio.open_nursery() as nursery:
+            if slabs:
+                nursery.start_soon(flush_slabs)
+            try:
+                await self._writes.commit_times(state)
+            except CsvfsError as error:
+                errors.append(error)
+        if errors:
+            state.dirty_slabs = {**slabs, **state.dirty_slabs}
+            raise errors[0]
+        if state.metadata_dirty:
+            state.metadata_dirty = False
+            try:
+                await self._coordinator.call("fsync", {})
+            except BaseException:
+                state.metadata_dirty = True
+                raise
+
+    async def flush(self, ino: int) -> None:
+        """close(2), or a time about to be set by hand: report the time of the last write if it is not known yet."""
+        state = self.leases.states.get(ino)
+        if state is not None and state.times_dirty:
+            await state.wait_writes()
+            await self._writes.commit_times(state)
+
+    def _lowered(self, state: FileState) -> None:
+        """A write lease went: the next holder's fsync speaks for our writes too, so get them onto the media."""
+        if state.dirty_slabs:
+            self._nursery.start_soon(self._settle, state)
+
+    async def _settle(self, state: FileState) -> bool:
+        """Flush what nobody asked to be flushed; whether nothing is left."""
+        try:
+            async with state.flushing:
+                if state.dirty_slabs and state.failure is None:
+                    await self._flush_locked(state)
+        except CsvfsError as error:
+            log.warning("flush of inode %d behind its last use: %s", state.ino, error)
+            return not error.retryable
+        return True
+
+    # -- maintenance -----------------------------------------------------------------------------
+
+    async def run_forever(self) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_guard_forever)
+            nursery.start_soon(self._report_times_forever)
+            while True:
+                await trio.sleep(MAINTENANCE_S)
+                await self.release_unused()
+
+    async def _watch_guard_forever(self) -> None:
+        while True:
+            self._guard.serving()  # notices a lapse even when nobody reads or writes
+            if self._guard.may_restore():
+                self._restore()
+            await trio.sleep(GUARD_S)
+
+    def _restore(self) -> None:
+        """The node's lease had run out and is there again: nothing held before counts."""
+        log.warning("this node could not serve for a while; all leases are taken anew")
+        self.leases.mark_all_recalled()
+        self._recaller.lose([state for state in self.leases.states.values() if state.lease >= LEASE_READ])
+        self._guard.restored()
+
+    async def _report_times_forever(self) -> None:
+        while True:
+            await trio.sleep(self._times_s)
+            await self.report_times()
+
+    async def report_times(self) -> None:
+        """Tell the coordinator the times of the last writes that it does not know yet."""
+        states = list(self._timed)
+        self._timed.clear()
+        for state in states:
+            try:
+                await self._writes.commit_times(state)
+            except Fenced:
+                return
+            except CsvfsError as error:
+                log.info("time of inode %d not reported: %s", state.ino, error)
+                self._timed[state] = None
+
+    async def release_unused(self) -> None:
+        """Give back what the kernel has forgotten, and the longest known beyond inodes_max."""
+        states = self.leases.states
+        batch = [ino for ino in self._forgotten if ino in states][:RELEASE_BATCH]
+        gone = []
+        for ino in batch:
+            if ino in states and ino in self._forgotten and await self._let_go(states[ino], cached=False):
+                gone.append(ino)
+        surplus = len(states) - self._inodes_max
+        if surplus > 0:
+            unused = [state for state in states.values() if not state.is_busy()]
+            for state in unused[: min(surplus, RELEASE_BATCH)]:
+                if await self._let_go(state, cached=True):
+                    gone.append(state.ino)
+        if gone:
+            try:
+                await self.leases.release(gone)
+            except CsvfsError as error:
+                log.info("%d leases not given back, they will be recalled: %s", len(gone), error)
+
+    async def _let_go(self, state: FileState, cached: bool) -> bool:
+        """Forget one inode, if nothing is under way; True: the coordinator must be told."""
+        try:
+            await self._writes.commit_times(state)
+        except CsvfsError as error:
+            log.info("time of inode %d not reported: %s", state.ino, error)
+        if not await self._settle(state) or state.is_busy() or state.dirty_slabs:
+            return False
+        if not cached and state.ino not in self._forgotten:
+            return False  # looked up again meanwhile
+        if cached:
+            await self._recaller.take_back(state, LEASE_NONE)
+            if state.is_busy() or state.lease != LEASE_NONE:
+                return False
+        if self.leases.states.get(state.ino) is not state:
+            return False
+        held = state.lease > LEASE_NONE or cached
+        self._forgotten.pop(state.ino, None)
+        del self.leases.states[state.ino]
+        self._timed.pop(state, None)
+        return held

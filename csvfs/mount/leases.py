@@ -1,0 +1,245 @@
+"""The leases this mount holds: granted by replies, asked for by `acquire`, given back by `release`.
+
+Place      mount floor; under the read and write paths and recall.py.
+Order      A reply and a recall about one inode come over one link, so in the order in which the coordinator made
+           them. It gives nothing above OPEN on an inode while a recall of it is unanswered (its invariant T2). So a
+           grant is applied by whoever waited for the reply, before its next await, and recall.py lets those go
+           first: then what is held here is at most what the coordinator believes.
+Stamps     One counter; a recall moves it. "Recalled since" compares an inode's last recall with a stamp taken
+           before a request. The inodes remembered are bounded; the forgotten ones count as recalled at `_floor`.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import trio
+
+from csvfs.errors import ProtocolError
+from csvfs.mount.file_state import (
+    ATTR_LENGTH,
+    BLOCKS,
+    CTIME,
+    LEASE_NONE,
+    LEASE_OPEN,
+    LEASE_READ,
+    LEASE_WRITE,
+    MODE,
+    MTIME,
+    SIZE,
+    FileState,
+)
+from csvfs.units import BLOCK_SIZE
+from csvfs.volume.extents import BLOCKS_MAX, FILE_BLOCKS_MAX
+from csvfs.volume.file_io import BlockBus
+from csvfs.wire.block_messages import SlabDescriptor
+
+STAMPS_MAX = 65_536
+LAYOUT_EXTENTS_MAX = 16_384  # an answer with so many is cut behind the last one
+LAYOUT_BLOCKS = 65_536  # 256 MiB of a file per `acquire`: a whole image of 100 GiB in 400 calls
+
+_S_IFMT, _S_IFDIR = 0o170000, 0o040000
+
+
+class Coordinator(Protocol):
+    """A Session, or a fake one."""
+
+    async def call(self, name: str, args: dict[str, Any], /) -> Any: ...
+
+
+class Leases:
+    """All inodes this mount knows something of."""
+
+    def __init__(self, coordinator: Coordinator, bus: BlockBus) -> None:
+        self._coordinator = coordinator
+        self._bus = bus
+        self.states: dict[int, FileState] = {}  # the longest not looked up first
+        self.releasing: dict[int, trio.Event] = {}  # `release` sent, not answered
+        self._stamp = 1
+        self._floor = 0
+        self._stamps: dict[int, int] = {}
+
+    # -- stamps ----------------------------------------------------------------------------------
+
+    def stamp(self) -> int:
+        """Take one before asking for something that will be cached; see recalled_since."""
+        return self._stamp
+
+    def recalled_since(self, ino: int, stamp: int) -> bool:
+        """Whether what was learned of `ino` under `stamp` may be out of date."""
+        return self._stamps.get(ino, self._floor) > stamp or ino in self.releasing
+
+    def mark_recalled(self, ino: int) -> None:
+        self._stamp += 1
+        if len(self._stamps) >= STAMPS_MAX:
+            self._stamps.clear()
+            self._floor = self._stamp
+        self._stamps[ino] = self._stamp
+
+    def mark_all_recalled(self) -> None:
+        self._stamp += 1
+        self._stamps.clear()
+        self._floor = self._stamp
+
+    # -- grants ----------------------------------------------------------------------------------
+
+    def state(self, ino: int) -> FileState:
+        """The inode's state, new if there was none."""
+        state = self.states.get(ino)
+        if state is None:
+            state = self.states[ino] = FileState(ino)
+        return state
+
+    def granted(self, ino: int, kind: int, attr: list | None) -> FileState:
+        """A reply said what is held on `ino`, and its attributes. Call before the next await after the reply.
+
+        A reply may say less than is held (it was recalled and granted anew meanwhile); leases are lowered by
+        recalls and releases only.
+        """
+        state = self.state(ino)
+        if ino in self.releasing:
+            kind = LEASE_NONE
+        if attr is not None:
+            self._take_attributes(state, attr, kind)
+        elif state.lease < LEASE_READ and not state.directory:
+            kind = min(kind, LEASE_OPEN)  # without its size there is nothing to do with it
+        if kind > state.lease and (kind < LEASE_READ or state.recall is None):
+            self._raise_lease(state, kind)
+        return state
+
+    def _take_attributes(self, state: FileState, attr: list, kind: int) -> None:
+        if len(attr) != ATTR_LENGTH:
+            raise ProtocolError(f"attributes of inode {state.ino} with {len(attr)} fields, want {ATTR_LENGTH}")
+        known = state.attr
+        state.directory = attr[MODE] & _S_IFMT == _S_IFDIR
+        if known is not None and attr[CTIME] != known[CTIME]:
+            state.metadata_dirty = True
+        if state.lease == LEASE_WRITE:
+            if known is not None and attr[CTIME] < known[CTIME]:
+                return  # overtaken by a report of ours
+            if known is not None and attr[MTIME] != known[MTIME]:
+                state.times_dirty = False  # somebody set the time; nobody else's writing can have
+        elif max(kind, state.lease) >= LEASE_READ:
+            state.size = state.committed = attr[SIZE]
+        state.attr = list(attr)
+
+    def _raise_lease(self, state: FileState, kind: int) -> None:
+        if kind >= LEASE_READ:
+            state.report = None
+        if kind == LEASE_WRITE and not state.directory:
+            # What others knew of the space beyond the end may have changed until now.
+            state.extents.forget(-(-state.size // BLOCK_SIZE))
+            state.tail_zero = -1
+            state.allocated_upto = 0
+            state.committed = state.size
+            if state.attr is not None and state.attr[BLOCKS] == 0:
+                state.extents.learn(0, BLOCKS_MAX, ())  # a new file: no need to ask where nothing lies
+        state.lease = kind
+        state.regate()
+
+    def take_layout(self, state: FileState, block: int, count: int, reply: dict[str, Any]) -> None:
+        """Learn what `acquire` and `allocate` say of blocks `block..block+count`. Raises ProtocolError."""
+        for value in reply.get("slabs") or ():
+            self._bus.learn(SlabDescriptor.from_wire(value))
+        extents: list[list[int]] = reply["extents"]
+        unknown = {extent[2] for extent in extents if self._bus.descriptor(extent[2]) is None}
+        if unknown:
+            raise ProtocolError(f"inode {state.ino} lies in slab {min(unknown)}, of which no descriptor came")
+        if len(extents) >= LAYOUT_EXTENTS_MAX:
+            count = min(count, extents[-1][0] + extents[-1][1] - block)
+        state.extents.learn(block, count, extents)
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    async def acquire(self, state: FileState, kind: int, block: int, count: int) -> None:
+        """Ask for a lease, and the layout around blocks `block..block+count` (count 0: none).
+
+        Another recall may come at once: look at the state again afterwards, without an await in between.
+        Raises  NotFound, Unavailable ... of the call.
+        """
+        upgrade = state.lease < kind
+        # Two queues: who asks for the layout alone is answered while a recall makes the others wait.
+        lock = state.acquiring if upgrade else state.mapping
+        async with lock:
+            if state.lease < kind and not upgrade:
+                return
+            if state.lease >= kind and state.extents.covers(block, count):
+                return
+            upgrade = state.lease < kind
+            await self._released(state.ino)
+            first, end = _window(block, count) if count else (0, 0)
+            # Held already: only the layout is asked for, and OPEN is what the coordinator answers even while it
+            # recalls the lease. A read that keeps its page locked must not wait for that recall to end.
+            stamp = self._stamp
+            ask = kind if upgrade else LEASE_OPEN
+            args = {"ino": state.ino, "kind": ask, "block": first, "count": end - first}
+            reply = await self._coordinator.call("acquire", args)
+            if self.states.setdefault(state.ino, state) is not state:
+                return  # forgotten meanwhile; whoever asked looks it up again
+            if upgrade:
+                self.granted(state.ino, reply["lease"], reply.get("attr"))
+                good = reply["lease"] >= LEASE_READ
+            else:
+                good = not self.recalled_since(state.ino, stamp)
+            if count and good and state.lease >= LEASE_READ:
+                self.take_layout(state, first, end - first, reply)
+                if state.lease == LEASE_WRITE:
+                    state.allocated_upto = max(state.allocated_upto, _allocated_end(state))
+
+    async def _released(self, ino: int) -> None:
+        """A release under way must not overtake what is asked for now."""
+        while ino in self.releasing:
+            await self.releasing[ino].wait()
+
+    # -- giving back -----------------------------------------------------------------------------
+
+    async def release(self, inos: Iterable[int]) -> None:
+        """Tell the coordinator that nothing is held any more on `inos`, whose states are gone already.
+
+        Those that came back meanwhile are left out: the coordinator may know of a later grant.
+        """
+        batch = [ino for ino in inos if ino not in self.states]
+        if not batch:
+            return
+        answered = trio.Event()
+        for ino in batch:
+            self.mark_recalled(ino)
+            self.releasing[ino] = answered
+        try:
+            await self._coordinator.call("release", {"items": [[ino, LEASE_NONE] for ino in batch]})
+        finally:
+            for ino in batch:
+                del self.releasing[ino]
+                self.mark_recalled(ino)
+            answered.set()
+
+    def lose(self, state: FileState) -> None:
+        """From now on nothing is held: not by a recall, but because it may be somebody else's already."""
+        state.lease = LEASE_NONE
+        state.attr = None
+        state.times_dirty = False
+        state.extents.clear()
+        state.tail_zero = -1
+        state.regate()
+        self.mark_recalled(state.ino)
+
+    def claims(self) -> list[list[int]]:
+        """What to reclaim from a new coordinator: [ino, kind, size, mtime_ns]."""
+        return [
+            [state.ino, state.lease, state.size, state.mtime_ns if state.times_dirty else 0]
+            for state in self.states.values()
+            if state.lease > LEASE_NONE
+        ]
+
+
+def _window(block: int, count: int) -> tuple[int, int]:
+    """The aligned stretch of LAYOUT_BLOCKS, or of several, around the range."""
+    first = block - block % LAYOUT_BLOCKS
+    end = -(-(block + count) // LAYOUT_BLOCKS) * LAYOUT_BLOCKS
+    return first, max(block + count, min(end, FILE_BLOCKS_MAX))
+
+
+def _allocated_end(state: FileState) -> int:
+    """Where the blocks end that lie beyond the end of the file; 0: there are none."""
+    end = -(-state.size // BLOCK_SIZE)
+    beyond = state.extents.allocated(end, FILE_BLOCKS_MAX - end)
+    return beyond[-1][0] + beyond[-1][1] if beyond else 0

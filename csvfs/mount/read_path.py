@@ -1,0 +1,129 @@
+"""Reads: at once where lease, layout and a local copy are at hand, else after asking for what is missing.
+
+Place      mount floor. `read_nowait` is the hot path: no await, no task, attributes looked up once.
+Invariant  A byte is returned only under a lease of READ or more, from the layout learned under it, below the size
+           that this lease vouches for (I5); holes are zeros.
+"""
+
+import time
+from bisect import bisect_right
+
+import trio
+
+from csvfs.errors import TimedOut
+from csvfs.mount.file_state import LEASE_READ, FileState
+from csvfs.mount.guard import Guard
+from csvfs.mount.leases import Leases
+from csvfs.units import BLOCK_SIZE
+from csvfs.volume import file_io
+from csvfs.volume.extents import FILE_BLOCKS_MAX, Piece
+from csvfs.volume.file_io import ZEROS, BlockBus, Data
+from csvfs.wire.block_messages import BLOCK_COUNT_MAX
+
+_BLOCK_SHIFT = BLOCK_SIZE.bit_length() - 1
+_BLOCK_MASK = BLOCK_SIZE - 1
+
+
+class ReadPath:
+    def __init__(self, leases: Leases, bus: BlockBus, guard: Guard, io_timeout_s: float) -> None:
+        self._leases = leases
+        self._states = leases.states
+        self._bus = bus
+        self._read_local = bus.read_local
+        self._guard = guard
+        self._serving = guard.serving
+        self._io_timeout_s = io_timeout_s
+
+    def read_nowait(self, ino: int, offset: int, size: int) -> Data | list[Data] | None:
+        """min(size, file size - offset) bytes, as one buffer or several; None: use `read`."""
+        state = self._states.get(ino)
+        if state is None or not state.readable or not self._serving():
+            return None
+        if offset + size > state.size:
+            size = state.size - offset
+            if size <= 0:
+                return b""
+        end = offset + size
+        first = offset >> _BLOCK_SHIFT
+        last = (end + _BLOCK_MASK) >> _BLOCK_SHIFT
+        index = bisect_right(state.starts, first) - 1
+        if index < 0:
+            return None
+        start, run_end, slab, slab_block = state.runs[index]
+        count = last - first
+        data: Data | None
+        if last > run_end or slab < 0 or count > BLOCK_COUNT_MAX:
+            return self._read_pieces(state, offset, size)
+        data = self._read_local(slab, slab_block + first - start, count)
+        if data is None:
+            return None
+        if state.taint is not None:
+            state.taint.append((offset, size))
+        if (offset | size) & _BLOCK_MASK:
+            skip = offset & _BLOCK_MASK
+            return data[skip : skip + size]
+        return data
+
+    def _read_pieces(self, state: FileState, offset: int, size: int) -> list[Data] | None:
+        """As read_nowait, of more than one run, or of holes."""
+        first = offset >> _BLOCK_SHIFT
+        pieces = state.extents.pieces(first, ((offset + size + _BLOCK_MASK) >> _BLOCK_SHIFT) - first)
+        buffers = None if pieces is None else file_io.read_local(self._bus, pieces)
+        if buffers is None:
+            return None
+        if state.taint is not None:
+            state.taint.append((offset, size))
+        return file_io.clip(buffers, offset & _BLOCK_MASK, size)
+
+    async def read(self, ino: int, offset: int, size: int) -> list[Data]:
+        """As read_nowait, waiting for lease, layout and drives.
+
+        The caller answers the kernel without another await: a recall waits for reads under way to be answered.
+        Raises  NotFound; Unavailable, TimedOut after io_timeout_s; Corrupt: no copy verified. Cancel safe.
+        """
+        deadline = time.monotonic() + self._io_timeout_s
+        state = self._leases.state(ino)
+        state.waiting += 1
+        try:
+            while True:
+                await self._wait_readable(state, deadline)
+                wanted = size if state.lease < LEASE_READ else min(size, state.size - offset)
+                if wanted <= 0:
+                    return []
+                first = offset >> _BLOCK_SHIFT
+                count = ((offset + wanted + _BLOCK_MASK) >> _BLOCK_SHIFT) - first
+                pieces = state.extents.pieces(first, count) if state.lease >= LEASE_READ else None
+                if pieces is not None:
+                    return await self._read_leased(state, offset, wanted, pieces)
+                if first + count > FILE_BLOCKS_MAX:
+                    first = count = 0  # of no file; the lease will say where this one ends
+                await self._leases.acquire(state, LEASE_READ, first, count)
+        finally:
+            state.waiting -= 1
+
+    async def _read_leased(self, state: FileState, offset: int, size: int, pieces: list[Piece]) -> list[Data]:
+        token = object()
+        state.reads[token] = None
+        try:
+            buffers = await file_io.read(self._bus, pieces)
+        finally:
+            del state.reads[token]
+            state.notify()
+        if state.taint is not None:
+            state.taint.append((offset, size))
+        return file_io.clip(buffers, offset & _BLOCK_MASK, size)
+
+    async def _wait_readable(self, state: FileState, deadline: float) -> None:
+        """Until nothing parks reads and this node may serve; then no await until the lease is looked at."""
+        while state.read_holds or not self._guard.serving():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimedOut(f"inode {state.ino} could not be read within {self._io_timeout_s:g} s")
+            if state.read_holds:
+                with trio.move_on_after(left_s):
+                    await state.wait_change()
+            else:
+                await self._guard.wait_serving(left_s)
+
+
+assert len(ZEROS) == BLOCK_COUNT_MAX * BLOCK_SIZE  # a piece that is a hole is one slice of it

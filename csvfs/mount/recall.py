@@ -1,0 +1,297 @@
+"""Recall: give a lease back, with nothing of it left in the kernel's cache.
+
+Place      mount floor. One recall of an inode at a time; different inodes do not wait for each other.
+
+The kernel locks a page while a READ of it is unanswered, and an invalidation waits for that lock: so parking READs
+during an invalidation can deadlock, and answering them can fill pages behind it. Hence passes:
+
+    first pass    nothing is parked; the whole file. This also writes dirty mmapped pages back: their WRITEs, flagged
+                  FUSE_WRITE_CACHE, are served, the lease is still held.
+    later passes  new READs and WRITEs (but those) are parked; the pages filled since the pass before began. If one
+                  takes longer than PARKED_MS_MAX, what is parked is served after all, and another pass follows.
+    the end       a pass with all parked, during which nothing was filled, and nothing is under way any more. In the
+                  same synchronous step the lease is lowered; what was parked goes and asks for it anew.
+
+A recall to READ lets pages stay: one pass, which writes dirty pages back, then no more writes.
+
+Stuck      A WRITE to a file that is only held for reading needs the write lease, which the coordinator gives nobody
+           before this recall is answered; the kernel may keep its pages locked meanwhile. A pass leaves them out, and
+           they are invalidated behind the WRITE.
+Yielding   Where that is not enough (write-back of dirty mmapped pages, or a truncation that waits at the coordinator,
+           during which the kernel writes nothing back) the recall is answered at once and the invalidation goes on
+           behind it: for a moment programs on this node may still see old pages, but every write of theirs needs a
+           new lease first.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import trio
+
+from csvfs.mount.file_state import (
+    LEASE_NONE,
+    LEASE_OPEN,
+    LEASE_READ,
+    LEASE_WRITE,
+    WHOLE_FILE,
+    FileState,
+    Recall,
+)
+from csvfs.mount.leases import Leases
+
+log = logging.getLogger(__name__)
+
+PARKED_MS_MAX = 500
+REPLANS_MAX = 4  # passes begun anew for stuck WRITEs; each left behind keeps a thread
+
+Range = tuple[int, int]  # offset, length in bytes
+
+
+class KernelNotifier(Protocol):
+    """What is needed of mount/notify.py."""
+
+    def invalidate_attr(self, ino: int) -> None: ...
+    async def invalidate_pages(self, ino: int, offset: int, length: int) -> None: ...
+    def increment_epoch(self) -> None: ...
+
+
+class Recaller:
+    """Answers the coordinator's `recall` calls. `nursery` outlives all of them."""
+
+    def __init__(
+        self,
+        leases: Leases,
+        notifier: KernelNotifier,
+        nursery: trio.Nursery,
+        lowered: Callable[[FileState], None],
+        parked_ms_max: int = PARKED_MS_MAX,
+    ) -> None:
+        """`lowered` is told of each inode whose write lease was given back."""
+        self._leases = leases
+        self._notifier = notifier
+        self._nursery = nursery
+        self._lowered = lowered
+        self._parked_s_max = parked_ms_max / 1000
+
+    async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]:
+        """Lower the lease on `ino` to `kind`; with `attr` forget its attributes. Returns the reply."""
+        # Replies that came before this recall are applied first (leases.py, "Order").
+        await trio.lowlevel.checkpoint()
+        state = self._leases.states.get(ino)
+        while state is not None and state.recall is not None:
+            await state.wait_change()
+            state = self._leases.states.get(ino)
+        if state is None:
+            self._leases.mark_recalled(ino)
+            return {"kind": LEASE_NONE, "size": None, "mtime_ns": None, "atime_ns": None}
+        if state.lease > kind:
+            await self.take_back(state, kind)
+        elif attr:
+            self._forget_attributes(state)
+        if state.lease == LEASE_WRITE:
+            return {"kind": state.lease, **_report(state)}
+        report = state.report or {"size": None, "mtime_ns": None, "atime_ns": None}
+        return {"kind": state.lease, **report}
+
+    def query(self, ino: int) -> dict[str, Any] | None:
+        """What only the holder of the write lease knows; None: that is not us."""
+        state = self._leases.states.get(ino)
+        if state is None or state.lease != LEASE_WRITE:
+            return None
+        return _report(state)
+
+    async def take_back(self, state: FileState, kind: int) -> None:
+        """Empty the kernel's cache of the inode and lower the lease to `kind`, or OPEN while it is open."""
+        if state.directory:
+            self._notifier.increment_epoch()
+            self._lower(state, kind)
+            return
+        recall = state.recall = Recall()
+        held = _Holds(state)
+        try:
+            if kind == LEASE_READ:
+                await self._stop_writing(state, recall, held)
+            elif state.lease >= LEASE_READ:
+                await self._empty(state, recall, held)
+            self._lower(state, kind)
+            # Pages may have been filled behind a pass that is still under way.
+            behind = [WHOLE_FILE] if recall.yielding else _as_ranges(state.stuck.values())
+            if behind:
+                self._nursery.start_soon(self._run_pass, state, behind, trio.Event())
+        finally:
+            state.recall = None
+            state.taint = None
+            held.release()
+
+    async def _stop_writing(self, state: FileState, recall: Recall, held: "_Holds") -> None:
+        """Until no write is under way and none can begin; pages stay readable."""
+        await self._invalidate(state, recall, [WHOLE_FILE])
+        held.hold_writes()
+        while state.writes or state.writers:
+            await state.wait_change()
+
+    async def _empty(self, state: FileState, recall: Recall, held: "_Holds") -> None:
+        """Until no page of the inode is cached, no I/O under way, and none can begin (or the recall yields)."""
+        ranges: list[Range] = [WHOLE_FILE]
+        holding = False
+        while True:
+            tainted: list[Range] = []
+            state.taint = tainted
+            if holding:
+                held.hold_all()
+            overdue = await self._invalidate(state, recall, ranges, held if holding else None)
+            if recall.yielding:
+                held.hold_all()
+            if recall.yielding or (holding and not overdue):
+                while state.reads or state.writers or state.writes:
+                    await state.wait_change()
+                if recall.yielding or not tainted:
+                    return  # and to the lowering without an await in between
+            ranges = _merged(tainted)
+            holding = True
+
+    async def _invalidate(
+        self, state: FileState, recall: Recall, ranges: list[Range], held: "_Holds | None" = None
+    ) -> bool:
+        """One pass over `ranges`. True: it took so long that what `held` parked was served meanwhile."""
+        overdue = False
+        for _ in range(REPLANS_MAX):
+            done = trio.Event()
+            recall.signal = trio.Event()
+            todo = _without(ranges, sorted(state.stuck.values()))
+            self._nursery.start_soon(self._run_pass, state, todo, done)
+            while not (done.is_set() or recall.signal.is_set()):
+                with trio.move_on_after(self._parked_s_max) as patience:
+                    await _either(done, recall.signal)
+                if patience.cancelled_caught and state.truncations:
+                    recall.yielding = True
+                    recall.signal.set()
+                elif patience.cancelled_caught and held is not None:
+                    overdue = True
+                    held.release()
+            if done.is_set() or recall.yielding:
+                return overdue
+        recall.yielding = True
+        return overdue
+
+    async def _run_pass(self, state: FileState, ranges: list[Range], done: trio.Event) -> None:
+        for offset, length in ranges:
+            await self._notifier.invalidate_pages(state.ino, offset, length)
+        done.set()
+
+    def _lower(self, state: FileState, kind: int) -> None:
+        """The one synchronous step in which the lease goes."""
+        wrote = state.lease == LEASE_WRITE
+        if wrote:
+            state.report = _report(state)
+            state.times_dirty = False
+        kept = LEASE_OPEN if state.open_count else LEASE_NONE
+        state.lease = min(state.lease, kind if kind == LEASE_READ else kept)
+        if state.lease < LEASE_READ:
+            state.extents.clear()
+            state.attr = None
+        state.tail_zero = -1
+        self._leases.mark_recalled(state.ino)
+        self._notifier.invalidate_attr(state.ino)
+        state.regate()
+        if wrote:
+            self._lowered(state)
+
+    def _forget_attributes(self, state: FileState) -> None:
+        state.attr = None
+        if state.directory:
+            self._notifier.increment_epoch()
+        self._leases.mark_recalled(state.ino)
+        self._notifier.invalidate_attr(state.ino)
+
+    def lose(self, states: list[FileState]) -> None:
+        """These leases may be somebody else's already: stop serving by them now, then empty the kernel's caches."""
+        if not states:
+            return
+        for state in states:
+            self._leases.lose(state)
+            self._notifier.invalidate_attr(state.ino)
+        self._notifier.increment_epoch()
+        self._nursery.start_soon(self._empty_lost, [s.ino for s in states if not s.directory])
+
+    async def _empty_lost(self, inos: list[int]) -> None:
+        log.warning("leases on %d files were lost; their cached pages are dropped", len(inos))
+        for ino in inos:
+            await self._notifier.invalidate_pages(ino, *WHOLE_FILE)
+
+
+class _Holds:
+    """What one recall parks, released exactly once however it ends."""
+
+    def __init__(self, state: FileState) -> None:
+        self._state = state
+        self._reads = 0
+        self._writes = 0
+
+    def hold_all(self) -> None:
+        self._set(1, 1)
+
+    def hold_writes(self) -> None:
+        self._set(0, 1)
+
+    def release(self) -> None:
+        self._set(0, 0)
+
+    def _set(self, reads: int, writes: int) -> None:
+        state = self._state
+        state.read_holds += reads - self._reads
+        state.write_holds += writes - self._writes
+        self._reads, self._writes = reads, writes
+        state.regate()
+
+
+async def _either(first: trio.Event, second: trio.Event) -> None:
+    """Returns when one of them is set."""
+
+    async def wait(event: trio.Event) -> None:
+        await event.wait()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait, first)
+        nursery.start_soon(wait, second)
+
+
+def _report(state: FileState) -> dict[str, Any]:
+    mtime_ns = state.mtime_ns if state.times_dirty else None
+    return {"size": state.size, "mtime_ns": mtime_ns, "atime_ns": None}
+
+
+def _merged(ranges: list[Range]) -> list[Range]:
+    """The same bytes in fewer ranges."""
+    merged: list[Range] = []
+    for offset, length in sorted(ranges):
+        if merged and offset <= merged[-1][0] + merged[-1][1]:
+            start, size = merged[-1]
+            merged[-1] = (start, max(size, offset + length - start))
+        else:
+            merged.append((offset, length))
+    return merged
+
+
+def _as_ranges(spans: Iterable[tuple[int, int]]) -> list[Range]:
+    return [(offset, end - offset) for offset, end in spans]
+
+
+def _without(ranges: list[Range], spans: list[tuple[int, int]]) -> list[Range]:
+    """`ranges` less the sorted (offset, end) `spans`."""
+    left: list[Range] = []
+    for offset, length in ranges:
+        end = offset + length if length else None
+        for start, stop in spans:
+            if stop <= offset or (end is not None and start >= end):
+                continue
+            if start > offset:
+                left.append((offset, start - offset))
+            offset = stop
+        if end is None:
+            left.append((offset, 0))
+        elif offset < end:
+            left.append((offset, end - offset))
+    return left

@@ -1,0 +1,432 @@
+"""Writes: at once into allocated blocks under a write lease, else after asking for what is missing.
+
+Place      mount floor. `write_nowait` is the hot path: no await, no task.
+
+Invariants
+  I2  Done means on all members, and if the file grew, its size committed.
+  I4  Only under the write lease. Writes of whole allocated blocks go to the bus as they come and land in that order.
+      All others claim their blocks first: nothing else is under way there between their read and their write.
+  W1  Bytes beyond the end in the last block are garbage, unless `tail_zero` says otherwise: they are zeroed on the
+      drives before a size beyond them is committed.
+  W2  Blocks beyond the end may be allocated, and up to `allocated_upto` hold old bytes: who leaves a gap trims them.
+  W3  `size` grows after both; so a reader here never sees the new end with old bytes.
+  W4  Write-back of mmapped pages never grows a file: what the kernel still holds beyond the end was cut off.
+"""
+
+import time
+from bisect import bisect_right
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from csvfs.errors import CsvfsError, LeaseLost, NoSpace, TimedOut
+from csvfs.mount.file_state import BLOCKS, CTIME, LEASE_WRITE, MTIME, WHOLE_FILE, FileState, InFlight
+from csvfs.mount.guard import Guard
+from csvfs.mount.leases import Coordinator, Leases
+from csvfs.mount.recall import KernelNotifier
+from csvfs.units import BLOCK_SIZE
+from csvfs.volume import file_io
+from csvfs.volume.extents import Piece
+from csvfs.volume.file_io import BlockBus, Delivery, WriteDone
+from csvfs.wire.block_messages import BLOCK_COUNT_MAX
+
+FUSE_WRITE_CACHE = 1 << 0  # <linux/fuse.h>: write-back of dirty mmapped pages
+WRITE_APPEND = 1 << 31  # of the channel: write at the end of the file, wherever the kernel believes that to be
+
+GAP_BLOCKS_MAX = 65_536  # space beyond the end is given ahead: it lies right behind the end, less than this
+
+_BLOCK_SHIFT = BLOCK_SIZE.bit_length() - 1
+_BLOCK_MASK = BLOCK_SIZE - 1
+
+_time_ns = time.time_ns
+
+
+@dataclass(slots=True)
+class _Request:
+    """One write that has to wait. `deadline`: of time.monotonic."""
+
+    state: FileState
+    token: object
+    offset: int
+    data: memoryview
+    cached: bool
+    append: bool
+    deadline: float
+
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.data)
+
+    def within(self) -> memoryview:
+        """W4: what of it lies within the file."""
+        return self.data[: max(0, self.state.size - self.offset)]
+
+
+class WritePath:
+    def __init__(
+        self,
+        leases: Leases,
+        bus: BlockBus,
+        coordinator: Coordinator,
+        notifier: KernelNotifier,
+        guard: Guard,
+        nursery: trio.Nursery,
+        timed: dict[FileState, None],
+        io_timeout_s: float,
+    ) -> None:
+        """timed: collects the states whose mtime has to be reported some time."""
+        self._leases = leases
+        self._states = leases.states
+        self._bus = bus
+        self._bus_write = bus.write
+        self._coordinator = coordinator
+        self._notifier = notifier
+        self._guard = guard
+        self._serving = guard.serving
+        self._nursery = nursery
+        self._timed = timed
+        self._io_timeout_s = io_timeout_s
+
+    # -- hot -------------------------------------------------------------------------------------
+
+    def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: WriteDone) -> bool:
+        """True: taken; `done(error or None)` follows exactly once, `data` is kept until then. False: use `write`."""
+        state = self._states.get(ino)
+        if state is None or (write_flags and not self._takes(state, write_flags)):
+            return False
+        if not (state.writable or (write_flags and state.lease == LEASE_WRITE and not state.truncating)):
+            return False
+        size = len(data)
+        end = offset + size
+        if (offset | size) & _BLOCK_MASK or end > state.size or not size or not self._serving():
+            return False
+        first = offset >> _BLOCK_SHIFT
+        last = end >> _BLOCK_SHIFT
+        if state.claims and state.is_claimed(first, last):
+            return False
+        index = bisect_right(state.starts, first) - 1
+        if index < 0:
+            return False
+        start, run_end, slab, slab_block = state.runs[index]
+        if last > run_end or slab < 0 or last - first > BLOCK_COUNT_MAX:
+            return self._write_pieces(state, first, last, data, write_flags, done)
+        write = InFlight(state, first, last, (slab,), done)
+        state.writes[write] = None
+        self._touched(state, offset, size, write_flags)
+        self._bus_write(slab, slab_block + first - start, data, write.landed)
+        return True
+
+    def _takes(self, state: FileState, write_flags: int) -> bool:
+        """Whether a write with flags may go the fast way: write-back may while others are parked."""
+        if write_flags & FUSE_WRITE_CACHE:
+            return True
+        return not write_flags & WRITE_APPEND and state.writable
+
+    def _write_pieces(
+        self, state: FileState, first: int, last: int, data: memoryview, write_flags: int, done: WriteDone
+    ) -> bool:
+        """As write_nowait, of several runs, slabs or messages."""
+        pieces = state.extents.pieces(first, last - first)
+        if pieces is None or any(slab < 0 for _, _, slab, _ in pieces):
+            return False
+        slabs = tuple({piece[2] for piece in pieces})
+        write = InFlight(state, first, last, slabs, done)
+        write.remaining = 1  # file_io counts the pieces
+        state.writes[write] = None
+        self._touched(state, first << _BLOCK_SHIFT, len(data), write_flags)
+        file_io.write(self._bus, pieces, data, write.landed)
+        return True
+
+    def _touched(self, state: FileState, offset: int, size: int, write_flags: int) -> None:
+        state.mtime_ns = _time_ns()
+        if not state.times_dirty:
+            state.times_dirty = True
+            self._timed[state] = None
+        if state.taint is not None and not write_flags & FUSE_WRITE_CACHE:
+            state.taint.append((offset, size))
+
+    # -- with waiting ----------------------------------------------------------------------------
+
+    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None:
+        """Write any bytes anywhere: takes the lease, allocates, reads what is kept of partial blocks.
+
+        Raises  NotFound, NoSpace; Unavailable, TimedOut after io_timeout_s; DriveFailed, Corrupt, Fenced. The bytes
+                written to may then be old, new or a mix of both.
+        Cancel  as for errors; `data` must stay as it is even then, some of it may still be on its way.
+        """
+        if not data:
+            return
+        deadline = time.monotonic() + self._io_timeout_s
+        cached = bool(write_flags & FUSE_WRITE_CACHE)
+        append = bool(write_flags & WRITE_APPEND) and not cached
+        state = self._leases.state(ino)
+        token = object()
+        state.waiting += 1
+        try:
+            await self._write_until_done(_Request(state, token, offset, data, cached, append, deadline))
+        finally:
+            state.waiting -= 1
+            state.stuck.pop(token, None)
+
+    async def _write_until_done(self, request: "_Request") -> None:
+        state = request.state
+        while True:
+            await self._prepare(request)
+            if request.append or (not request.cached and request.end > state.size):
+                break
+            if await self._counted(state, self._overwrite(state, request.offset, request.within(), request.cached)):
+                return
+        # The lock comes before lease and count: who waits for it keeps neither a recall nor a truncation waiting.
+        async with state.tail:
+            while True:
+                await self._prepare(request)
+                at = state.size if request.append else request.offset
+                if at + len(request.data) <= state.size:  # another writer was here first
+                    work = self._overwrite(state, at, request.data, cached=False)
+                else:
+                    work = self._extend(state, at, request.data, request.offset)
+                if await self._counted(state, work, retries=not request.append):
+                    return
+
+    async def _prepare(self, request: "_Request") -> None:
+        """Until lease and layout are there and nothing parks the write; no await between that and the return."""
+        state = request.state
+        while True:
+            if state.lease < LEASE_WRITE and request.token not in state.stuck:
+                self._stuck(request)
+            await self.wait_writable(state, request.cached, request.deadline)
+            at = state.size if request.append and state.lease == LEASE_WRITE else request.offset
+            missing = self._missing(state, at, len(request.data))
+            if missing is None:
+                state.stuck.pop(request.token, None)
+                return
+            await self._leases.acquire(state, LEASE_WRITE, *missing)
+
+    def _stuck(self, request: "_Request") -> None:
+        """Note that this write needs a lease first; a recall under way must not wait for its pages."""
+        state = request.state
+        state.stuck[request.token] = (
+            request.offset & ~_BLOCK_MASK,
+            (request.end + _BLOCK_MASK) & ~_BLOCK_MASK,
+        )
+        if state.recall is not None:
+            state.recall.yielding |= request.cached
+            state.recall.signal.set()
+
+    async def _counted(self, state: FileState, work: Coroutine[Any, Any, None], retries: bool = True) -> bool:
+        """Do it while recalls and truncations wait for it. False: the lease was lost, try again."""
+        state.writers += 1
+        try:
+            await work
+        except LeaseLost:
+            if not retries:
+                raise  # part of it may be there: at the new end it would be there twice
+            return False
+        finally:
+            state.writers -= 1
+            state.notify()
+        return True
+
+    async def wait_writable(self, state: FileState, cached: bool, deadline: float) -> None:
+        """Until nothing parks this write and this node may serve; then no await until the lease is looked at."""
+        while True:
+            holds = state.recall is not None if state.lease < LEASE_WRITE else state.write_holds and not cached
+            parked = state.truncating or holds
+            if not parked and self._guard.serving():
+                return
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimedOut(f"inode {state.ino} could not be written within {self._io_timeout_s:g} s")
+            if parked:
+                with trio.move_on_after(left_s):
+                    await state.wait_change()
+            else:
+                await self._guard.wait_serving(left_s)
+
+    def _missing(self, state: FileState, offset: int, size: int) -> tuple[int, int] | None:
+        """The blocks whose layout must be asked for first, (block, count); None: lease and layout are there."""
+        first = offset >> _BLOCK_SHIFT
+        count = ((offset + size + _BLOCK_MASK) >> _BLOCK_SHIFT) - first
+        if state.lease < LEASE_WRITE or not state.extents.covers(first, count):
+            return first, count
+        if offset + size > state.size:
+            tail = state.size >> _BLOCK_SHIFT
+            gap = min(first - tail, GAP_BLOCKS_MAX)
+            if gap > 0 and not state.extents.covers(tail, gap):
+                return tail, gap
+        return None
+
+    def _forget_pages(self, state: FileState) -> None:
+        """Of an append that went elsewhere than the kernel believed: its pages hold the data at the wrong place."""
+        self._leases.mark_recalled(state.ino)
+        self._notifier.invalidate_attr(state.ino)
+        # Behind our answer, which unlocks these pages.
+        self._nursery.start_soon(self._notifier.invalidate_pages, state.ino, *WHOLE_FILE)
+
+    async def _overwrite(self, state: FileState, offset: int, data: memoryview, cached: bool) -> None:
+        """Within the file."""
+        if not data:
+            return
+        first, last = offset >> _BLOCK_SHIFT, (offset + len(data) + _BLOCK_MASK) >> _BLOCK_SHIFT
+        claim = await state.claim(first, last)
+        try:
+            blocks = await self._whole_blocks(state, offset, data)
+            self._touched(state, offset, len(data), FUSE_WRITE_CACHE if cached else 0)
+            await self._allocate(state, first, last, 0)
+            error = await self._deliver(state, first, last, blocks).wait()
+            self._mark_dirty(state, first, last)
+            if error is not None:
+                raise error
+        finally:
+            state.unclaim(claim)
+
+    async def _extend(self, state: FileState, offset: int, data: memoryview, believed: int) -> None:
+        """Beyond the end of the file; `state.tail` is held, so the end stays where it is.
+
+        believed: where the kernel believes the data to go.
+        """
+        end = offset + len(data)
+        first, last = offset >> _BLOCK_SHIFT, (end + _BLOCK_MASK) >> _BLOCK_SHIFT
+        await self.zero_tail(state)
+        await self.clear_gap(state, first)
+        claim = await state.claim(first, last)
+        try:
+            blocks = await self._whole_blocks(state, offset, data)
+            self._touched(state, offset, len(data), 0)
+            await self._allocate(state, first, last, end)
+            state.allocated_upto = max(state.allocated_upto, last)  # until the size says so, these are W2
+            delivery = self._deliver(state, first, last, blocks)
+            failure: CsvfsError | None = None
+            try:
+                if state.committed < end:
+                    await self._commit(state, end)
+            except CsvfsError as error:
+                failure = error
+            failure = await delivery.wait() or failure
+            self._mark_dirty(state, first, last)
+            # W3. When one of both failed, the coordinator's size counts: it only grows.
+            state.size = max(state.size, end if failure is None else state.committed)
+            if failure is not None:
+                raise failure
+            state.tail_zero = end
+        finally:
+            state.unclaim(claim)
+        if offset != believed:
+            self._forget_pages(state)
+
+    async def _whole_blocks(self, state: FileState, offset: int, data: memoryview) -> memoryview:
+        """`data` grown to whole blocks: with what the file holds around it, zeros beyond its end."""
+        end = offset + len(data)
+        head = offset & _BLOCK_MASK
+        tail = -end & _BLOCK_MASK
+        if not head and not tail:
+            return data
+        first, last = offset >> _BLOCK_SHIFT, (end + _BLOCK_MASK) >> _BLOCK_SHIFT
+        blocks = bytearray((last - first) << _BLOCK_SHIFT)
+        if head:
+            blocks[:BLOCK_SIZE] = await self._valid_block(state, first)
+        if tail and end < state.size and (last - 1 != first or not head):
+            blocks[-BLOCK_SIZE:] = await self._valid_block(state, last - 1)
+        blocks[head : head + len(data)] = data
+        return memoryview(blocks)
+
+    async def _valid_block(self, state: FileState, block: int) -> bytes | bytearray:
+        """One block as the file has it: zeros where it has nothing, and beyond its end."""
+        valid = min(BLOCK_SIZE, state.size - (block << _BLOCK_SHIFT))
+        if valid <= 0:
+            return bytes(BLOCK_SIZE)
+        content = bytearray((await file_io.read(self._bus, _pieces(state, block, 1)))[0])
+        content[valid:] = bytes(BLOCK_SIZE - valid)
+        return content
+
+    def _deliver(self, state: FileState, first: int, last: int, blocks: memoryview) -> Delivery:
+        return Delivery(self._bus, _pieces(state, first, last - first), blocks)
+
+    def _mark_dirty(self, state: FileState, first: int, last: int) -> None:
+        for _, _, slab, _ in state.extents.allocated(first, last - first):
+            state.dirty_slabs[slab] = None
+
+    # -- the end of the file ---------------------------------------------------------------------
+
+    async def zero_tail(self, state: FileState) -> None:
+        """W1: make the rest of the last block zeros, on all members."""
+        size = state.size
+        if not size & _BLOCK_MASK or state.tail_zero == size:
+            return
+        block = size >> _BLOCK_SHIFT
+        if state.extents.allocated(block, 1):
+            claim = await state.claim(block, block + 1)
+            try:
+                content = memoryview(await self._valid_block(state, block))
+                error = await self._deliver(state, block, block + 1, content).wait()
+                self._mark_dirty(state, block, block + 1)
+                if error is not None:
+                    raise error
+            finally:
+                state.unclaim(claim)
+        state.tail_zero = size
+
+    async def clear_gap(self, state: FileState, first: int) -> None:
+        """W2: blocks between the end of the file and block `first` must read as zeros."""
+        end = (state.size + _BLOCK_MASK) >> _BLOCK_SHIFT
+        last = min(first, state.allocated_upto)
+        pieces = state.extents.allocated(end, last - end) if end < last else []
+        if pieces:
+            await self._bus.trim([(slab, block, count) for _, count, slab, block in pieces])
+
+    # -- the coordinator -------------------------------------------------------------------------
+
+    async def _allocate(self, state: FileState, first: int, last: int, size: int) -> None:
+        """Fill the holes of blocks `first..last`; commits `size` (0: none) along with it. No holes: no call."""
+        hole = state.extents.first_hole(first, last - first)
+        while hole is not None:
+            mtime_ns = state.mtime_ns
+            args = {"ino": state.ino, "block": hole, "count": last - hole, "size": size, "mtime_ns": mtime_ns}
+            reply = await self._coordinator.call("allocate", args)
+            if state.lease < LEASE_WRITE:
+                raise LeaseLost(f"the write lease of inode {state.ino} was lost while space was asked for")
+            self._leases.take_layout(state, hole, last - hole, reply)
+            state.metadata_dirty = True
+            self._reported(state, mtime_ns)
+            state.committed = max(state.committed, size)
+            attr = reply.get("attr")
+            if state.attr is not None and isinstance(attr, list):
+                state.attr[BLOCKS] = attr[BLOCKS]
+            before, hole = hole, state.extents.first_hole(first, last - first)
+            if hole is not None and hole <= before:
+                raise NoSpace(f"inode {state.ino}: no space came for block {hole}; see `csvfs status`")
+
+    async def _commit(self, state: FileState, size: int) -> None:
+        mtime_ns = state.mtime_ns
+        args = {"ino": state.ino, "size": size, "mtime_ns": mtime_ns, "atime_ns": None}
+        await self._coordinator.call("commit", args)
+        state.metadata_dirty = True
+        state.committed = max(state.committed, size)
+        self._reported(state, mtime_ns)
+
+    async def commit_times(self, state: FileState) -> None:
+        """Tell the coordinator when the file was written last, if it does not know."""
+        if not state.times_dirty or state.lease < LEASE_WRITE:
+            return
+        mtime_ns = state.mtime_ns
+        args = {"ino": state.ino, "size": state.committed, "mtime_ns": mtime_ns, "atime_ns": None}
+        await self._coordinator.call("commit", args)
+        self._reported(state, mtime_ns)
+
+    def _reported(self, state: FileState, mtime_ns: int) -> None:
+        """The coordinator has our time now; a newer one stays to be reported."""
+        if state.mtime_ns == mtime_ns:
+            state.times_dirty = False
+        if state.attr is not None:
+            state.attr[MTIME] = mtime_ns
+            state.attr[CTIME] = max(state.attr[CTIME], mtime_ns)
+
+
+def _pieces(state: FileState, block: int, count: int) -> list[Piece]:
+    """Of the layout that was there when the write began; gone only where all leases were lost meanwhile."""
+    pieces = state.extents.pieces(block, count)
+    if pieces is None:
+        raise LeaseLost(f"the write lease of inode {state.ino} was lost; the write is tried again")
+    return pieces

@@ -1,0 +1,228 @@
+"""A coordinator in memory for several file tables: files, layouts, and the real lease table.
+
+Recalls are sent and waited for as the real one does it. `delay` scheduler turns pass before and after each call is
+carried out; `faults` maps a call's name to errors that its next calls raise instead, `after` likewise but once they
+have been carried out (the answer got lost). `trims` freed blocks at once, as the real one before it grants them anew.
+"""
+
+import stat
+from typing import Any, Protocol
+
+import trio
+
+from coordinator.lease_table import READ, WRITE, Action, Grant, LeaseTable, Need, Recall, SessionKey, Ticket
+from csvfs.errors import Conflict, CsvfsError, NotFound
+from csvfs.ids import Incarnation, InodeNo, NodeName
+from csvfs.units import BLOCK_SIZE
+from tests.fake_bus import Drives, descriptor
+
+SLAB_BLOCKS = 64  # small, so that files cross slabs
+_NEEDS = {1: Need.OPEN, 2: Need.READ, 3: Need.WRITE}
+
+
+class Holder(Protocol):
+    async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]: ...
+    def query(self, ino: int) -> dict[str, Any] | None: ...
+
+
+class File:
+    def __init__(self, ino: int, mode: int) -> None:
+        self.ino = ino
+        self.mode = mode
+        self.size = 0
+        self.mtime = self.ctime = 1000
+        self.blocks: dict[int, tuple[int, int]] = {}  # file block -> (slab, slab block)
+
+    def attr(self) -> list:
+        times = [1000, self.mtime, self.ctime]
+        return [self.ino, self.mode, 1, 0, 0, 0, self.size, 8 * len(self.blocks), *times, 1]
+
+
+class FakeCoordinator:
+    def __init__(self, drives: Drives, nursery: trio.Nursery) -> None:
+        self.drives = drives
+        self.nursery = nursery
+        self.table = LeaseTable()
+        self.holders: dict[SessionKey, Holder] = {}
+        self.files: dict[int, File] = {}
+        self.ahead = 0  # blocks given beyond what was asked for
+        self.delay = 1
+        self.next_block = 1
+        self.clock = 1000
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.faults: dict[str, list[CsvfsError]] = {}
+        self.after: dict[str, list[CsvfsError]] = {}
+        self._granted: dict[Ticket, trio.Event] = {}
+
+    def session(self, node: str) -> "FakeSession":
+        return FakeSession(self, (NodeName(node), Incarnation(1)))
+
+    def add_file(self, ino: int, mode: int = stat.S_IFREG | 0o644) -> File:
+        file = self.files[ino] = File(ino, mode)
+        return file
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    # -- leases
+
+    async def take(self, session: SessionKey, ino: int, need: Need) -> Ticket:
+        ticket, actions = self.table.begin(session, {InodeNo(ino): need})
+        if not ticket.granted:
+            event = self._granted[ticket] = trio.Event()
+            self.perform(actions)
+            try:
+                with trio.fail_after(30):
+                    await event.wait()
+            except BaseException:
+                self.perform(self.table.finish(ticket))
+                raise
+            del self._granted[ticket]
+        else:
+            self.perform(actions)
+        return ticket
+
+    def perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Grant):
+                self._granted[action.ticket].set()
+            else:
+                self.nursery.start_soon(self._recall, action)
+
+    async def _recall(self, recall: Recall) -> None:
+        await self._pass_time()
+        answer = await self.holders[recall.session].recall(recall.ino, recall.to_kind, recall.attr)
+        file = self.files.get(recall.ino)
+        if file is not None and isinstance(answer["size"], int):
+            if self.table.held(recall.session, recall.ino) == WRITE:
+                file.size = max(file.size, answer["size"])
+                file.mtime = answer["mtime_ns"] or file.mtime
+        await self._pass_time()
+        self.perform(self.table.answer(recall.session, recall.ino, answer["kind"]))
+
+    # -- calls
+
+    async def _pass_time(self) -> None:
+        for _ in range(self.delay):
+            await trio.lowlevel.checkpoint()
+
+    async def call(self, session: SessionKey, name: str, args: dict[str, Any]) -> Any:
+        self.calls.append((name, args))
+        await self._pass_time()
+        if self.faults.get(name):
+            raise self.faults[name].pop(0)
+        value = await getattr(self, f"_{name}")(session, **args)
+        await self._pass_time()
+        if self.after.get(name):
+            raise self.after[name].pop(0)
+        return value
+
+    def _file(self, ino: int) -> File:
+        if ino not in self.files:
+            raise NotFound(f"inode {ino}")
+        return self.files[ino]
+
+    def _layout(self, file: File, block: int, count: int) -> dict[str, Any]:
+        rows: list[list[int]] = []
+        for at in sorted(b for b in file.blocks if block <= b < block + count):
+            slab, slab_block = file.blocks[at]
+            if rows and rows[-1][0] + rows[-1][1] == at and rows[-1][2:] == [slab, slab_block - rows[-1][1]]:
+                rows[-1][1] += 1
+            else:
+                rows.append([at, 1, slab, slab_block])
+        return {"extents": rows, "slabs": [descriptor(slab).to_wire() for slab in {row[2] for row in rows}]}
+
+    async def _acquire(self, session: SessionKey, ino: int, kind: int, block: int, count: int) -> dict:
+        ticket = await self.take(session, ino, _NEEDS[kind])
+        file = self._file(ino)
+        reply = {"lease": self.table.held(session, InodeNo(ino)), "attr": file.attr()}
+        reply |= self._layout(file, block, count)
+        self.perform(self.table.finish(ticket))
+        return reply
+
+    async def _getattr(self, session: SessionKey, ino: int) -> dict:
+        file = self._file(ino)
+        serial = self.table.try_read(session, InodeNo(ino))
+        writer = self.table.writer(InodeNo(ino))
+        attr = file.attr()
+        if writer is not None and writer != session:
+            told = self.holders[writer].query(ino)
+            if told is not None:
+                attr[6], attr[9] = told["size"], told["mtime_ns"] or attr[9]
+        return {"attr": attr, "lease": self.table.lease_at_send(session, InodeNo(ino), serial)}
+
+    def _check_writer(self, session: SessionKey, ino: int) -> None:
+        if self.table.held(session, InodeNo(ino)) < WRITE:
+            raise Conflict(f"inode {ino}: {session} does not hold the write lease")
+
+    async def _allocate(
+        self, session: SessionKey, ino: int, block: int, count: int, size: int, mtime_ns: int
+    ) -> dict:
+        self._check_writer(session, ino)
+        file = self._file(ino)
+        given = count + self.ahead
+        for at in range(block, block + given):
+            if at not in file.blocks:
+                file.blocks[at] = divmod(self.next_block, SLAB_BLOCKS)
+                self.next_block += 1
+        file.size = max(file.size, size)
+        file.mtime = mtime_ns or file.mtime
+        self._changed(file)
+        return {"attr": file.attr(), **self._layout(file, block, given)}
+
+    async def _commit(
+        self, session: SessionKey, ino: int, size: int, mtime_ns: int, atime_ns: int | None
+    ) -> dict:
+        if size or mtime_ns:
+            self._check_writer(session, ino)
+        file = self._file(ino)
+        file.size = max(file.size, size)
+        file.mtime = mtime_ns or file.mtime
+        self._changed(file)
+        return {}
+
+    async def _setattr(self, session: SessionKey, ino: int, **changes: Any) -> dict:
+        size = changes.get("size")
+        ticket = await self.take(session, ino, Need.ATTRIBUTES if size is None else Need.WRITE)
+        file = self._file(ino)
+        if size is not None:
+            for at in [at for at in file.blocks if at >= -(-size // BLOCK_SIZE)]:
+                self.drives.trim(*file.blocks.pop(at), 1)
+            file.size = size
+        file.mtime = changes.get("mtime_ns") or file.mtime
+        self._changed(file)
+        reply = {"attr": file.attr(), "lease": self.table.held(session, InodeNo(ino))}
+        self.perform(self.table.finish(ticket))
+        return reply
+
+    def _changed(self, file: File) -> None:
+        self.clock += 1
+        file.ctime = self.clock
+
+    async def _release(self, session: SessionKey, items: list) -> dict:
+        for ino, kind in items:
+            self.perform(self.table.release(session, InodeNo(ino), kind))
+        return {}
+
+    async def _fsync(self, session: SessionKey) -> dict:
+        return {}
+
+    async def _statfs(self, session: SessionKey) -> dict:
+        return {"size": 1 << 30, "free": 1 << 29, "files": 10, "files_free": 90, "name_max": 255}
+
+    def lookup(self, session: SessionKey, ino: int) -> dict:
+        """What a lookup of the inode replies, at once."""
+        serial = self.table.try_read(session, InodeNo(ino))
+        lease = READ if serial is not None else 0
+        return {"attr": self._file(ino).attr(), "lease": max(lease, self.table.held(session, InodeNo(ino)))}
+
+
+class FakeSession:
+    """One node's way to the coordinator."""
+
+    def __init__(self, coordinator: FakeCoordinator, key: SessionKey) -> None:
+        self.coordinator = coordinator
+        self.key = key
+
+    async def call(self, name: str, args: dict[str, Any]) -> Any:
+        return await self.coordinator.call(self.key, name, args)
