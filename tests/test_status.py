@@ -261,6 +261,7 @@ def test_the_json_is_plain_and_complete() -> None:
                 "rate": 1.0,
                 "percent": 25.0,
                 "eta_s": 3.0,
+                "waiting_for": "",
             }
         ],
     }
@@ -270,6 +271,10 @@ def test_the_json_is_plain_and_complete() -> None:
     ("job", "line"),
     [
         (JobStatus("V", "copying"), "V: copying, ? %, ? left"),
+        (
+            JobStatus("V", "copying", 1, 2, 1, "node n3"),
+            "V: copying, 50 % of 2 B, 1 B/s, waiting for node n3",
+        ),
         (JobStatus("V", "copying", 0, 0, 0), "V: copying, 100 % of 0 B, 0 B/s, ? left"),
         (JobStatus("V", "copying", 9, 3, 1), "V: copying, 100 % of 3 B, 1 B/s, 0 s left"),
         (

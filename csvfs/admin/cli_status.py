@@ -45,6 +45,7 @@ def as_map(status: ClusterStatus) -> dict[str, object]:
             "rate": job.rate,
             "percent": job.percent,
             "eta_s": job.eta_s,
+            "waiting_for": job.waiting_for,
         }
         for job in status.jobs
     ]
@@ -126,7 +127,8 @@ def job_line(job: JobStatus) -> str:
     percent = "?" if job.percent is None else f"{job.percent:.0f}"
     rate = "" if job.rate is None else f", {format_size(int(job.rate))}/s"
     total = "" if job.total is None else f" of {format_size(job.total)}"
-    return f"{job.volume}: {job.what}, {percent} %{total}{rate}, {format_duration(job.eta_s)} left"
+    left = f"waiting for {job.waiting_for}" if job.waiting_for else f"{format_duration(job.eta_s)} left"
+    return f"{job.volume}: {job.what}, {percent} %{total}{rate}, {left}"
 
 
 def print_jobs(jobs: list[JobStatus], console: Console) -> None:

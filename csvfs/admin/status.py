@@ -66,6 +66,7 @@ class JobStatus:
     done: int | None = None  # bytes
     total: int | None = None
     rate: float | None = None  # bytes per second
+    waiting_for: str = ""  # why it does not go on at the moment
 
     @property
     def percent(self) -> float | None:
@@ -249,7 +250,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
 
 
 def job_statuses(volume: str, reply: Any) -> list[JobStatus]:
-    """The jobs of a `volume_status` reply: maps with `what`, `done`, `total` (bytes), `rate` (bytes/s)."""
+    """The rows `jobs` of a `volume_status` reply."""
     return [
         JobStatus(
             volume=volume,
@@ -257,6 +258,7 @@ def job_statuses(volume: str, reply: Any) -> list[JobStatus]:
             done=_number(row, "done"),
             total=_number(row, "total"),
             rate=_number(row, "rate"),
+            waiting_for=str(row.get("waiting_for") or ""),
         )
         for row in _maps(reply, "jobs")
     ]
