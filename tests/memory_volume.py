@@ -1,6 +1,5 @@
 """A complete little volume in dictionaries: file table and session in one, for tests of the mount without a cluster."""
 
-import os
 import stat
 import time
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from typing import Any
 
 from csvfs.errors import (
     BadRequest,
-    CsvfsError,
     Exists,
     IsADirectory,
     NoAttribute,
@@ -63,6 +61,7 @@ class MemoryVolume:
         self.calls: list[str] = []
         self.forgotten: list[int] = []
         self.nowait = True
+        self.fsync_count = 0
         self.leases: dict[int, int] = {}
         self.recalls: dict[int, int] = {}
         self.clock = 0
@@ -243,10 +242,12 @@ class MemoryVolume:
         self._add(self._directory(parent), name, ino)
         return self._entry(inode, parent)
 
+    def _check_empty(self, inode: Inode) -> None:
+        if inode.entries:
+            raise NotEmpty(f"inode {inode.ino}")
+
     def _lose_name(self, inode: Inode, parent: Inode) -> None:
         if stat.S_ISDIR(inode.mode):
-            if inode.entries:
-                raise NotEmpty(f"inode {inode.ino}")
             parent.nlink -= 1
             inode.nlink = 0
         else:
@@ -261,8 +262,9 @@ class MemoryVolume:
             raise NotFound(name.decode())
         if stat.S_ISDIR(inode.mode) != directory:
             raise NotADirectory(name.decode()) if directory else IsADirectory(name.decode())
-        self._lose_name(inode, holder)
+        self._check_empty(inode)
         self._take(holder, name)
+        self._lose_name(inode, holder)
         return {"ino": inode.ino, "nlink": inode.nlink, "dir_lease": READ_LEASE}
 
     def call_rename(
@@ -280,8 +282,9 @@ class MemoryVolume:
         if new_name in target.entries:
             if flags & 1:
                 raise Exists(new_name.decode())
-            self._lose_name(self.inodes[target.entries[new_name]], target)
+            self._check_empty(self.inodes[target.entries[new_name]])
             replaced = self._take(target, new_name)
+            self._lose_name(replaced, target)
             reply |= {"replaced": replaced.ino, "replaced_nlink": replaced.nlink}
         inode = self._take(source, name)
         self._add(target, new_name, inode.ino)
@@ -329,7 +332,4 @@ class MemoryVolume:
         return {**self._entry(self._inode(ino)), "extents": [], "slabs": []}
 
     def call_fsync(self) -> None:
-        os.sync  # nothing to flush in memory  # noqa: B018
-
-
-__all__ = ["CsvfsError", "MemoryVolume"]
+        self.fsync_count += 1

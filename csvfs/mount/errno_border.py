@@ -8,8 +8,8 @@ Rule       a CsvfsError is answered with its errno; anything else is a bug of ou
 import errno
 import functools
 import logging
-from collections.abc import Awaitable, Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
@@ -34,7 +34,7 @@ def errno_of(error: BaseException) -> int:
     return errno.EIO
 
 
-def fuse_errors(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def fuse_errors(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Wrap a pyfuse3 handler: pyfuse3 takes FUSEError only, anything else would end its session."""
 
     @functools.wraps(handler)
