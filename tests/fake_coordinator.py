@@ -93,10 +93,10 @@ class FakeCoordinator:
         await self._pass_time()
         answer = await self.holders[recall.session].recall(recall.ino, recall.to_kind, recall.attr)
         file = self.files.get(recall.ino)
-        if file is not None and isinstance(answer["size"], int):
-            if self.table.held(recall.session, recall.ino) == WRITE:
-                file.size = max(file.size, answer["size"])
-                file.mtime = answer["mtime_ns"] or file.mtime
+        wrote = self.table.held(recall.session, recall.ino) == WRITE
+        if file is not None and wrote and isinstance(answer["size"], int):
+            file.size = max(file.size, answer["size"])
+            file.mtime = answer["mtime_ns"] or file.mtime
         await self._pass_time()
         self.perform(self.table.answer(recall.session, recall.ino, answer["kind"]))
 

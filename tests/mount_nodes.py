@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import trio
 
@@ -44,15 +45,70 @@ class FakeKernel:
         self.blocked = None
 
 
+class CachingKernel(FakeKernel):
+    """A page cache with page locks: a page is locked while a READ or WRITE of it is unanswered, and an
+    invalidation waits for that. Pages stay until they are invalidated. One program's write at a time (inode lock)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages: dict[tuple[int, int], bytes] = {}
+        self.dirty: dict[tuple[int, int], bytes] = {}  # by mmap
+        self.locks: dict[tuple[int, int], trio.Lock] = {}
+        self.inode_lock = trio.Lock()
+        self.node: Node  # set by whoever makes it
+
+    def _lock(self, ino: int, page: int) -> trio.Lock:
+        return self.locks.setdefault((ino, page), trio.Lock())
+
+    async def invalidate_pages(self, ino: int, offset: int, length: int) -> None:
+        self.log.append(("pages", ino, offset, length))
+        last = (offset + length - 1) // PAGE if length else 1 << 60
+        for page in sorted(p for i, p in self.locks if i == ino and offset // PAGE <= p <= last):
+            async with self._lock(ino, page):
+                if (ino, page) in self.dirty:
+                    await self._write_back(ino, page)
+                self.pages.pop((ino, page), None)
+            await trio.lowlevel.checkpoint()
+
+    async def _write_back(self, ino: int, page: int) -> None:
+        await self.node.write(ino, page * PAGE, self.dirty.pop((ino, page)), flags=1)
+
+    async def read_page(self, ino: int, page: int) -> bytes:
+        """read(2) through the cache; an uptodate page is read without its lock."""
+        if (ino, page) not in self.pages:
+            async with self._lock(ino, page):
+                if (ino, page) not in self.pages:
+                    self.pages[ino, page] = (await self.node.read(ino, page * PAGE, PAGE)).ljust(PAGE, b"\0")
+        return self.pages[ino, page]
+
+    async def write_page(self, ino: int, page: int, data: bytes) -> None:
+        """write(2) through the cache (written through, the page stays)."""
+        async with self.inode_lock, self._lock(ino, page):
+            self.pages[ino, page] = data
+            await self.node.write(ino, page * PAGE, data)
+
+    async def map_page(self, ino: int, page: int, data: bytes) -> None:
+        """A store through mmap: the page becomes dirty; msync or an invalidation writes it."""
+        await self.read_page(ino, page)
+        async with self._lock(ino, page):
+            self.pages[ino, page] = data
+            self.dirty[ino, page] = data
+
+    async def sync_page(self, ino: int, page: int) -> None:
+        async with self._lock(ino, page):
+            if (ino, page) in self.dirty:
+                await self._write_back(ino, page)
+
+
 class Node:
-    def __init__(self, name: str, coordinator: FakeCoordinator, drives: Drives, nursery: trio.Nursery, **options: int):
+    def __init__(self, name: str, coordinator: FakeCoordinator, drives: Drives, nursery: trio.Nursery, kernel: FakeKernel, options: dict):
         self.name = name
         self.coordinator = coordinator
         self.alive = True
         self.guard = Guard(lambda: self.alive)
         self.guard.contact(1 << 62)
         self.bus = FakeBus(drives, nursery)
-        self.kernel = FakeKernel()
+        self.kernel = kernel
         self.session = coordinator.session(name)
         self.table = FileTable(
             coordinator=self.session,
@@ -61,7 +117,7 @@ class Node:
             guard=self.guard,
             nursery=nursery,
             io_timeout_s=20,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         coordinator.holders[self.session.key] = self.table
         nursery.start_soon(self.bus.run_forever)
@@ -97,8 +153,13 @@ class Cluster:
         self.nursery = nursery
         self.coordinator = FakeCoordinator(self.drives, nursery)
 
-    def node(self, name: str, **options: int) -> Node:
-        return Node(name, self.coordinator, self.drives, self.nursery, **options)
+    def node(self, name: str, **options: Any) -> Node:
+        return Node(name, self.coordinator, self.drives, self.nursery, FakeKernel(), options)
+
+    def caching_node(self, name: str, **options: Any) -> tuple[Node, CachingKernel]:
+        kernel = CachingKernel()
+        kernel.node = Node(name, self.coordinator, self.drives, self.nursery, kernel, options)
+        return kernel.node, kernel
 
 
 @contextlib.asynccontextmanager

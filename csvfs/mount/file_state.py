@@ -180,7 +180,7 @@ class FileState:
             attr[SIZE] = self.size
             if self.times_dirty:
                 attr[MTIME] = self.mtime_ns
-                attr[CTIME] = max(attr[CTIME], self.mtime_ns)
+            attr[CTIME] = max(attr[CTIME], self.mtime_ns)
         return attr
 
     def is_claimed(self, first: int, end: int) -> bool:

@@ -114,10 +114,11 @@ class Leases:
         if known is not None and attr[CTIME] != known[CTIME]:
             state.metadata_dirty = True
         if state.lease == LEASE_WRITE:
-            if known is not None and attr[CTIME] < known[CTIME]:
-                return  # overtaken by a report of ours
             if known is not None and attr[MTIME] != known[MTIME]:
+                if attr[CTIME] <= known[CTIME]:
+                    return  # a reply that a report of ours has overtaken
                 state.times_dirty = False  # somebody set the time; nobody else's writing can have
+                state.mtime_ns = 0
         elif max(kind, state.lease) >= LEASE_READ:
             state.size = state.committed = attr[SIZE]
         state.attr = list(attr)

@@ -52,7 +52,7 @@ class ReadPath:
         start, run_end, slab, slab_block = state.runs[index]
         count = last - first
         data: Data | None
-        if last > run_end or slab < 0 or count > BLOCK_COUNT_MAX:
+        if last > run_end or slab < 0 or not 0 < count <= BLOCK_COUNT_MAX:
             return self._read_pieces(state, offset, size)
         data = self._read_local(slab, slab_block + first - start, count)
         if data is None:

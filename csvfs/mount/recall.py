@@ -185,6 +185,7 @@ class Recaller:
         wrote = state.lease == LEASE_WRITE
         if wrote:
             state.report = _report(state)
+            state.attr = state.attributes() if state.attr is not None else None
             state.times_dirty = False
         kept = LEASE_OPEN if state.open_count else LEASE_NONE
         state.lease = min(state.lease, kind if kind == LEASE_READ else kept)

@@ -16,6 +16,7 @@ from csvfs.mount.file_state import LEASE_WRITE, SIZE, FileState
 from csvfs.mount.leases import Coordinator, Leases
 from csvfs.mount.write_path import GAP_BLOCKS_MAX, WritePath
 from csvfs.units import BLOCK_SIZE
+from csvfs.volume.extents import BLOCKS_MAX
 
 
 class Truncation:
@@ -72,7 +73,7 @@ class Truncation:
             if size > before:
                 await self._writes.zero_tail(state)
                 await self._writes.clear_gap(state, -(-size // BLOCK_SIZE))
-            else:
+            elif size < before:
                 state.size = size
                 state.extents.forget(-(-size // BLOCK_SIZE))
             reads = dict(state.reads)
@@ -96,6 +97,7 @@ class Truncation:
         return (end, count) if count > 0 and not state.extents.covers(end, count) else None
 
     async def _carry_out(self, state: FileState, changes: dict[str, Any], before: int) -> list:
+        stamp = self._leases.stamp()
         try:
             reply = await self._coordinator.call("setattr", {"ino": state.ino, **changes})
         except BaseException as error:
@@ -112,5 +114,9 @@ class Truncation:
             state.attr = list(attr)
             state.size = state.committed = attr[SIZE]
             state.tail_zero = -1
-            state.extents.forget(-(-attr[SIZE] // BLOCK_SIZE))
+            if attr[SIZE] < before:
+                end = -(-attr[SIZE] // BLOCK_SIZE)
+                state.extents.forget(end)
+                if not self._leases.recalled_since(state.ino, stamp):
+                    state.extents.learn(end, BLOCKS_MAX - end, ())  # it gave up all of it
         return list(attr)

@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from csvfs.errors import CsvfsError, LeaseLost, NoSpace, TimedOut
-from csvfs.mount.file_state import BLOCKS, CTIME, LEASE_WRITE, MTIME, WHOLE_FILE, FileState, InFlight
+from csvfs.mount.file_state import BLOCKS, LEASE_WRITE, MTIME, WHOLE_FILE, FileState, InFlight
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Coordinator, Leases
 from csvfs.mount.recall import KernelNotifier
@@ -421,7 +421,6 @@ class WritePath:
             state.times_dirty = False
         if state.attr is not None:
             state.attr[MTIME] = mtime_ns
-            state.attr[CTIME] = max(state.attr[CTIME], mtime_ns)
 
 
 def _pieces(state: FileState, block: int, count: int) -> list[Piece]:

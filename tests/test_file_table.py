@@ -1,0 +1,623 @@
+"""The file table against fakes of the coordinator (with the real lease table), the drives and the kernel."""
+
+import stat
+import time
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.lease_table import Need
+from csvfs.errors import DriveFailed, LeaseLost, NoSpace, NotFound, TimedOut, Unavailable
+from csvfs.mount.write_path import FUSE_WRITE_CACHE, WRITE_APPEND
+from tests.mount_nodes import Cluster, Node, cluster
+
+BLOCK = 4096
+FILE = 5
+
+
+async def prepared(c: Cluster, blocks: int = 4, fill: bytes = b"o") -> Node:
+    """A node that holds the write lease of a file of so many blocks, all layout known."""
+    c.coordinator.add_file(FILE)
+    node = c.node("n1")
+    await node.write(FILE, 0, fill * (BLOCK * blocks))
+    c.coordinator.calls.clear()
+    node.bus.writes.clear()
+    return node
+
+
+def taken_nowait(node: Node, offset: int, data: bytes, flags: int = 0) -> list:
+    """Send a write that must be taken at once; the list gets its result."""
+    result: list = []
+    assert node.table.write_nowait(FILE, offset, memoryview(data), flags, result.append)
+    return result
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await trio.lowlevel.checkpoint()
+
+
+# -- reads and writes at once
+
+
+async def test_reads_and_writes_at_hand_ask_nobody() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        result = taken_nowait(node, BLOCK, b"n" * BLOCK)
+        await settle()
+        assert result == [None]
+        assert node.table.read_nowait(FILE, BLOCK, BLOCK) == b"n" * BLOCK
+        assert node.table.read_nowait(FILE, BLOCK - 2, 4) == b"oonn"
+        assert c.coordinator.calls == []
+
+
+async def test_a_write_at_once_is_answered_when_it_has_landed_and_not_before() -> None:
+    """I2."""
+    async with cluster() as c:
+        node = await prepared(c)
+        node.bus.hold()
+        result = taken_nowait(node, 0, b"n" * BLOCK)
+        await settle()
+        assert result == [] and node.bus.in_flight == 1
+        node.bus.let_go()
+        await settle()
+        assert result == [None]
+
+
+async def test_a_write_over_two_slabs_is_answered_once_with_the_error_of_either() -> None:
+    async with cluster() as c:
+        node = await prepared(c, blocks=100)  # slabs of 64 blocks
+        node.bus.fail_next = [DriveFailed("drive 1")]
+        result = taken_nowait(node, 60 * BLOCK, b"n" * (8 * BLOCK))
+        await settle()
+        assert len(node.bus.writes) == 2
+        assert [type(error) for error in result] == [DriveFailed]
+
+
+async def test_what_a_write_at_once_cannot_do_it_leaves_to_the_other_way() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        table, done = node.table, pytest.fail
+        for offset, size, flags in [(1, BLOCK, 0), (0, 5, 0), (4 * BLOCK, BLOCK, 0), (0, BLOCK, WRITE_APPEND)]:
+            assert not table.write_nowait(FILE, offset, memoryview(bytes(size)), flags, done)
+        assert not table.write_nowait(77, 0, memoryview(bytes(BLOCK)), 0, done)
+
+
+async def test_a_read_stops_at_the_end_of_the_file_and_holes_are_zeros() -> None:
+    async with cluster() as c:
+        c.coordinator.add_file(FILE)
+        node = c.node("n1")
+        await node.write(FILE, 10 * BLOCK, b"end")
+        assert await node.read(FILE, 0, 4 * BLOCK) == bytes(4 * BLOCK)
+        assert await node.read(FILE, 10 * BLOCK - 1, 100) == b"\0end"
+        assert await node.read(FILE, 10 * BLOCK + 3, 100) == b""
+        node.bus.local = False
+        assert await node.read(FILE, 10 * BLOCK - 1, 100) == b"\0end"
+
+
+async def test_a_large_read_goes_in_messages_of_one_mib() -> None:
+    async with cluster() as c:
+        node = await prepared(c, blocks=600)
+        assert await node.read(FILE, 1, 599 * BLOCK) == b"o" * (599 * BLOCK)
+
+
+# -- partial blocks, the end of the file
+
+
+async def test_partial_writes_keep_what_is_around_them() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.write(FILE, BLOCK - 3, b"nnnnnn")
+        content = await node.read(FILE, 0, 4 * BLOCK)
+        assert content == b"o" * (BLOCK - 3) + b"nnnnnn" + b"o" * (3 * BLOCK - 3)
+
+
+async def test_I4_partial_writes_to_one_block_at_once_lose_nothing() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        async with trio.open_nursery() as nursery:
+            for index in range(20):
+                nursery.start_soon(node.write, FILE, 100 * index, bytes([index]) * 50)
+            nursery.start_soon(node.write, FILE, BLOCK, b"w" * BLOCK)
+        content = await node.read(FILE, 0, BLOCK)
+        for index in range(20):
+            assert content[100 * index : 100 * index + 100] == bytes([index]) * 50 + b"o" * 50
+
+
+async def test_I4_a_whole_block_written_during_a_partial_write_is_not_undone_by_it() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.bus.hold()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.write, FILE, 10, b"p")
+            await settle()
+            nursery.start_soon(node.write, FILE, 0, b"w" * BLOCK)  # must wait: the block is being read and written
+            await settle()
+            assert node.bus.in_flight == 1
+            node.bus.let_go()
+        assert await node.read(FILE, 0, BLOCK) == b"w" * BLOCK
+
+
+async def test_old_bytes_behind_the_end_never_show_when_the_file_grows_over_them() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.table.truncate(FILE, {"size": 100, "mtime_ns": 1})  # bytes 100... of block 0 are garbage now
+        await node.write(FILE, 3 * BLOCK, b"far")
+        assert await node.read(FILE, 0, BLOCK) == b"o" * 100 + bytes(BLOCK - 100)
+        await node.table.truncate(FILE, {"size": 50, "mtime_ns": 1})
+        await node.table.truncate(FILE, {"size": 200, "mtime_ns": 1})
+        assert await node.read(FILE, 0, 200) == b"o" * 50 + bytes(150)
+
+
+async def test_the_tail_is_zeroed_on_the_drives_before_a_larger_size_is_committed() -> None:
+    """A crash between the two must not show old bytes."""
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.table.truncate(FILE, {"size": 100, "mtime_ns": 1})
+        c.coordinator.calls.clear()
+        node.bus.hold()
+        c.nursery.start_soon(node.write, FILE, 3 * BLOCK, b"far")
+        await settle()
+        assert node.bus.in_flight == 1 and c.coordinator.calls == []
+        slab, block = c.coordinator.files[FILE].blocks[0]
+        node.bus.let_go()
+        await settle()
+        assert c.drives.read(slab, block, 1) == b"o" * 100 + bytes(BLOCK - 100)
+        assert c.coordinator.files[FILE].size == 3 * BLOCK + 3
+
+
+async def test_a_reader_sees_the_new_size_only_when_data_and_size_are_both_done() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        c.coordinator.ahead = 16
+        await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)  # space is given ahead
+        assert c.coordinator.names() == ["allocate"]
+        node.bus.hold()
+        c.nursery.start_soon(node.write, FILE, 5 * BLOCK, b"b" * BLOCK)
+        await settle()
+        assert c.coordinator.names() == ["allocate", "commit"]  # in parallel with the data
+        assert c.coordinator.files[FILE].size == 6 * BLOCK
+        assert await node.read(FILE, 5 * BLOCK, BLOCK) == b""
+        assert (await node.table.getattr(FILE))[6] == 5 * BLOCK
+        node.bus.let_go()
+        await settle()
+        assert await node.read(FILE, 5 * BLOCK, BLOCK) == b"b" * BLOCK
+
+
+async def test_I2_an_extending_write_is_not_answered_before_its_size_is_committed() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        c.coordinator.ahead = 16
+        await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
+        c.coordinator.faults["commit"] = [Unavailable("no log")]
+        with pytest.raises(Unavailable):
+            await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+        assert await node.read(FILE, 5 * BLOCK, BLOCK) == b""
+
+
+async def test_blocks_of_a_failed_extension_read_as_zeros_when_a_later_write_leaves_a_gap_over_them() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        c.coordinator.ahead = 16
+        await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
+        c.coordinator.faults["commit"] = [Unavailable("no log")]
+        with pytest.raises(Unavailable):
+            await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+        await node.write(FILE, 7 * BLOCK, b"c" * BLOCK)
+        assert await node.read(FILE, 5 * BLOCK, 3 * BLOCK) == bytes(2 * BLOCK) + b"c" * BLOCK
+
+
+async def test_when_the_data_of_an_extension_fails_the_committed_size_is_shown() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.bus.fail_next = [DriveFailed("drive 1")]
+        with pytest.raises(DriveFailed):
+            await node.write(FILE, 4 * BLOCK, b"b" * BLOCK)
+        assert (await node.table.getattr(FILE))[6] == c.coordinator.files[FILE].size == 5 * BLOCK
+
+
+async def test_appends_of_two_nodes_all_land_behind_each_other() -> None:
+    """O_APPEND: the kernel's idea of the end is old, the lease holder's is right."""
+    async with cluster() as c:
+        c.coordinator.add_file(FILE)
+        nodes = [c.node("n1"), c.node("n2")]
+        async with trio.open_nursery() as nursery:
+            for index in range(20):
+                nursery.start_soon(nodes[index % 2].write, FILE, 0, b"%02d\n" % index, WRITE_APPEND)
+        lines = (await nodes[0].read(FILE, 0, 1000)).split()
+        assert sorted(lines) == [b"%02d" % index for index in range(20)]
+        assert ("pages", FILE, 0, 0) in nodes[0].kernel.log  # the kernel cached them at the wrong place
+
+
+async def test_write_back_of_mmapped_pages_never_grows_a_file() -> None:
+    async with cluster() as c:
+        node = await prepared(c, blocks=1)
+        await node.table.truncate(FILE, {"size": 100, "mtime_ns": 1})
+        await node.write(FILE, 0, b"m" * BLOCK, FUSE_WRITE_CACHE)
+        await node.write(FILE, BLOCK, b"m" * BLOCK, FUSE_WRITE_CACHE)
+        assert (await node.table.getattr(FILE))[6] == 100
+        assert await node.read(FILE, 0, BLOCK) == b"m" * 100
+        await node.table.truncate(FILE, {"size": 200, "mtime_ns": 1})
+        assert await node.read(FILE, 0, BLOCK) == b"m" * 100 + bytes(100)
+
+
+async def test_no_space_is_told_and_leaves_the_file_as_it_was() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        c.coordinator.faults["allocate"] = [NoSpace("pool full")]
+        with pytest.raises(NoSpace):
+            await node.write(FILE, 4 * BLOCK, b"b" * BLOCK)
+        assert (await node.table.getattr(FILE))[6] == 4 * BLOCK
+
+
+# -- truncation
+
+
+async def test_a_truncation_waits_for_writes_and_parks_new_ones() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.bus.hold()
+        early = taken_nowait(node, 3 * BLOCK, b"e" * BLOCK)
+        ended = trio.Event()
+
+        async def truncate() -> None:
+            await node.table.truncate(FILE, {"size": BLOCK, "mtime_ns": 1})
+            ended.set()
+
+        c.nursery.start_soon(truncate)
+        await settle()
+        assert c.coordinator.calls == [] and early == []
+        assert node.table.read_nowait(FILE, 3 * BLOCK, BLOCK) == b""  # its blocks may be somebody else's soon
+        assert not node.table.write_nowait(FILE, 0, memoryview(bytes(BLOCK)), 0, pytest.fail)
+        node.bus.let_go()
+        await ended.wait()
+        assert early == [None] and c.coordinator.names() == ["setattr"]
+        assert await node.read(FILE, 0, 4 * BLOCK) == b"o" * BLOCK
+
+
+async def test_a_refused_truncation_changes_nothing() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        c.coordinator.faults["setattr"] = [NoSpace("no")]
+        with pytest.raises(NoSpace):
+            await node.table.truncate(FILE, {"size": 1, "mtime_ns": 1})
+        assert await node.read(FILE, 0, 4 * BLOCK) == b"o" * (4 * BLOCK)
+
+
+async def test_after_a_truncation_of_unknown_outcome_the_coordinator_is_asked() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        c.coordinator.after["setattr"] = [TimedOut("who knows")]
+        with pytest.raises(TimedOut):
+            await node.table.truncate(FILE, {"size": 10, "mtime_ns": 1})
+        await settle()
+        assert node.table.holds(FILE) == 0
+        assert await node.read(FILE, 0, BLOCK) == b"o" * 10
+
+
+async def test_two_nodes_truncate_and_write_at_once_without_hanging() -> None:
+    async with cluster() as c:
+        await prepared(c)
+        nodes = [c.node("n1"), c.node("n2")]
+        async with trio.open_nursery() as nursery:
+            for index in range(6):
+                node = nodes[index % 2]
+                nursery.start_soon(node.table.truncate, FILE, {"size": 1000 * index, "mtime_ns": 1})
+                nursery.start_soon(node.write, FILE, 500 * index, b"x" * 700)
+                nursery.start_soon(node.read, FILE, 0, 2 * BLOCK)
+        assert await nodes[0].read(FILE, 0, 1 << 20) == await nodes[1].read(FILE, 0, 1 << 20)
+
+
+# -- fsync, times
+
+
+async def test_I8_fsync_waits_for_writes_under_way_and_flushes_their_slabs() -> None:
+    async with cluster() as c:
+        node = await prepared(c, blocks=100)
+        await node.table.fsync(FILE)
+        assert node.bus.flushed == [{0, 1}] and c.coordinator.names()[-1] == "fsync"
+        node.bus.hold()
+        taken_nowait(node, 70 * BLOCK, b"n" * BLOCK)
+        ended = trio.Event()
+
+        async def fsync() -> None:
+            await node.table.fsync(FILE)
+            ended.set()
+
+        c.nursery.start_soon(fsync)
+        await settle()
+        assert not ended.is_set() and len(node.bus.flushed) == 1
+        node.bus.let_go()
+        await ended.wait()
+        assert node.bus.flushed[1:] == [{1}]
+        assert c.coordinator.names()[-1] == "commit"  # the time; nothing else changed, so no second `fsync`
+
+
+async def test_fsync_of_a_file_that_did_not_change_asks_nobody() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.table.fsync(FILE)
+        c.coordinator.calls.clear()
+        await node.table.fsync(FILE)
+        assert c.coordinator.calls == [] and len(node.bus.flushed) == 1
+
+
+async def test_I8_a_failed_flush_is_reported_until_the_file_is_closed() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.table.opened(FILE)
+        node.bus.flush_errors = [DriveFailed("medium error")]
+        for _ in range(3):
+            with pytest.raises(DriveFailed):
+                await node.table.fsync(FILE)
+        assert node.bus.flushed == []  # not retried into silence
+        node.table.closed(FILE)
+        await node.table.fsync(FILE)
+
+
+async def test_I8_a_flush_that_could_not_be_done_is_done_by_the_next_fsync() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.bus.flush_errors = [Unavailable("no drive server")]
+        with pytest.raises(Unavailable):
+            await node.table.fsync(FILE)
+        await node.table.fsync(FILE)
+        assert node.bus.flushed == [{0}]
+
+
+async def test_closing_a_file_that_was_only_read_or_extended_sends_nothing() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.read(FILE, 0, BLOCK)
+        await node.table.flush(FILE)
+        assert c.coordinator.calls == []
+
+
+async def test_the_time_of_a_write_is_kept_here_and_reported_later() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        before = c.coordinator.files[FILE].mtime
+        await node.write(FILE, 0, b"n" * BLOCK)
+        mtime = (await node.table.getattr(FILE))[9]
+        assert mtime > before and c.coordinator.calls == []
+        await node.table.report_times()
+        assert c.coordinator.files[FILE].mtime == mtime
+        c.coordinator.calls.clear()
+        await node.table.report_times()
+        assert c.coordinator.calls == []
+
+
+async def test_a_time_set_by_hand_overrides_that_of_an_earlier_write() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.write(FILE, 0, b"n" * BLOCK)
+        reply = await node.session.call("setattr", {"ino": FILE, "mtime_ns": 12345})
+        node.table.granted(FILE, reply["lease"], reply["attr"])
+        assert (await node.table.getattr(FILE))[9] == 12345
+        await node.table.fsync(FILE)
+        assert c.coordinator.files[FILE].mtime == 12345
+
+
+async def test_another_node_sees_size_and_time_of_a_file_that_is_being_written() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        other = c.node("n2")
+        await node.write(FILE, 0, b"n" * BLOCK)
+        attr = await other.table.getattr(FILE)
+        assert attr[6] == 4 * BLOCK and attr[9] == (await node.table.getattr(FILE))[9]
+        assert node.table.holds(FILE) == 3
+
+
+# -- leases
+
+
+async def test_a_file_just_made_is_written_without_asking_for_a_lease_or_layout() -> None:
+    async with cluster() as c:
+        file = c.coordinator.add_file(FILE)
+        node = c.node("n1")
+        ticket = await c.coordinator.take(node.session.key, FILE, Need.WRITE)
+        c.coordinator.perform(c.coordinator.table.finish(ticket))
+        node.table.granted(FILE, 3, file.attr())
+        await node.write(FILE, 0, b"x" * BLOCK)
+        assert c.coordinator.names() == ["allocate"]
+
+
+async def test_a_reply_that_says_less_than_is_held_takes_nothing_away() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.table.granted(FILE, 0, c.coordinator.files[FILE].attr())
+        assert node.table.holds(FILE) == 3
+
+
+async def test_what_the_kernel_forgot_is_given_back_in_batches() -> None:
+    async with cluster() as c:
+        node = c.node("n1")
+        for ino in range(10, 20):
+            c.coordinator.add_file(ino)
+            await node.table.getattr(ino)
+            node.table.forget(ino)
+        node.table.opened(12)
+        reply = c.coordinator.lookup(node.session.key, 13)
+        node.table.granted(13, reply["lease"], reply["attr"])  # looked up again
+        await node.table.release_unused()
+        assert [name for name in c.coordinator.names() if name == "release"] == ["release"]
+        held = [ino for ino in range(10, 20) if c.coordinator.table.held(node.session.key, ino)]
+        assert held == [12, 13] == sorted(node.table.leases.states)
+
+
+async def test_nothing_learned_while_a_release_is_under_way_is_cached() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.table.forget(FILE)
+        c.nursery.start_soon(node.table.release_unused)
+        while "release" not in c.coordinator.names():
+            await trio.lowlevel.checkpoint()
+        stamp = node.table.stamp()
+        node.table.granted(FILE, 2, c.coordinator.files[FILE].attr())
+        assert node.table.holds(FILE) == 0 and node.table.recalled_since(FILE, stamp)
+        await settle()
+        assert await node.read(FILE, 0, 2) == b"oo"
+
+
+async def test_inodes_beyond_the_limit_are_emptied_and_given_back_the_longest_known_first() -> None:
+    async with cluster() as c:
+        node = c.node("n1", inodes_max=4)
+        for ino in range(10, 20):
+            c.coordinator.add_file(ino)
+            await node.table.getattr(ino)
+        node.table.opened(10)
+        await node.table.release_unused()
+        assert sorted(node.table.leases.states) == [10, 17, 18, 19]
+        assert ("pages", 11, 0, 0) in node.kernel.log
+
+
+async def test_the_last_close_of_a_file_held_only_as_open_gives_it_back() -> None:
+    """So that a deleted file goes."""
+    async with cluster() as c:
+        node = await prepared(c)
+        other = c.node("n2")
+        node.table.opened(FILE)
+        await other.write(FILE, 0, b"x")
+        assert node.table.holds(FILE) == 1
+        node.table.closed(FILE)
+        await node.table.release_unused()
+        assert c.coordinator.table.held(node.session.key, FILE) == 0
+
+
+async def test_a_file_opened_after_its_lease_was_recalled_is_held_open_after_all() -> None:
+    async with cluster() as c:
+        c.coordinator.add_file(FILE)
+        node = c.node("n1")
+        node.table.opened(FILE)
+        await settle()
+        assert c.coordinator.table.held(node.session.key, FILE) == 1
+
+
+async def test_what_is_not_there_is_not_found() -> None:
+    async with cluster() as c:
+        node = c.node("n1")
+        for operation in (node.read(9, 0, 1), node.write(9, 0, b"x"), node.table.getattr(9)):
+            with pytest.raises(NotFound):
+                await operation
+
+
+async def test_a_directory_lease_is_held_and_recalled_inline() -> None:
+    async with cluster() as c:
+        c.coordinator.add_file(7, stat.S_IFDIR | 0o755)
+        node = c.node("n1")
+        await node.table.getattr(7)
+        node.table.granted_directory(7, 2)
+        stamp = node.table.stamp()
+        answer = await node.table.recall(7, 0, False)
+        assert answer["kind"] == 0 and node.table.recalled_since(7, stamp)
+        assert node.kernel.log == [("epoch",), ("attr", 7)]
+
+
+# -- the right to serve
+
+
+async def test_I5_a_node_that_may_not_serve_answers_nothing_from_what_it_holds() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.alive = False
+        assert node.table.read_nowait(FILE, 0, BLOCK) is None
+        assert not node.table.write_nowait(FILE, 0, memoryview(bytes(BLOCK)), 0, pytest.fail)
+
+
+async def test_I5_after_a_lapse_all_leases_are_taken_anew_and_the_kernel_forgets_all() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        c.nursery.start_soon(node.table.run_forever)
+        stamp = node.table.stamp()
+        node.alive = False
+        assert node.table.read_nowait(FILE, 0, BLOCK) is None
+        node.alive = True
+        assert node.table.read_nowait(FILE, 0, BLOCK) is None  # nobody said yet that nothing was lost
+        c.coordinator.calls.clear()
+        assert await node.read(FILE, 0, 2) == b"oo"
+        assert c.coordinator.names() == ["acquire"]
+        assert ("pages", FILE, 0, 0) in node.kernel.log and ("epoch",) in node.kernel.log
+        assert node.table.recalled_since(FILE, stamp)
+
+
+async def test_I5_without_contact_to_the_coordinator_nothing_is_served_and_then_it_goes_on() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.guard._contact_until_ns = 0
+        assert node.table.read_nowait(FILE, 0, BLOCK) is None
+        node.guard.contact(time.monotonic_ns())
+        assert node.table.read_nowait(FILE, 0, BLOCK) == b"o" * BLOCK
+
+
+async def test_who_waits_too_long_for_the_right_to_serve_gets_an_error() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.alive = False
+        node.table._reads._io_timeout_s = 0.01
+        with pytest.raises((LeaseLost, TimedOut)):
+            await node.table.read(FILE, 0, BLOCK)
+
+
+# -- against a model
+
+sizes = st.one_of(st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK]), st.integers(0, 5 * BLOCK))
+offsets = st.one_of(st.sampled_from([0, BLOCK, 2 * BLOCK, 3 * BLOCK]), st.integers(0, 8 * BLOCK))
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(0, 1), offsets, sizes),
+        st.tuples(st.just("read"), st.integers(0, 1), offsets, sizes),
+        st.tuples(st.just("truncate"), st.integers(0, 1), sizes),
+        st.tuples(st.just("fsync"), st.integers(0, 1)),
+        st.tuples(st.just("getattr"), st.integers(0, 1)),
+        st.tuples(st.just("release"), st.integers(0, 1)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(operations, st.integers(0, 5), st.booleans())
+def test_two_nodes_reading_and_writing_in_turns_are_one_file(history: list, ahead: int, local: bool) -> None:
+    async def play() -> None:
+        async with cluster() as c:
+            c.coordinator.add_file(FILE)
+            c.coordinator.ahead = ahead
+            nodes = [c.node("n1"), c.node("n2")]
+            nodes[0].bus.local = local
+            model = bytearray()
+            for step, (name, who, *args) in enumerate(history):
+                await play_step(nodes[who], model, step, name, args)
+            for node in nodes:
+                assert await node.read(FILE, 0, 1 << 20) == bytes(model)
+                assert (await node.table.getattr(FILE))[6] == len(model)
+
+    trio.run(play)
+
+
+async def play_step(node: Node, model: bytearray, step: int, name: str, args: list[int]) -> None:
+    if name == "write":
+        offset, size = args
+        data = bytes([step + 1]) * size
+        await node.write(FILE, offset, data)
+        if data:
+            model.extend(bytes(max(0, offset - len(model))))
+            model[offset : offset + size] = data
+    elif name == "read":
+        offset, size = args
+        assert await node.read(FILE, offset, size) == bytes(model[offset : offset + size])
+    elif name == "truncate":
+        (size,) = args
+        await node.table.truncate(FILE, {"size": size, "mtime_ns": step + 1})
+        del model[size:]
+        model.extend(bytes(size - len(model)))
+    elif name == "fsync":
+        await node.table.fsync(FILE)
+        for state in node.table.leases.states.values():
+            assert not state.dirty_slabs
+    elif name == "getattr":
+        assert (await node.table.getattr(FILE))[6] == len(model)
+    else:
+        node.table.forget(FILE)
+        await node.table.release_unused()
