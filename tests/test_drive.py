@@ -389,6 +389,23 @@ def test_a_slab_found_in_two_slots_is_the_newer_one(drive):
     drive.close()
 
 
+def test_the_last_copy_after_a_power_cut_is_adopted_and_resynced_from_as_a_whole(drive):
+    """Data reached the medium, checksum and stamp did not: taken, and no returning member misses it."""
+    copy = make_slab(drive, epoch=3)
+    write(copy, 0, pattern(1))
+    write(copy, 20, pattern(2))
+    drive.flush()
+    drive.close(clean=False)
+    overwrite(drive.path, copy.data_offset, pattern(9))
+    drive = Drive.open(drive.path, boot_id=OTHER_BOOT)
+    (copy,) = drive.slabs()
+    assert drive.adopt_torn(copy) == 1
+    assert read(copy, 0) == pattern(9)
+    assert read(copy, 20) == pattern(2)
+    assert set(copy.chunk_epochs()) == {3}
+    drive.close()
+
+
 # Damage
 
 

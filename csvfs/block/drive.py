@@ -1,13 +1,15 @@
 """An open drive: its slab copies, its free slots, its flushes and its counters (FORMAT.md).
 
 Place      block floor, above superblock.py, slot_table.py and slab_copy.py. Synchronous: no trio, no network.
-Writer     the one process that holds the file's lock. All methods are for one thread, except `flush`, which may run
-           in another one meanwhile.
+Writer     the one process that holds the file's lock. All methods are for one thread, except `flush`, which
+           may run in another one meanwhile.
 
 Invariants
-  D1  The superblock says "open" durably before anything else on the drive changes, and "clean" only after all is flushed.
-  D2  A slot is handed out again only after its old entry says "deleting" durably, its tables are zeros durably, and its
-      entry says "free" durably: so a power cut never gives a slab the blocks or the checksums of another one.
+  D1  The superblock says "open" durably before anything else on the drive changes, and "clean" only after all
+      is flushed.
+  D2  A slot is handed out again only after its old entry says "deleting" durably, its tables are zeros
+      durably, and its entry says "free" durably: so a power cut never gives a slab the blocks or the
+      checksums of another one.
   D3  After an open that may have lost page-cache content, every chunk of every slab counts as active.
   D4  A drive of which a flush failed is failed for good: the kernel has dropped what it could not write.
 """
@@ -72,8 +74,10 @@ class Drive:
     failure    why the drive is failed for good; None: it is not.
     fd         its descriptor, for this package.
     unclean    it was not closed cleanly before this open.
-    contents_lost  unclean, and the page cache may be gone too (another boot, replugged, failed flush): see D3.
-    repairs    what was found damaged at this open, one line each; it has been repaired where another copy allowed it.
+    contents_lost  unclean, and the page cache may be gone too (another boot, replugged, failed flush): see
+                   D3.
+    repairs    what was found damaged at this open, one line each; it has been repaired where another copy
+               allowed it.
     """
 
     def __init__(self, path: str, fd: int, boot_id: bytes | None = None) -> None:
@@ -122,9 +126,10 @@ class Drive:
     ) -> "Drive":
         """Lock, verify, repair and load a drive, and note durably that it is open.
 
-        Args    pool_id, cluster_id: refuse a drive of another one; None: take any. boot_id: for tests of power cuts.
-        Raises  DriveRefused: missing, in use, of another pool or cluster. Corrupt: truncated, or no superblock is
-                readable. DriveFailed: it cannot be written.
+        Args    pool_id, cluster_id: refuse a drive of another one; None: take any. boot_id: for tests of
+                power cuts.
+        Raises  DriveRefused: missing, in use, of another pool or cluster. Corrupt: truncated, or no
+                superblock is readable. DriveFailed: it cannot be written.
         """
         fd = open_locked(path)
         try:
@@ -327,9 +332,15 @@ class Drive:
     def adopt_torn(self, copy: SlabCopy) -> int:
         """Give blocks of active chunks that do not verify the checksum of what is there; how many.
 
-        Rule  only for the last in-sync copy, after an unclean open: FORMAT.md, "Torn blocks", says why it is sound.
+        All active chunks get the copy's epoch: a power cut may have taken their stamps, and who joins later
+        goes by them.
+
+        Rule  only for the last in-sync copy, after an unclean open: FORMAT.md, "Torn blocks", says why it is
+              sound.
         """
-        adopted = sum(copy.adopt_torn_chunk(chunk) for chunk in copy.active_chunks())
+        chunks = copy.active_chunks()
+        adopted = sum(copy.adopt_torn_chunk(chunk) for chunk in chunks)
+        copy.stamp_chunks(chunks, copy.epoch)
         self.counters.torn_adopted += adopted
         return adopted
 

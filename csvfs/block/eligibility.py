@@ -1,6 +1,6 @@
 """Whether a file or block device may become a drive; if not, why, by name. Nothing is ever written here.
 
-Place      block floor, above superblock.py, signatures.py and in_use.py. Blocks: reads the medium, /proc and /sys.
+Place      block floor, above superblock.py, signatures.py and in_use.py. It reads the medium, /proc, /sys.
 Order      what it is, whether somebody uses it, whether it can be written, what it holds, how large it is.
 """
 
@@ -27,7 +27,7 @@ _BLKROGET = 0x125E
 
 @dataclass(slots=True, frozen=True)
 class DriveInspection:
-    """For listings. `refused`: why it may not be added to the pool; None: it may. `superblock`: if it is a drive."""
+    """For listings. `refused`: why it may not be added; None: it may. `superblock`: if it is a drive."""
 
     path: str
     kind: str  # "file", "block device" or "other"

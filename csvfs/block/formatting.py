@@ -1,7 +1,8 @@
 """Making a drive of a blank file or block device (FORMAT.md).
 
-Place      block floor, above eligibility.py. Blocks: for block devices as long as zeroing their metadata takes.
-Order      check, lock, check the content again; erase; tables; flush; superblock last: a format that was cut short leaves no drive.
+Place      block floor, above eligibility.py. Blocks while the metadata are zeroed.
+Order      check, lock, check the content again; erase; tables; flush; superblock last: a format that was cut
+           short leaves no drive.
 """
 
 import fcntl
@@ -31,9 +32,11 @@ def format_drive(
 ) -> Superblock:
     """Make `path` an empty, cleanly closed drive.
 
-    Args    drive_id, pool_id, cluster_id: 16 bytes each. slab_size: bytes. label: for people, at most 64 bytes.
-    Raises  DriveRefused: see check_drive; nothing was written. BadRequest: odd ids, texts or slab size; nothing was
-            written. DriveFailed: I/O error, or no room for the metadata; the path is no drive, and may not be blank.
+    Args    drive_id, pool_id, cluster_id: 16 bytes each. slab_size: bytes. label: for people, at most 64
+            bytes.
+    Raises  DriveRefused: see check_drive; nothing was written. BadRequest: odd ids, texts or slab size;
+            nothing was written. DriveFailed: I/O error, or no room for the metadata; the path is no drive,
+            and may not be blank.
     """
     for name, value in (("drive id", drive_id), ("pool id", pool_id), ("cluster id", cluster_id)):
         if len(value) != 16:
@@ -77,7 +80,7 @@ def format_drive(
 
 
 def _erase(fd: int, layout: Layout) -> None:
-    """Head, tables, metadata and tail become zeros with space reserved, the rest holes where the medium has holes."""
+    """Head, tables, metadata and tail become zeros with space reserved, the rest holes if possible."""
     data_end = layout.size - TAIL_SIZE
     if is_regular_file(fd):
         os.ftruncate(fd, max(layout.size, medium_size(fd)))

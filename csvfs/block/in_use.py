@@ -1,8 +1,8 @@
-"""Who uses a file or block device: mounts, swap, loop devices, holders, processes; and how to be its one user.
+"""Who uses a file or block device: mounts, swap, loop devices, processes; and how to be its one user.
 
 Place      block floor, lowest. Only reads /proc and /sys, and locks.
-Rule       what cannot be looked at (a process that ended, another's namespace) counts as not using it; the kernel's own
-           O_EXCL and our flock are the last word.
+Rule       what cannot be looked at (a process that ended, another's namespace) counts as not using it; the
+           kernel's own O_EXCL and our flock are the last word.
 """
 
 import fcntl
@@ -49,7 +49,7 @@ def device_numbers(status: os.stat_result) -> set[str]:
 
 
 def mounted_at(path: str) -> str | None:
-    """Where a block device, or a partition of it, is mounted. Files are mounted through loop devices: see users."""
+    """Where a block device, or a partition of it, is mounted; for files ask their loop devices."""
     numbers = device_numbers(os.stat(path))
     for line in _read("/proc/self/mountinfo").splitlines():
         fields = line.split()
@@ -115,7 +115,7 @@ def describe_users(path: str) -> str:
 
 
 def open_locked(path: str) -> int:
-    """A descriptor for reading and writing of which there is one only; the lock ends with it. Raises DriveRefused."""
+    """The one descriptor for reading and writing; the lock ends with it. Raises DriveRefused."""
     try:
         exclusive = os.O_EXCL if is_block_device(path) else 0
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)

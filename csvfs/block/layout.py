@@ -1,8 +1,8 @@
-"""Where everything lies on a drive: offset arithmetic and the CRC-64 of on-disk structures (FORMAT.md, "Drive").
+"""Where everything lies on a drive, and the CRC-64 of on-disk structures (FORMAT.md, "Drive").
 
 Place      block floor, lowest. No I/O.
-Rule       the whole layout is a function of (size, slab_size); a superblock records it for other readers, and one
-           that records anything else is not used.
+Rule       the whole layout is a function of (size, slab_size); a superblock records it for other readers, and
+           one that records anything else is not used.
 """
 
 import sys
@@ -50,7 +50,7 @@ def _round_up(number: int, unit: int) -> int:
 
 @dataclass(slots=True, frozen=True)
 class Layout:
-    """Offsets and sizes in bytes. Made by `layout_of`; a mount uses it to read a drive file of its own node."""
+    """Offsets and sizes in bytes. Made by `layout_of`; a mount uses it to read its own node's drives."""
 
     size: int  # as recorded: a multiple of 4 KiB
     slab_size: int
@@ -174,7 +174,7 @@ def size_needed(slab_size: int) -> int:
 
 @lru_cache(maxsize=64)
 def layout_of(size: int, slab_size: int) -> Layout:
-    """The layout of a drive of `size` bytes, with as many slots as fit. Raises BadRequest: too small, odd sizes."""
+    """The layout of a drive of `size` bytes, with as many slots as fit. BadRequest: too small, odd sizes."""
     check_slab_size(slab_size)
     size -= size % BLOCK_SIZE
     needed = size_needed(slab_size)

@@ -1,4 +1,4 @@
-"""What a drive lies on, a file or a block device: its size, its space, and which page cache it was last open in.
+"""What a drive lies on, a file or a block device: its size, its space, its machine.
 
 Place      block floor, lowest. Blocks for as long as the file system takes. OSError passes through.
 """
@@ -32,12 +32,12 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 
 
 def punch_hole(fd: int, offset: int, length: int) -> bool:
-    """Make a range read as zeros and give its space back. False: not supported, the old bytes are still there."""
+    """Make a range read as zeros and give its space back. False: not supported, nothing changed."""
     return _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
 
 def write_zeros(fd: int, offset: int, length: int) -> None:
-    """Make a range read as zeros with its space reserved, by the fastest way the medium has. Raises OSError."""
+    """Make a range read as zeros with its space reserved, by the fastest way. Raises OSError."""
     if _fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, length):
         return
     end = offset + length
@@ -68,7 +68,7 @@ def machine_boot_id() -> bytes:
 
 
 def disk_sequence(fd: int) -> int:
-    """The kernel's number of this appearance of a block device; it changes when the device was unplugged. Files: 0."""
+    """The kernel's number of this appearance of a block device: another one after a replug. Files: 0."""
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode):
         return 0

@@ -1,4 +1,4 @@
-"""The tables of slots that are open now: views into one mapping of a drive's metadata, and which to close first.
+"""The tables that are open now: views into one mapping of a drive's metadata, and which to close first.
 
 Place      block floor, above slot_tables.py; a part of drive.py. One thread.
 """
@@ -20,7 +20,7 @@ OPEN_TABLES_MAX = 4096
 
 
 class OpenTables:
-    """Sets `copy.tables` of the copies whose tables are open. Raises OSError when the metadata cannot be mapped."""
+    """Sets `copy.tables` of the copies whose tables are open. OSError: the metadata cannot be mapped."""
 
     def __init__(self, drive: Drive) -> None:
         self._drive = drive
@@ -30,7 +30,7 @@ class OpenTables:
         self._copies: dict[int, SlabCopy] = {}  # by slot, in the order in which they may be closed
 
     def open(self, copy: SlabCopy) -> SlotTables:
-        """The tables of a copy, read once by pread and verified, then views; closes others above OPEN_TABLES_MAX.
+        """The tables of a copy: read by pread, verified, then views. Above OPEN_TABLES_MAX others close.
 
         Raises  Corrupt: another slab's metadata, or damage. DriveFailed: they cannot be read.
         """

@@ -12,7 +12,7 @@ from csvfs.units import KIB, MIB
 
 @dataclass(slots=True, frozen=True)
 class Signature:
-    """`magic` at `offset` bytes from the start; a negative offset counts from the end, rounded down to `align`."""
+    """`magic` at `offset` from the start; a negative one is from the end, rounded down to `align`."""
 
     name: str
     offset: int
@@ -77,7 +77,8 @@ SIGNATURES = (
     Signature("partition table MBR", 510, b"\x55\xaa"),
 )
 
-# ZFS writes its label into four places of 256 KiB, and 128 uberblocks of 1 KiB or more into the second half of each.
+# ZFS writes its label into four places of 256 KiB, and 128 uberblocks of 1 KiB or more into the second half
+# of each.
 _ZFS_MAGICS = (b"\x0c\xb1\xba\x00\0\0\0\0", b"\0\0\0\0\x00\xba\xb1\x0c")
 _ZFS_LABEL = 256 * KIB
 BLANK_SIZE = MIB  # a drive whose first MiB is not all zeros holds something, known or not

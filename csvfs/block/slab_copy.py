@@ -2,9 +2,10 @@
 
 Place      block floor; made by drive.py, whose drive server calls it inline: synchronous, no locks, no trio.
            All calls for one drive come from one thread (only Drive.flush may run in another).
-Tables     checksum table, chunk epochs, active map and written map of the slot (FORMAT.md, "Slot metadata") are used
-           in place through the drive's mapping, after one pread of them has shown that the medium can give them.
-           A store into the mapping survives a kill of the process; a flush of the drive makes it durable.
+Tables     checksum table, chunk epochs, active map and written map of the slot (FORMAT.md, "Slot metadata")
+           are used in place through the drive's mapping, after one pread of them has shown that the medium
+           can give them. A store into the mapping survives a kill of the process; a flush of the drive makes
+           it durable.
 
 Order of stores, so that a kill at any point leaves old or new content, or a chunk that says it is active
   write     active mark and chunk epoch, data, checksum, written bit.     trim: written bit, checksum, hole.
@@ -43,8 +44,8 @@ _NOT_NOWAIT = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 class SlabCopy:
     """Made by Drive.create_slab and Drive.open; found by Drive.find.
 
-    All methods raise DriveFailed (I/O error, or the drive failed before), Corrupt (the slot's metadata is damaged)
-    and BadRequest (a range outside the slab). Blocks and chunks are numbered from 0 within the slab.
+    All methods raise DriveFailed (I/O error, or the drive failed before), Corrupt (the slot's metadata is
+    damaged) and BadRequest (a range outside the slab). Blocks and chunks are numbered from 0 within the slab.
     """
 
     __slots__ = (
@@ -115,8 +116,8 @@ class SlabCopy:
     def write_blocks(self, block: int, data: Data, checksums: Data) -> None:
         """Write consecutive blocks that the caller has verified against `checksums` (packed u32).
 
-        When it returns, data and checksums are in the hands of the operating system (durable after Drive.flush).
-        After an error some of the blocks may be torn; their chunks are active.
+        When it returns, data and checksums are in the hands of the operating system (durable after
+        Drive.flush). After an error some of the blocks may be torn; their chunks are active.
         """
         tables = self.tables
         if tables is None or self._drive.failure is not None:
@@ -162,7 +163,7 @@ class SlabCopy:
             set_bits(bits, block, end)
 
     def _store_rest(self, block: int, data: Data, written: int) -> None:
-        """A short pwrite (a signal, a file system that fills up): go on until all is written or an error says why."""
+        """After a short pwrite (a file system fills up): go on until all is written or an error says why."""
         offset = self.data_offset + (block << _BLOCK_SHIFT)
         view = memoryview(data)
         while written < len(view):
@@ -229,7 +230,7 @@ class SlabCopy:
         return packed, self._verified(tables, block, count, packed, data)
 
     def read_blocks_nowait(self, block: int, count: int) -> tuple[bytes, Data] | None:
-        """As read_blocks, from the page cache alone; None: the medium would have to be asked, or no such reads here."""
+        """As read_blocks, from the page cache alone; None: the medium would have to be asked."""
         tables = self.tables
         if tables is None or self._drive.failure is not None:
             return None
@@ -286,7 +287,7 @@ class SlabCopy:
         return data
 
     def _salvage(self, block: int, count: int, error: OSError) -> bytes:
-        """After a read error: block by block, so that one bad sector costs one block, which a heal rewrites."""
+        """After a read error, block by block: one bad sector costs one block, which a heal rewrites."""
         failed = self._drive.io_error("read", self.slab, block, error)
         if error.errno != errno.EIO:
             raise failed from None
@@ -329,7 +330,7 @@ class SlabCopy:
             return b""
 
     def warm_blocks(self, block: int, count: int) -> None:
-        """Bring blocks and tables into the page cache, for read_blocks right after, which raises what fails here.
+        """Bring blocks and tables into the page cache for read_blocks, which raises what fails here.
 
         May run in another thread.
         """
@@ -340,7 +341,7 @@ class SlabCopy:
             os.pread(self._fd, count << _BLOCK_SHIFT, self.data_offset + (block << _BLOCK_SHIFT))
 
     def bad_blocks_scan(self, block: int, count: int) -> list[int]:
-        """The blocks of a range that do not verify: for scrub, repair and tests. Counts no checksum errors."""
+        """The blocks of a range that do not verify: for scrub and repair. Counts no checksum errors."""
         tables = self._open()
         self._check_range(block, count)
         numbers = range(block, block + count)
@@ -385,8 +386,6 @@ class SlabCopy:
             else:
                 self._store(tables, block, block + 1, data, self._checksum(data, block).to_bytes(4, "little"))
             adopted += 1
-        if adopted:
-            self._mark(tables, chunk << _CHUNK_SHIFT, (chunk + 1) << _CHUNK_SHIFT, self.epoch)
         return adopted
 
     # Active chunks and chunk epochs
@@ -408,7 +407,7 @@ class SlabCopy:
         ]
 
     def clear_active(self, chunks: Iterable[int]) -> None:
-        """Unmark chunks. Rule: each was flushed after its last write, and that write is complete on all members."""
+        """Unmark chunks. Rule: each was flushed after its last write, which is complete on all members."""
         active = self._open().active
         for chunk in chunks:
             self._check_range(chunk << _CHUNK_SHIFT, BLOCKS_PER_CHUNK)
@@ -445,7 +444,7 @@ class SlabCopy:
         return marks is not None and bool(marks[block >> 3] >> (block & 7) & 1)
 
     def apply_pulled_blocks(self, block: int, data: Data, checksums: Data, epoch: int | None = None) -> int:
-        """Take blocks of an in-sync copy, verified by the caller, except those written here since joining began.
+        """Take verified blocks of an in-sync copy, except those written here since joining began.
 
         Args     epoch: for the chunk epochs; None: that of this copy, which is never too low.
         Returns  how many blocks were taken.
@@ -481,7 +480,7 @@ class SlabCopy:
 
 
 def _runs(block: int, count: int, marks: Sequence[int], sums: memoryview) -> list[tuple[int, int, bool]]:
-    """(start, end, has checksums) of the longest runs of unmarked blocks that are alike in having checksums."""
+    """(start, end, has checksums) of the longest runs of unmarked blocks alike in having checksums."""
     runs: list[tuple[int, int, bool]] = []
     for number in range(block, block + count):
         if marks[number >> 3] >> (number & 7) & 1:

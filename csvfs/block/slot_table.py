@@ -52,7 +52,7 @@ class SlotEntry:
 
 @dataclass(slots=True, frozen=True)
 class Unsettled:
-    """`half` is not known durable; its content is that of `sequence`. `mirrored`: the other half has it, durably."""
+    """`half`, of `sequence`, is not known durable. `mirrored`: the other half has the same, durably."""
 
     half: int
     mirrored: bool
@@ -104,7 +104,7 @@ def format_slot_table(fd: int, layout: Layout, drive_id: DriveId) -> None:
 
 
 def _read_half(fd: int, layout: Layout, half: int) -> bytes:
-    """All entries of one half; where the medium gives an error, that block reads as zeros: as damaged entries."""
+    """All entries of one half; what the medium does not give is zeros, that is damaged entries."""
     size = layout.slot_count * ENTRY_SIZE
     try:
         return os.pread(fd, size, layout.table_offsets[half]).ljust(size, b"\0")
@@ -130,8 +130,8 @@ def _parse_or_none(raw: bytes, slot: int, drive_id: DriveId) -> SlotEntry | Corr
 class SlotTable:
     """The entries of an open drive. `repairs`: what was found damaged, one line each.
 
-    `put` writes into the page cache; an entry is durable after the next flush of the drive, and in both halves
-    after the one that follows (T1, T2). OSError passes through: the drive makes a DriveFailed of it.
+    `put` writes into the page cache; an entry is durable after the next flush of the drive, and in both
+    halves after the one that follows (T1, T2). OSError passes through: the drive makes a DriveFailed of it.
     """
 
     def __init__(self, fd: int, layout: Layout, drive_id: DriveId) -> None:
@@ -164,11 +164,12 @@ class SlotTable:
             self.entries.append(current)
             self._sequence = max(self._sequence, current.sequence)
             if pair[0] != pair[1]:
-                # After a kill the newer half may be in the page cache only: T1 has it flushed before the other.
+                # After a kill the newer half may be in the page cache only: T1 has it flushed before the
+                # other.
                 self._unsettled[slot] = Unsettled(pair.index(current), False, current.sequence)
 
     def repair(self) -> None:
-        """Make both halves of every entry equal and durable (T2): before the first `put`, which needs one to stand on.
+        """Make both halves of every entry equal and durable (T2), before the first `put` (T1).
 
         Raises OSError.
         """
@@ -221,7 +222,7 @@ class SlotTable:
         return dict(self._unsettled)
 
     def settle(self, flushed: dict[int, Unsettled]) -> None:
-        """After a flush: write the halves that lag behind. What changed since `unsettled()` waits for the next."""
+        """After a flush, write the halves that lag. What changed since `unsettled()` waits for the next."""
         for slot, state in flushed.items():
             if self._unsettled.get(slot) != state:
                 continue

@@ -1,9 +1,10 @@
 """The tables of one slot, as views into the drive's mapping (FORMAT.md, "Slot metadata").
 
 Place      block floor, above layout.py; opened and closed by drive.py, used by slab_copy.py.
-Rule       `read_slot_metadata` reads a slot's metadata by pread before any view of it is made: so an error of the
-           medium, or damage, is a typed error. (A page that the kernel dropped and then cannot read again, or a file
-           that someone truncates, still ends the process by SIGBUS: its drives are then open uncleanly, as after a kill.)
+Rule       `read_slot_metadata` reads a slot's metadata by pread before any view of it is made: so an error of
+           the medium, or damage, is a typed error. (A page that the kernel dropped and then cannot read
+           again, or a file that someone truncates, still ends the process by SIGBUS: its drives are then open
+           uncleanly, as after a kill.)
 """
 
 import os
@@ -54,7 +55,7 @@ def check_slot_header(raw: bytes, layout: Layout, wanted: bytes) -> None:
 
 
 class SlotTables:
-    """Views of one slot's tables. `checksums`, `epochs`: u32 by block, by chunk; maps: a bit per chunk, per block."""
+    """Views of one slot's tables: u32 per block and per chunk, a bit per chunk and per block."""
 
     __slots__ = ("active", "checksum_bytes", "checksums", "epochs", "written")
 

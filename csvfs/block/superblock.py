@@ -2,8 +2,9 @@
 
 Place      block floor, above layout.py.
 Writer     formatting.py once, then the Drive that has it open.
-Current    the highest sequence that two copies agree on; when no two agree, the highest valid one. A single readable
-           copy suffices. Opening writes the current one over all others (after `repairs` has told of it).
+Current    the highest sequence that two copies agree on; when no two agree, the highest valid one. A single
+           readable copy suffices. Opening writes the current one over all others (after `repairs` has told of
+           it).
 """
 
 import os
@@ -31,8 +32,8 @@ _FLAGS_KNOWN = FLAG_CLEAN | FLAG_FAILED
 TEXT_SIZE_MAX = 64  # bytes of UTF-8 of node name and label
 
 _MAGIC_SUM = struct.Struct("<8sQ")
-# version, copy, sequence, drive, pool, cluster, size, slab_size, slot_count, flags, table A, table B, metadata,
-# metadata stride, data, created, opens, boot id, disk sequence, node, label
+# version, copy, sequence, drive, pool, cluster, size, slab_size, slot_count, flags, table A, table B,
+# metadata, metadata stride, data, created, opens, boot id, disk sequence, node, label
 _BODY = struct.Struct("<IIQ16s16s16sQQIIQQQQQQQ16sQ64s64s")
 _CHECKSUM_START = 16  # the checksum covers what follows magic and checksum
 assert _MAGIC_SUM.size == 16
@@ -42,7 +43,7 @@ assert _RESERVED_START == 312  # FORMAT.md, "Superblock"
 
 @dataclass(slots=True, frozen=True)
 class Superblock:
-    """`clean`: closed with all flushed. `failed`: the last opener saw a flush fail. `size` in bytes, as recorded."""
+    """`clean`: closed with all flushed. `failed`: a flush failed. `size` in bytes, as recorded."""
 
     sequence: int
     drive_id: DriveId
