@@ -227,6 +227,26 @@ def test_a_free_slot_with_leftovers_is_erased_before_it_is_used(drive):
     assert read(copy, 0, 16) == 16 * ZERO_BLOCK
 
 
+def test_a_delete_during_a_flush_is_not_taken_for_flushed(drive, monkeypatch):
+    """D2: flush runs in another thread, so a delete may come while it waits for the medium."""
+    copy = make_slab(drive)
+    write(copy, 0, pattern(1))
+    real = os.fdatasync
+    metadata = (drive.layout.metadata_stride, drive.layout.slot_metadata_offset(copy.slot))
+
+    def deleting(fd):
+        real(fd)
+        drive.delete_slab(VOLUME, SlabId(1))
+
+    monkeypatch.setattr(drive_module.os, "fdatasync", deleting)
+    before = os.pread(drive.fd, *metadata)
+    drive.flush()
+    monkeypatch.undo()
+    assert os.pread(drive.fd, *metadata) == before
+    drive.flush()
+    assert os.pread(drive.fd, *metadata) == bytes(metadata[0])
+
+
 def test_epochs_only_grow_and_survive(drive):
     copy = make_slab(drive, epoch=3)
     drive.set_epoch(copy, Epoch(5), ROLE_JOINING, Term(2))

@@ -261,7 +261,8 @@ class Drive:
         _check_epoch_and_role(epoch, role)
         slot = self._take_free_slot()
         try:
-            if read_slot_metadata(self.fd, self.layout, slot).strip(b"\0"):  # D2, against damage
+            raw = read_slot_metadata(self.fd, self.layout, slot)
+            if raw != bytes(len(raw)):  # D2, against damage
                 self.repairs.append(f"slot {slot} was free, but its tables were not empty: erased")
                 self._erase_slot(slot)
                 self.flush()
