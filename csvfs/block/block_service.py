@@ -277,7 +277,7 @@ class BlockService:
         for client in self.clients:
             client.copies.clear()
 
-    def install(
+    async def install(
         self, served: ServedDrive, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: int
     ) -> None:
         """Set a copy's epoch and role, and put it in service (I1: the epoch only grows)."""
@@ -285,7 +285,8 @@ class BlockService:
         copy = self.drives.copy(served, volume, slab)
         if role == ROLE_IN_SYNC and copy not in served.in_service and drive.unclean:
             # The coordinator says so only of the last copy: what a killed writer left torn becomes old or new.
-            torn = drive.adopt_torn(copy)
+            # In a thread: after a power cut every chunk is active, and nobody uses a copy not in service.
+            torn = await trio.to_thread.run_sync(drive.adopt_torn, copy)
             if torn:
                 log.warning("slab %d on drive %s: %d torn blocks adopted", slab, served.path, torn)
         if epoch > copy.epoch:

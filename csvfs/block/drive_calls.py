@@ -10,6 +10,7 @@ from csvfs.block.block_service import BlockService, Client
 from csvfs.block.pull import Pull, Source
 from csvfs.block.served_drives import ServedDrive
 from csvfs.block.slab_copy import SlabCopy
+from csvfs.block.slot_tables import pack_slot_header
 from csvfs.errors import BadRequest, CsvfsError, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable, field, optional_field
@@ -125,7 +126,7 @@ class DriveCalls:
             self._service.forget_copies()
             served.opened().delete_slab(volume, slab)
 
-    def install(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+    async def install(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         volume = _client(link).volume
         refused = []
@@ -135,7 +136,7 @@ class DriveCalls:
                 served = self._service.drives.by_id(DriveId(drive_id))
                 if role not in (ROLE_IN_SYNC, ROLE_JOINING) or not isinstance(epoch, int):
                     raise BadRequest(f"role {role!r} at epoch {epoch!r} cannot be installed")
-                self._service.install(served, volume, SlabId(slab), Epoch(epoch), role, term)
+                await self._service.install(served, volume, SlabId(slab), Epoch(epoch), role, term)
             except CsvfsError as error:
                 refused.append([drive_id, slab, str(error)])
         return {"refused": refused}
@@ -174,6 +175,8 @@ class DriveCalls:
             "data_offset": copy.data_offset,
             "checksum_offset": layout.block_checksum_offset(copy.slot, 0),
             "written_offset": layout.block_written_offset(copy.slot, 0),
+            "header_offset": layout.slot_header_offset(copy.slot),
+            "header": pack_slot_header(served.drive_id, copy.volume, copy.slab, copy.slot),
         }
 
     def read_table(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Location(NamedTuple):
     data_offset: int
     checksum_offset: int
     written_offset: int
+    header_offset: int
+    header: bytes  # of the slot's metadata, as long as the slot is this slab's
     seed: int
 
 
@@ -90,7 +92,7 @@ class LocalReader:
             if slab in self._drives:
                 self._ask(slab)
             return None
-        fd, data_offset, checksum_offset, written_offset, seed = location
+        fd, data_offset, checksum_offset, _, _, _, seed = location
         data = bytearray(count * BLOCK_SIZE)
         packed = bytearray(4 * count)
         try:
@@ -101,14 +103,13 @@ class LocalReader:
         if count == 1:
             (checksum,) = _ONE.unpack(packed)
             if checksum == NEVER_WRITTEN:
-                return None if _any_written(fd, written_offset, block, 1) else ZERO_BLOCK
+                return ZERO_BLOCK if _holes_hold(location, block, packed) else None
             if got == BLOCK_SIZE and block_checksum(data, seed, block) == checksum:
                 return data
             return None
         if got != len(data) or not _verify(data, packed, seed, block):
             return None
-        # A checksum of 0 without the written bit is a hole; with it the checksum table is damaged (FORMAT.md).
-        if b"\0\0\0\0" in packed and _hole_damaged(fd, written_offset, block, packed):
+        if b"\0\0\0\0" in packed and not _holes_hold(location, block, packed):
             return None
         return data
 
@@ -146,6 +147,8 @@ class LocalReader:
                 int(answer["data_offset"]),
                 int(answer["checksum_offset"]),
                 int(answer["written_offset"]),
+                int(answer["header_offset"]),
+                bytes(answer["header"]),
                 seed,
             )
 
@@ -156,31 +159,25 @@ class LocalReader:
         self._files.clear()
 
 
-def _written_bits(fd: int, written_offset: int, block: int, count: int) -> bytes | None:
-    first = block >> 3
-    size = ((block + count - 1) >> 3) - first + 1
-    bits = bytearray(size)
-    try:
-        got = os.preadv(fd, (bits,), written_offset + first, _NOWAIT)
-    except OSError:
-        return None
-    return bytes(bits) if got == size else None
+def _holes_hold(location: Location, block: int, packed: bytearray) -> bool:
+    """Whether blocks without a checksum are holes of this slab (FORMAT.md, "Readers beside the drive server").
 
-
-def _any_written(fd: int, written_offset: int, block: int, count: int) -> bool:
-    bits = _written_bits(fd, written_offset, block, count)
-    return bits is None or any(
-        bits[(number >> 3) - (block >> 3)] >> (number & 7) & 1 for number in range(block, block + count)
-    )
-
-
-def _hole_damaged(fd: int, written_offset: int, block: int, packed: bytearray) -> bool:
-    """Whether a block without a checksum has its written bit set."""
+    A written bit without a checksum is a damaged table; another header is a slot given to another slab.
+    """
     count = len(packed) // 4
-    bits = _written_bits(fd, written_offset, block, count)
-    return bits is None or any(
-        checksum == NEVER_WRITTEN and bits[((block + index) >> 3) - (block >> 3)] >> ((block + index) & 7) & 1
-        for index, checksum in enumerate(unpack_checksums(memoryview(packed), count))
+    first = block >> 3
+    bits = bytearray(((block + count - 1) >> 3) - first + 1)
+    header = bytearray(len(location.header))
+    try:
+        got = os.preadv(location.fd, (bits,), location.written_offset + first, _NOWAIT)
+        got += os.preadv(location.fd, (header,), location.header_offset, _NOWAIT)
+    except OSError:
+        return False
+    if got != len(bits) + len(header) or header != location.header:
+        return False
+    return not any(
+        checksum == NEVER_WRITTEN and bits[(number >> 3) - first] >> (number & 7) & 1
+        for number, checksum in enumerate(unpack_checksums(memoryview(packed), count), block)
     )
 
 
