@@ -73,7 +73,7 @@ class Truncation:
             if size > before:
                 await self._writes.zero_tail(state)
                 await self._writes.clear_gap(state, -(-size // BLOCK_SIZE))
-            elif size < before:
+            else:
                 state.size = size
                 state.extents.forget(-(-size // BLOCK_SIZE))
             reads = dict(state.reads)
@@ -114,9 +114,9 @@ class Truncation:
             state.attr = list(attr)
             state.size = state.committed = attr[SIZE]
             state.tail_zero = -1
-            if attr[SIZE] < before:
+            if attr[SIZE] <= before:
                 end = -(-attr[SIZE] // BLOCK_SIZE)
                 state.extents.forget(end)
-                if not self._leases.recalled_since(state.ino, stamp):
+                if attr[SIZE] < before and not self._leases.recalled_since(state.ino, stamp):
                     state.extents.learn(end, BLOCKS_MAX - end, ())  # it gave up all of it
         return list(attr)
