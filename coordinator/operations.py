@@ -62,7 +62,7 @@ class Operations:
     def __init__(self, metadata: Metadata, table: LeaseTable, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._metadata = metadata
         self._table = table
-        self._clock_ns = clock_ns
+        self.now_ns = clock_ns
         self.by_name: dict[str, Callable[[SessionKey, Args], Operation]] = {
             "setattr": self._setattr,
             "make": self._make,
@@ -90,7 +90,7 @@ class Operations:
         need = Need.ATTRIBUTES if size is None else Need.WRITE
         return Operation(
             needs=lambda: {ino: need},
-            apply=lambda: {"attr": self._metadata.setattr(ino, **changes, now_ns=self._clock_ns())},
+            apply=lambda: {"attr": self._metadata.setattr(ino, **changes, now_ns=self.now_ns())},
             leases=lambda reply: {"lease": ino},
             again=lambda reply: size is not None and reply["attr"][_SIZE] > size,
         )
@@ -100,7 +100,7 @@ class Operations:
         flags = arguments.number_or_zero(args, "flags")
 
         def apply() -> Value:
-            self._metadata.setxattr(ino, name, value, flags, self._clock_ns())
+            self._metadata.setxattr(ino, name, value, flags, self.now_ns())
             return {}
 
         return Operation(needs=lambda: {ino: Need.ATTRIBUTES}, apply=apply)
@@ -109,7 +109,7 @@ class Operations:
         ino, name = arguments.inode(args), typed(args, "name", bytes)
 
         def apply() -> Value:
-            self._metadata.removexattr(ino, name, self._clock_ns())
+            self._metadata.removexattr(ino, name, self.now_ns())
             return {}
 
         return Operation(needs=lambda: {ino: Need.ATTRIBUTES}, apply=apply)
@@ -121,7 +121,7 @@ class Operations:
 
         def apply() -> Value:
             self.check_holds(session, ino, WRITE if size or mtime_ns else READ)
-            self._metadata.commit_file(ino, size, mtime_ns or None, atime_ns, self._clock_ns())
+            self._metadata.commit_file(ino, size, mtime_ns or None, atime_ns, self.now_ns())
             return {}
 
         # The session's own lease is all it takes: this must work while somebody waits for that lease.
@@ -151,7 +151,7 @@ class Operations:
         return Operation(
             needs=lambda: {parent: Need.ENTRIES},
             apply=lambda: {
-                "attr": self._metadata.make(parent, name, mode, uid, gid, rdev, target, self._clock_ns())
+                "attr": self._metadata.make(parent, name, mode, uid, gid, rdev, target, self.now_ns())
             },
             leases=lambda reply: {"lease": InodeNo(reply["attr"][_INO]), "dir_lease": parent},
             made=lambda reply: [InodeNo(reply["attr"][_INO])],
@@ -162,7 +162,7 @@ class Operations:
         name = typed(args, "name", bytes)
         return Operation(
             needs=lambda: _merged((ino, Need.ATTRIBUTES), (parent, Need.ENTRIES)),
-            apply=lambda: {"attr": self._metadata.link(ino, parent, name, self._clock_ns())},
+            apply=lambda: {"attr": self._metadata.link(ino, parent, name, self.now_ns())},
             leases=lambda reply: {"lease": ino, "dir_lease": parent},
         )
 
@@ -171,7 +171,7 @@ class Operations:
         directory = arguments.flag(args, "directory")
 
         def apply() -> Value:
-            ino, nlink = self._metadata.unlink(parent, name, directory, self._clock_ns())
+            ino, nlink = self._metadata.unlink(parent, name, directory, self.now_ns())
             return {"ino": ino, "nlink": nlink}
 
         return Operation(
@@ -193,7 +193,7 @@ class Operations:
 
         def apply() -> Value:
             ino, replaced, nlink = self._metadata.rename(
-                parent, name, new_parent, new_name, flags, self._clock_ns()
+                parent, name, new_parent, new_name, flags, self.now_ns()
             )
             return {"ino": ino, "replaced": replaced, "replaced_nlink": nlink}
 

@@ -17,7 +17,7 @@ from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.slab_changes import SLABS_PER_CHANGE_MAX, SlabChanges
 from csvfs.block import slab_state
-from csvfs.errors import CsvfsError, Fenced
+from csvfs.errors import CsvfsError, Fenced, NotFound
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.wire.block_messages import ROLE_JOINING, SlabDescriptor
 
@@ -149,7 +149,7 @@ def strays(
     for slab in is_ours:
         try:
             members = {member.drive for member in changes.book.current(slab).members}
-        except CsvfsError:
+        except NotFound:
             members = set()
         for drive in census.copies.get(slab, {}):
             if drive not in members:

@@ -126,15 +126,24 @@ class Sessions:
         return [session for session in self if not session.reclaimed]
 
 
+@dataclass(slots=True, frozen=True)
+class Outcome:
+    """Of a change. `reply` None: there is more to do in a further batch. `stored`: said before, maybe history now."""
+
+    reply: dict[str, Any] | None
+    stored: bool = False
+
+
 def once(
-    store: ReplyStore, session: Session, op: int, op_done: int, apply: Callable[[], dict[str, Any]]
-) -> Callable[[], tuple[dict[str, Any], bool]]:
+    store: ReplyStore, session: Session, op: int, op_done: int, apply: Callable[[], dict[str, Any] | None]
+) -> Callable[[], Outcome]:
     """`apply` as a change that is executed exactly once (I11), to be run inside a batch.
 
-    The change returns its reply, and whether it is a stored one: what that says may be history by now.
+    apply   returns the reply, or None where it has to be called again in another batch; until then it may be
+            repeated from its beginning by a successor, without harm.
     """
 
-    def change() -> tuple[dict[str, Any], bool]:
+    def change() -> Outcome:
         if session.ended:
             raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
         try:
@@ -142,10 +151,12 @@ def once(
         except NotFound:
             raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted") from None
         if stored is not None:
-            return unpack_value(stored), True
+            return Outcome(unpack_value(stored), stored=True)
         reply = apply()
+        if reply is None:
+            return Outcome(None)
         store.op_done(session.id, min(op_done, op))
         store.store_reply(session.id, op, pack_value(reply))
-        return reply, False
+        return Outcome(reply)
 
     return change

@@ -41,20 +41,33 @@ class SlabBook(Protocol):
         """
         ...
 
+    async def wait_durable(self) -> None:
+        """Until what `current` said before the call cannot un-happen any more."""
+        ...
+
 
 class DataBook:
     """Data slabs: rows of the volume's metadata database."""
 
-    def __init__(self, metadata: Metadata, run: Callable[[Callable[[], Outcome]], Awaitable[Outcome]]) -> None:
+    def __init__(
+        self,
+        metadata: Metadata,
+        run: Callable[[Callable[[], Outcome]], Awaitable[Outcome]],
+        wait_durable: Callable[[], Awaitable[None]],
+    ) -> None:
         """`run` executes a change in a batch and returns when it is durable."""
         self._metadata = metadata
         self._run = run
+        self._wait_durable = wait_durable
 
     def current(self, slab: SlabId) -> SlabDescriptor:
         return self._metadata.slab(slab)
 
     def all(self) -> Iterator[SlabDescriptor]:
         return self._metadata.slabs()
+
+    async def wait_durable(self) -> None:
+        await self._wait_durable()
 
     async def change(self, slabs: Iterable[SlabId], transition: Transition) -> Outcome:
         wanted = list(slabs)
@@ -98,6 +111,9 @@ class MetadataBook:
 
     def all(self) -> Iterator[SlabDescriptor]:
         return iter(list(self._descriptors.values()))
+
+    async def wait_durable(self) -> None:
+        """`current` knows only what was committed."""
 
     async def load(self) -> None:
         """Read the key. Raises NotFound, Corrupt, NotCoordinator (the term is over), Unavailable."""

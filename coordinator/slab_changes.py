@@ -78,6 +78,7 @@ class SlabChanges:
             if not pending:
                 return failures
             descriptors = {slab: self.book.current(slab) for slab in pending}
+            await self.book.wait_durable()  # another task's change may be executed, and not committed yet
             refused = await self.control.install(descriptors.values())
             drops: dict[SlabId, dict[DriveId, CsvfsError]] = {}
             for (slab, drive), error in refused.items():
@@ -190,6 +191,8 @@ class SlabChanges:
 
     async def _equalize_slab(self, slab: SlabId, chunks: list[int]) -> bool:
         """False: a member failed and was dropped: the slab has to be stamped again, at an epoch that it will miss."""
+        if not chunks:
+            return True  # the new epoch was all it took
         descriptor = self.book.current(slab)
         source, failing = descriptor.in_sync[0], descriptor.in_sync[0]
         try:

@@ -78,6 +78,11 @@ class SlabManager:
         self.creating: set[SlabId] = set()
         self.on_trimmed: Callable[[], None] = lambda: None
 
+    @property
+    def next_slab_id(self) -> int:
+        """No id from here on was given out yet."""
+        return self._metadata.database.counters.next_slab
+
     # -- space -----------------------------------------------------------------------------------
 
     async def ensure_free(self, blocks: int) -> None:

@@ -1,0 +1,245 @@
+"""Dispatch: one call of a session, from its frame to the reply that carries the leases held at that moment.
+
+Place      coordinator floor; above questions.py, operations.py, batches.py, leases.py, below service.py.
+Order      A reply leaves only when the log is durable up to the moment it was computed: nobody is told a state that
+           could un-happen. Its leases are looked up as it leaves: a recall sent meanwhile takes them out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from coordinator import arguments
+from coordinator.arguments import Args
+from coordinator.batches import Batches
+from coordinator.lease_table import NONE, OPEN, READ, WRITE, Need, Ticket
+from coordinator.leases import Leases
+from coordinator.metadata import Metadata
+from coordinator.metadata_log import MetadataLog
+from coordinator.operations import Needs, Operation, Operations, Value, lease_of_new
+from coordinator.questions import Questions, Reply
+from coordinator.sessions import Outcome, Session, once
+from coordinator.slab_manager import SlabManager
+from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound
+from csvfs.ids import InodeNo
+
+RELEASE_ITEMS_MAX = 65_536
+ALLOCATE_BLOCKS_MAX = 1 << 20  # 4 GiB in one call
+LAYOUT_EXTENTS_MAX = 16_384
+_NEED_OF_KIND = {OPEN: Need.OPEN, READ: Need.READ, WRITE: Need.WRITE}
+_SIZE, _ATIME, _MTIME = 6, 8, 9  # in an attr
+
+
+class NeedsChangedError(Conflict):
+    """A name leads elsewhere than when leases were taken: the operation begins anew."""
+
+
+class Dispatch:
+    """Carries out calls of sessions. `orphaned(ino)`: an inode may have lost its last name."""
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        batches: Batches,
+        metadata_log: MetadataLog,
+        leases: Leases,
+        slabs: SlabManager,
+        orphaned: Callable[[InodeNo], None],
+    ) -> None:
+        self._metadata = metadata
+        self._batches = batches
+        self._log = metadata_log
+        self._leases = leases
+        self._slabs = slabs
+        self._orphaned = orphaned
+        self._questions = Questions(metadata, leases)
+        self._operations = Operations(metadata, leases.table)
+
+    # -- questions -------------------------------------------------------------------------------
+
+    def answer_now(self, session: Session, name: str, args: Args) -> dict[str, Any] | Reply | None:
+        """A question's value when it can be sent at once; a Reply that has to wait; None: not a question."""
+        question = self._questions.by_name.get(name)
+        if question is None:
+            return None
+        reply = question(session, args)
+        if reply.writer is None and self._log.durable >= self._log.position:
+            return self.sealed(session, reply)
+        return reply
+
+    async def finish_answer(self, session: Session, reply: Reply) -> dict[str, Any]:
+        """The value of a question whose reply had to wait."""
+        position = self._log.position
+        if reply.writer is not None:
+            attr = reply.value["attr"]
+            told = await self._leases.query(reply.writer, InodeNo(attr[0]))
+            _merge(attr, told)
+        await self._log.wait(position)
+        return self.sealed(session, reply)
+
+    def sealed(self, session: Session, reply: Reply) -> dict[str, Any]:
+        """The value with the leases as they are now: to be sent without another await."""
+        for field, (ino, serial) in reply.leases.items():
+            reply.value[field] = self._leases.table.lease_at_send(session.key, ino, serial)
+        return reply.value
+
+    # -- changes ---------------------------------------------------------------------------------
+
+    def is_change(self, name: str) -> bool:
+        return name in self._operations.by_name
+
+    async def change(self, session: Session, name: str, args: Args) -> Reply:
+        """One operation that changes metadata, exactly once (I11). Raises what it raises."""
+        op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
+        operation = self._operations.by_name[name](session.key, args)
+        while True:
+            needs = operation.needs()
+            ticket = await self._leases.take(session, needs)
+            try:
+                return await self._change_under(session, op, op_done, operation, needs, ticket)
+            except NeedsChangedError:
+                continue
+            finally:
+                self._leases.finish(ticket)
+
+    async def _change_under(
+        self, session: Session, op: int, op_done: int, operation: Operation, needs: Needs, ticket: Ticket
+    ) -> Reply:
+        leases: dict[str, tuple[InodeNo, int | None]] = {}
+
+        def apply() -> Value | None:
+            if operation.needs() != needs:
+                raise NeedsChangedError("names have changed meanwhile")
+            reply = operation.apply()
+            return None if operation.again(reply) else reply
+
+        def executed(outcome: Outcome | None, error: CsvfsError | None) -> None:
+            if outcome is not None and outcome.reply is None:
+                return  # not finished: the ticket stays
+            # Right after the transaction: the ticket has kept others off, now the session may cache the new state.
+            self._leases.finish(ticket)
+            if outcome is not None and outcome.reply is not None and not outcome.stored:
+                leases.update(self._leases_after(session, operation, outcome.reply))
+
+        while True:
+            outcome = await self._batches.run(once(self._metadata, session, op, op_done, apply), executed)
+            if outcome.reply is not None:
+                break
+        for field in operation.leases(outcome.reply):
+            leases.setdefault(field, (InodeNo(0), None))  # a stored reply may be history: it carries no leases
+        return Reply(outcome.reply, leases)
+
+    def _leases_after(
+        self, session: Session, operation: Operation, reply: Value
+    ) -> dict[str, tuple[InodeNo, int | None]]:
+        for ino in operation.made(reply):
+            self._leases.table.reclaim(session.key, ino, lease_of_new(reply["attr"]))
+        for ino in operation.orphans(reply):
+            self._orphaned(ino)
+        fields = operation.leases(reply).items()
+        return {field: (ino, self._leases.table.try_read(session.key, ino)) for field, ino in fields}
+
+    # -- layouts and leases ----------------------------------------------------------------------
+
+    async def acquire(self, session: Session, args: Args) -> Reply:
+        ino, kind = arguments.inode(args), arguments.number(args, "kind", OPEN, WRITE)
+        block, count = arguments.number_or_zero(args, "block"), arguments.number_or_zero(args, "count")
+        before = self._leases.table.held(session.key, ino)
+        self._metadata.getattr(ino)  # NotFound before anybody is asked to give anything back
+        ticket = await self._leases.take(session, {ino: _NEED_OF_KIND[kind]})
+        try:
+            attr = self._metadata.getattr(ino)
+            value: Value = {"attr": attr, "extents": [], "slabs": []}
+            if count:
+                self._add_layout(value, ino, block, count)
+        except NotFound:
+            self._leases.release(session, ino, before)
+            raise
+        finally:
+            self._leases.finish(ticket)
+        serial = self._leases.table.serial(session.key, ino)
+        return Reply(value, {"lease": (ino, serial)}, self._leases.other_writer(session, ino))
+
+    def _add_layout(self, value: dict[str, Any], ino: InodeNo, block: int, count: int) -> None:
+        extents = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)
+        value["extents"] = [extent.to_wire() for extent in extents]
+        value["slabs"] = self._descriptors({extent.slab for extent in extents})
+
+    def _descriptors(self, slabs: set[int]) -> list[list]:
+        return [self._metadata.slab(slab).to_wire() for slab in sorted(slabs)]
+
+    async def allocate(self, session: Session, args: Args) -> Reply:
+        """Fill the holes of a range, in as many transactions as it takes; the last one is the one that counts."""
+        op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
+        ino, block = arguments.inode(args), arguments.number(args, "block")
+        count = arguments.number(args, "count", 1, ALLOCATE_BLOCKS_MAX)
+        size, mtime_ns = arguments.number_or_zero(args, "size"), arguments.number_or_zero(args, "mtime_ns")
+        end = block + count
+        # From where on there may be holes, and how many blocks were missing: as the last transaction found it.
+        start, reached, missing = block, block, 0
+
+        def apply() -> Value | None:
+            nonlocal missing, reached
+            self._operations.check_holds(session.key, ino, WRITE)
+            now_ns = self._operations.now_ns()
+            done = self._metadata.allocate(ino, start, end - start, size, mtime_ns, now_ns)
+            missing = done.missing
+            reached = start if missing else max(start, done.reached)
+            if reached < end:
+                return None
+            known = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)
+            extents = {extent.block: extent for extent in [*known, *done.extents]}
+            return {
+                "attr": done.attr,
+                "size": done.attr[_SIZE],
+                "extents": [extents[first].to_wire() for first in sorted(extents)],
+                "slabs": self._descriptors({extent.slab for extent in extents.values()}),
+            }
+
+        while True:
+            outcome = await self._batches.run(once(self._metadata, session, op, op_done, apply))
+            self._slabs.note_use()
+            if outcome.reply is not None:
+                return Reply(outcome.reply)
+            start = reached
+            if missing:
+                await self._slabs.ensure_free(self._metadata.statfs().free_blocks + missing)
+
+    def release(self, session: Session, args: Args) -> dict[str, Any]:
+        for ino, kind in arguments.rows(args, "items", 2, RELEASE_ITEMS_MAX):
+            if not isinstance(ino, int) or not isinstance(kind, int) or not NONE <= kind <= WRITE:
+                raise BadRequest("items must be [ino, kind]")
+            self._leases.release(session, InodeNo(ino), kind)
+        return {}
+
+    def reclaim(self, session: Session, args: Args) -> tuple[list[int], list[tuple[InodeNo, int, int | None]]]:
+        """Refused inodes, and what the session reports of files that it was writing: (ino, size, mtime_ns)."""
+        refused: list[int] = []
+        reports: list[tuple[InodeNo, int, int | None]] = []
+        for ino, kind, size, mtime_ns in arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX):
+            if not isinstance(ino, int) or not isinstance(kind, int) or not OPEN <= kind <= WRITE:
+                raise BadRequest("leases must be [ino, kind, size, mtime_ns]")
+            if not self._exists(ino) or not self._leases.table.reclaim(session.key, InodeNo(ino), kind):
+                refused.append(ino)
+            elif kind == WRITE:
+                reports.append((InodeNo(ino), size or 0, mtime_ns or None))
+        return refused, reports
+
+    def _exists(self, ino: int) -> bool:
+        try:
+            self._metadata.getattr(ino)
+        except NotFound:
+            return False
+        return True
+
+    async def flush(self) -> dict[str, Any]:
+        """All metadata that anybody was told of is on the media of all members (I8)."""
+        await self._log.flush()
+        return {}
+
+
+def _merge(attr: list[int], told: dict[str, Any] | None) -> None:
+    """Size and times as the holder of the write lease knows them."""
+    for index, name in ((_SIZE, "size"), (_MTIME, "mtime_ns"), (_ATIME, "atime_ns")):
+        value = told.get(name) if told is not None else None
+        if isinstance(value, int) and not isinstance(value, bool):
+            attr[index] = max(attr[index], value) if index == _SIZE else value

@@ -1,0 +1,57 @@
+"""Health: the state of a volume's slabs in numbers, for `volume_status` and `statfs`.
+
+Place      coordinator floor; over slab_book.py. Synchronous.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import trio
+
+from coordinator.slab_book import SlabBook
+from csvfs.wire.block_messages import ROLE_JOINING, SlabDescriptor
+
+HEALTHY, DEGRADED, NO_REDUNDANCY = "Healthy", "Degraded", "No redundancy"  # admin/status.py knows these words
+CACHED_S = 1.0  # counting reads every descriptor: 40,000 take about 200 ms
+
+
+def state_of(descriptor: SlabDescriptor) -> str:
+    """`in sync`, `resyncing`, `degraded` or `no redundancy`."""
+    in_sync = len(descriptor.in_sync)
+    if in_sync == len(descriptor.members):
+        return "in sync"
+    if in_sync <= 1:
+        return "no redundancy"
+    joins = any(member.role == ROLE_JOINING for member in descriptor.members)
+    return "resyncing" if joins else "degraded"
+
+
+class Health:
+    """Counts slabs by state, now and then."""
+
+    def __init__(self, books: Iterable[SlabBook]) -> None:
+        self._books = list(books)
+        self._counted_at = -CACHED_S
+        self._counts: dict[str, int] = {}
+
+    def counts(self) -> dict[str, int]:
+        """Slabs by state."""
+        now = trio.current_time()
+        if now - self._counted_at >= CACHED_S:
+            counts: dict[str, int] = {}
+            for book in self._books:
+                for descriptor in book.all():
+                    state = state_of(descriptor)
+                    counts[state] = counts.get(state, 0) + 1
+            self._counts, self._counted_at = counts, now
+        return self._counts
+
+    def to_status(self) -> dict[str, Any]:
+        counts = self.counts()
+        if counts.get("no redundancy"):
+            word = NO_REDUNDANCY
+        elif counts.get("degraded") or counts.get("resyncing"):
+            word = DEGRADED
+        else:
+            word = HEALTHY
+        return {"health": word, "slabs": dict(counts)}

@@ -1,0 +1,449 @@
+"""The coordinator host: `python -m coordinator.host`, one per node; coordinates the volumes it was elected for.
+
+Place      coordinator floor, the process; started by `csvfs node run` (admin/node_run.py), which also buries it.
+Tasks      the engine, the membership view, one task per volume owned, one that elects.
+Survives   a kill at any instant: what it owned is in the cluster store and on drives; whoever is elected takes over.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import trio
+
+from coordinator.cluster_facts import ClusterFacts
+from coordinator.service import Service, VolumeSetup
+from coordinator.serving import serve_volume
+from coordinator.sessions import Session
+from coordinator.volume_creation import create_volume, delete_volume, record_error
+from csvfs.clock import monotonic_ns
+from csvfs.cluster.election import decide, release_ownership, take_ownership
+from csvfs.cluster.liveness import Liveness
+from csvfs.cluster.membership import View, keep_view_forever
+from csvfs.config import NodeConfig, load_config
+from csvfs.errors import (
+    BadRequest,
+    CsvfsError,
+    LeaseLost,
+    NoSpace,
+    NotCoordinator,
+    NotFound,
+    ProtocolError,
+    Unavailable,
+)
+from csvfs.ids import Incarnation, NodeName, Term, VolumeId
+from csvfs.net.calls import field
+from csvfs.net.engine import Engine
+from csvfs.net.link import Link, Listener
+from csvfs.store.interface import ClusterStore
+from csvfs.store.opening import open_store
+from csvfs.units import SLAB_SIZE_DEFAULT
+from csvfs.wire.control import pack_value, unpack_call, unpack_value
+from csvfs.wire.frames import Frame, Kind
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+ELECTION_INTERVAL_S = 2.0  # a look without occasion
+LIVENESS_INTERVAL_S = 0.1
+MOVE_PATIENCE_S = 10.0  # a preferred node that does not take the volume is not moved to again before this
+
+
+class OwnedVolume:
+    """One volume that this host has a term for."""
+
+    def __init__(self, name: str, term: Term) -> None:
+        self.name = name
+        self.term = term
+        self.scope = trio.CancelScope()
+        self.service: Service | None = None
+
+
+class Host:
+    """`lease`: of the node in the cluster store; ownership is attached to it."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        address: str,
+        port: int,
+        *,
+        unix_path: str | None,
+        store: ClusterStore,
+        cluster: bytes,
+        lease: int,
+        incarnation: Incarnation,
+        may_serve: Callable[[], bool],
+        recall_timeout_ms: int,
+        reclaim_timeout_ms: int,
+        write_timeout_ms: int,
+        serve: Any = serve_volume,
+        rng: Random | None = None,
+    ) -> None:
+        self.node = node
+        self.engine = Engine()
+        self.view = View()
+        self.facts = ClusterFacts(self.view)
+        self._address = address
+        self._port = port
+        self._unix_path = unix_path
+        self._store = store
+        self._cluster = cluster
+        self._lease = lease
+        self._incarnation = incarnation
+        self._may_serve = may_serve
+        self._recall_timeout_ms = recall_timeout_ms
+        self._reclaim_timeout_ms = reclaim_timeout_ms
+        self._write_timeout_ms = write_timeout_ms
+        self._serve = serve
+        self._rng = rng or Random()
+        self.owned: dict[str, OwnedVolume] = {}
+        self._moved_at: dict[str, float] = {}
+        self._service_of: dict[Link, Service] = {}  # links of sessions
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; then the volumes are given up, so that others take them at once."""
+        listeners: list[Listener] = []
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self.engine.run_forever)
+                await nursery.start(keep_view_forever, self._store, self.view)
+                listeners.append(Listener(self.engine, (self._address, self._port), self._accept))
+                self._port = listeners[0].port
+                if self._unix_path is not None:
+                    listeners.append(Listener(self.engine, self._unix_path, self._accept))
+                await self._register()
+                nursery.start_soon(self._watch_liveness_forever)
+                task_status.started()
+                await self._elect_forever(nursery)
+        finally:
+            for listener in listeners:
+                listener.close()
+            with trio.CancelScope(shield=True), trio.move_on_after(2):
+                await self._release_all()
+
+    async def _register(self) -> None:
+        value = {"address": self._address, "port": self._port, "incarnation": self._incarnation}
+        await self._store.put(f"coordinators/{self.node}", pack_value(value), self._lease)
+        log.info("coordinator host of %s listens on port %d", self.node, self._port)
+
+    async def _release_all(self) -> None:
+        for name in list(self.owned):
+            try:
+                await release_ownership(self._store, name, self.node, self._incarnation)
+            except CsvfsError as error:
+                log.warning("volume %s is not given up, its owner key ends with the node's lease: %s", name, error)
+
+    async def _watch_liveness_forever(self) -> None:
+        while self._may_serve():
+            await trio.sleep(LIVENESS_INTERVAL_S)
+        raise LeaseLost(f"node {self.node} lost its lease in the cluster store: its volumes move elsewhere")
+
+    # -- election --------------------------------------------------------------------------------
+
+    async def _elect_forever(self, nursery: trio.Nursery) -> None:
+        without_owner: dict[str, int] = {}  # since when, in ns
+        while True:
+            changed = self.view.wait_changed
+            now_ns = monotonic_ns()
+            wanting = [name for name, value in self.view.volumes.items() if _wants_coordinator(value)]
+            for name in wanting:
+                if name in self.view.owners:
+                    without_owner.pop(name, None)
+                else:
+                    without_owner.setdefault(name, now_ns)
+            without_owner = {name: since for name, since in without_owner.items() if name in wanting}
+            next_ns = now_ns + int(ELECTION_INTERVAL_S * 1e9)
+            for attempt in self._attempts(wanting, without_owner):
+                if attempt.start_ns <= now_ns:
+                    await self._try_to_take(attempt.volume, nursery)
+                else:
+                    next_ns = min(next_ns, attempt.start_ns)
+            self._check_owned()
+            with trio.move_on_after(max(0.0, (next_ns - monotonic_ns()) / 1e9)):
+                await changed()
+
+    def _attempts(self, wanting: list[str], without_owner: dict[str, int]) -> list[Any]:
+        owners = {name: NodeName(str(value.get("node"))) for name, value in self.view.owners.items()}
+        preferred = {
+            name: NodeName(node)
+            for name in wanting
+            if isinstance(node := self.view.volumes[name].get("preferred"), str)
+        }
+        alive = [node for node in self.view.coordinators if node in self.view.alive]
+        attempts = decide(self.node, wanting, owners, alive, preferred, 0)
+        return [
+            type(attempt)(attempt.volume, attempt.start_ns + without_owner.get(attempt.volume, 0))
+            for attempt in attempts
+            if attempt.volume not in self.owned
+        ]
+
+    async def _try_to_take(self, name: str, nursery: trio.Nursery) -> None:
+        if name in self.owned or not self._may_serve():
+            return
+        try:
+            term = await take_ownership(
+                self._store, name, self.node, self._address, self._port, self._incarnation, self._lease
+            )
+        except NotFound as error:
+            raise LeaseLost(f"the lease of node {self.node} has ended: {error}") from None
+        except CsvfsError as error:
+            log.warning("volume %s could not be taken: %s", name, error)
+            return
+        if term is None or name in self.owned:
+            return
+        log.info("volume %s: taken with term %d", name, term)
+        owned = self.owned[name] = OwnedVolume(name, term)
+        nursery.start_soon(self._keep, owned)
+
+    def _check_owned(self) -> None:
+        """Give up what somebody else has by now, or shall have."""
+        for name, owned in self.owned.items():
+            term = self.view.terms.get(name)
+            if term is not None and term > owned.term:
+                log.warning("volume %s: term %d is at work elsewhere", name, term)
+                owned.scope.cancel()
+            elif owned.service is not None and self._shall_move(name):
+                log.info("volume %s moves to %s", name, self.view.volumes[name].get("preferred"))
+                self._moved_at[name] = trio.current_time()
+                owned.scope.cancel()
+            elif owned.service is not None and self.view.volumes.get(name, {}).get("state") == "deleting":
+                owned.scope.cancel()  # it is taken again, to be deleted
+
+    def _shall_move(self, name: str) -> bool:
+        preferred = self.view.volumes.get(name, {}).get("preferred")
+        if not isinstance(preferred, str) or preferred == self.node:
+            return False
+        ready = preferred in self.view.coordinators and preferred in self.view.alive
+        return ready and trio.current_time() - self._moved_at.get(name, -MOVE_PATIENCE_S) >= MOVE_PATIENCE_S
+
+    # -- one volume ------------------------------------------------------------------------------
+
+    async def _keep(self, owned: OwnedVolume) -> None:
+        """Do what the volume's state asks for, until it is somebody else's."""
+        try:
+            with owned.scope:
+                await self._work_on(owned)
+        except* NotCoordinator as group:
+            log.warning("volume %s: %s", owned.name, group.exceptions[0])
+        except* LeaseLost:
+            raise
+        except* CsvfsError as group:
+            log.error("volume %s: %s", owned.name, _first_of(group))
+        except* Exception:
+            log.exception("volume %s: its coordinator failed in a way nobody planned for", owned.name)
+        finally:
+            owned.service = None
+            with trio.CancelScope(shield=True), trio.move_on_after(2):
+                await self._give_up(owned)
+            self.owned.pop(owned.name, None)
+        await trio.sleep(RETRY_S)
+
+    async def _give_up(self, owned: OwnedVolume) -> None:
+        try:
+            await release_ownership(self._store, owned.name, self.node, self._incarnation)
+        except CsvfsError as error:
+            log.warning("volume %s is not given up yet: %s", owned.name, error)
+
+    async def _work_on(self, owned: OwnedVolume) -> None:
+        while True:
+            value = self.view.volumes.get(owned.name)
+            if value is None:
+                return
+            setup = self._setup(owned, value)
+            state = value.get("state")
+            if state == "creating":
+                if not await self._create(setup):
+                    await self._wait_state_changes(owned.name, value)
+                    continue
+            elif state == "deleting":
+                await self._delete(setup)
+                return
+            elif state != "online":
+                raise BadRequest(f"volume {owned.name} is in state {state!r}, which this csvfs does not know")
+            else:
+                await self._serve_online(owned, setup)
+                return
+            await self._wait_state_changes(owned.name, value)
+
+    async def _wait_state_changes(self, name: str, known: dict[str, Any]) -> None:
+        with trio.move_on_after(RETRY_S * 10):
+            await self.view.wait_until(lambda: self.view.volumes.get(name) != known)
+
+    async def _serve_online(self, owned: OwnedVolume, setup: VolumeSetup) -> None:
+        def serving(service: Service | None) -> None:
+            owned.service = service
+
+        await self._serve(
+            setup,
+            engine=self.engine,
+            store=self._store,
+            facts=self.facts,
+            cluster=self._cluster,
+            may_serve=self._may_serve,
+            write_timeout_ms=self._write_timeout_ms,
+            serving=serving,
+        )
+
+    async def _create(self, setup: VolumeSetup) -> bool:
+        """False: it cannot be created as things are; tried again when they change."""
+        try:
+            await create_volume(
+                setup, engine=self.engine, store=self._store, facts=self.facts, cluster=self._cluster, rng=self._rng
+            )
+        except NoSpace as error:
+            log.error("volume %s cannot be created: %s", setup.name, error)
+            await record_error(self._store, setup.name, str(error))
+            return False
+        except Unavailable as error:
+            if isinstance(error, NotCoordinator):
+                raise
+            log.warning("volume %s is not created yet: %s", setup.name, error)
+            await trio.sleep(RETRY_S)
+            return False
+        return True
+
+    async def _delete(self, setup: VolumeSetup) -> None:
+        while True:
+            try:
+                await delete_volume(
+                    setup, engine=self.engine, store=self._store, facts=self.facts, cluster=self._cluster
+                )
+                return
+            except Unavailable as error:
+                log.warning("volume %s is not deleted yet: %s", setup.name, error)
+                await trio.sleep(RETRY_S)
+
+    def _setup(self, owned: OwnedVolume, value: dict[str, Any]) -> VolumeSetup:
+        pool = self.view.pool or {}
+        return VolumeSetup(
+            name=owned.name,
+            volume=VolumeId(field(value, "id", bytes)),
+            copies=field(value, "copies", int),
+            size=int(value.get("size") or 0),
+            slab_size=int(pool.get("slab_size") or SLAB_SIZE_DEFAULT),
+            node=self.node,
+            term=owned.term,
+            recall_timeout_s=self._recall_timeout_ms / 1000,
+            reclaim_timeout_s=self._reclaim_timeout_ms / 1000,
+        )
+
+    # -- links -----------------------------------------------------------------------------------
+
+    def _accept(self, link: Link) -> None:
+        link.on_frame = self._on_frame
+        link.on_close = self._on_close
+
+    def _on_close(self, link: Link, error: CsvfsError) -> None:
+        self._service_of.pop(link, None)
+        if isinstance(link.owner, Session):
+            link.owner.detach(link)
+
+    def _on_frame(self, link: Link, frame: Frame) -> None:
+        if isinstance(link.owner, Session):
+            service = self._service_of.get(link)
+            if service is None:
+                raise ProtocolError(f"{link.peer} has a session of no volume")
+            service.on_frame(link, link.owner, frame)
+            return
+        if frame.kind != Kind.CALL or self._nursery is None:
+            link.reply_error(frame.request_id, BadRequest(f"frames of kind {frame.kind} are not served here"))
+            return
+        name, args = unpack_call(frame.head)
+        try:
+            service = self._find_service(args)
+            if not self._may_serve():
+                raise LeaseLost(f"node {self.node} lost its lease in the cluster store and serves nothing")
+            if name == "hello":
+                self._nursery.start_soon(self._hello, service, link, frame.request_id, args)
+            elif name == "statfs":
+                link.reply(frame.request_id, service.statfs())
+            elif name == "volume_status":
+                link.reply(frame.request_id, service.volume_status())
+            else:
+                raise BadRequest(f"call {name!r} needs a hello first")
+        except CsvfsError as error:
+            link.reply_error(frame.request_id, error)
+
+    def _find_service(self, args: dict[str, Any]) -> Service:
+        name = field(args, "volume", str)
+        owned = self.owned.get(name)
+        if owned is None:
+            raise NotCoordinator(f"volume {name} is not coordinated by node {self.node}")
+        if owned.service is None:
+            raise Unavailable(f"volume {name} is being taken over by node {self.node}; try again")
+        return owned.service
+
+    async def _hello(self, service: Service, link: Link, request_id: int, args: dict[str, Any]) -> None:
+        try:
+            reply = await service.hello(link, args)
+        except CsvfsError as error:
+            link.reply_error(request_id, error)
+            return
+        self._service_of[link] = service
+        link.reply(request_id, reply)
+
+
+def _wants_coordinator(value: dict[str, Any]) -> bool:
+    return value.get("state") in ("creating", "online", "deleting")
+
+
+def _first_of(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def serve(config: NodeConfig) -> None:
+    """Run the coordinator host of this node until SIGTERM or SIGINT."""
+    store = open_store(config.store)
+    item = await store.get("cluster")
+    if item is None:
+        raise Unavailable("the cluster store has no cluster yet; see csvfs cluster create")
+    liveness = Liveness(config.liveness_path)
+    host = Host(
+        config.node,
+        config.address,
+        config.coordinator_port,
+        unix_path=str(config.coordinator_socket),
+        store=store,
+        cluster=field(unpack_value(item.value), "id", bytes),
+        lease=int(os.environ["CSVFS_NODE_LEASE"]),
+        incarnation=Incarnation(int(os.environ["CSVFS_INCARNATION"])),
+        may_serve=liveness.may_serve,
+        recall_timeout_ms=config.options.recall_timeout_ms,
+        reclaim_timeout_ms=config.options.reclaim_timeout_ms,
+        write_timeout_ms=config.options.write_timeout_ms,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+        await host.run()
+        nursery.cancel_scope.cancel()
+
+
+async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        trio.run(serve, load_config())
+    except CsvfsError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

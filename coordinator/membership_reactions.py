@@ -1,0 +1,165 @@
+"""Reactions to the membership: drive servers that come and go, nodes that die.
+
+Place      coordinator floor; above restoration.py, resync.py, slab_changes.py, session_desk.py, below service.py.
+Tasks      one that follows the view and one that restores, so that a slow restoration delays no reaction.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import trio
+
+from coordinator.cluster_facts import ClusterFacts
+from coordinator.drive_control import DriveControl
+from coordinator.restoration import Census, restore, strays, take_census
+from coordinator.resync import Resync
+from coordinator.session_desk import SessionDesk
+from coordinator.slab_changes import SlabChanges
+from coordinator.slab_manager import SlabManager
+from csvfs.errors import CsvfsError, Fenced, NotFound
+from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, Incarnation, NodeName, SlabId, VolumeId
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 0.3  # servers that return together are counted together
+RETRY_S = 5.0
+PERIOD_S = 60.0  # a look without occasion
+
+
+class MembershipReactions:
+    """`books`: the changes of metadata slabs and those of data slabs."""
+
+    def __init__(
+        self,
+        volume: VolumeId,
+        control: DriveControl,
+        facts: ClusterFacts,
+        books: list[SlabChanges],
+        resync: Resync,
+        slabs: SlabManager,
+        desk: SessionDesk,
+    ) -> None:
+        self._volume = volume
+        self._control = control
+        self._facts = facts
+        self._books = books
+        self._resync = resync
+        self._slabs = slabs
+        self._desk = desk
+        self._known: dict[NodeName, Incarnation] = {}
+        self._gone: set[NodeName] = set()
+        self._suspects: set[NodeName] = set()
+        self._look_due = trio.Event()
+        self._drop_due = trio.Event()
+        self._next_slab = 0  # ids from here on were given out by this coordinator
+
+    def look_into(self, drives: Iterable[DriveId]) -> None:
+        """A writer got no answer from these: drop them from all slabs if their server is gone; bring them back."""
+        self._suspects.update(node for node in map(self._facts.node_of, drives) if node is not None)
+        self._drop_due.set()
+        self._look_due.set()
+
+    async def run_forever(self) -> None:
+        """Raises Fenced: another coordinator is at work."""
+        self._next_slab = self._slabs.next_slab_id
+        self._known = self._servers()
+        self._look_due.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_forever)
+            nursery.start_soon(self._drop_forever)
+            nursery.start_soon(self._restore_forever)
+
+    def _servers(self) -> dict[NodeName, Incarnation]:
+        servers = ((node, self._facts.server(node)) for node in self._facts.drive_nodes())
+        return {node: server.incarnation for node, server in servers if server is not None}
+
+    async def _follow_forever(self) -> None:
+        while True:
+            servers = self._servers()
+            gone = [node for node in self._known if self._known[node] != servers.get(node)]
+            if gone:
+                self._gone.update(gone)
+                self._drop_due.set()
+            if any(self._known.get(node) != incarnation for node, incarnation in servers.items()):
+                self._look_due.set()
+            self._known = servers
+            self._desk.evict_dead_nodes()
+            await self._facts.view.wait_changed()
+
+    async def _drop_forever(self) -> None:
+        while True:
+            await self._drop_due.wait()
+            self._drop_due = trio.Event()
+            gone, self._gone = self._gone, set()
+            suspects, self._suspects = self._suspects, set()
+            for node in suspects - gone:
+                try:
+                    await self._control.register_term(node)
+                except Fenced:
+                    raise
+                except CsvfsError:
+                    gone.add(node)
+            for node in sorted(gone):
+                self._resync.cancel(self._facts.drives_of(node))
+                for changes in self._books:
+                    await self._drop(changes, node)
+
+    async def _drop(self, changes: SlabChanges, node: NodeName) -> None:
+        try:
+            kept = await changes.drop_node(node, "its drive server is gone")
+            if kept:
+                log.warning("node %s holds the last copies of %d slabs: they wait for it", node, len(kept))
+        except Fenced:
+            raise
+        except CsvfsError as error:
+            log.warning("node %s is not dropped yet: %s", node, error)
+
+    async def _restore_forever(self) -> None:
+        while True:
+            with trio.move_on_after(PERIOD_S):
+                await self._look_due.wait()
+            self._look_due = trio.Event()
+            await trio.sleep(SETTLE_S)
+            try:
+                again = await self._restore()
+            except Fenced:
+                raise
+            except CsvfsError as error:
+                log.warning("restoration waits: %s", error)
+                again = True
+            if again:
+                with trio.move_on_after(RETRY_S):
+                    await self._look_due.wait()
+                self._look_due.set()
+
+    async def _restore(self) -> bool:
+        """One census and what follows from it; True: it has to be done again."""
+        nodes = self._facts.drive_nodes()
+        census = await take_census(self._control, self._facts, self._volume, nodes)
+        unsettled = 0
+        for changes in self._books:
+            unsettled += len(await restore(changes, census))
+            self._resync.add(changes, census.node_of)
+        await self._delete_strays(census)
+        return bool(unsettled) or any(
+            node not in census.nodes for node in nodes if self._facts.server(node) is not None
+        )
+
+    async def _delete_strays(self, census: Census) -> None:
+        """Only ids that no creation of this coordinator can be at work on."""
+        metadata, data = self._books
+        old = [slab for slab in census.copies if slab not in self._slabs.creating]
+        found = strays(data, census, [slab for slab in old if slab < self._next_slab])
+        found += strays(metadata, census, [slab for slab in old if slab >= METADATA_SLAB_ID_MIN])
+        for slab, node, drive in found:
+            if self._is_member(metadata if slab >= METADATA_SLAB_ID_MIN else data, slab, drive):
+                continue  # it became one since the census
+            log.warning("slab %d on node %s belongs to nothing: deleted", slab, node)
+            await self._slabs.delete_copy(slab, node, drive)
+
+    @staticmethod
+    def _is_member(changes: SlabChanges, slab: SlabId, drive: DriveId) -> bool:
+        try:
+            return any(member.drive == drive for member in changes.book.current(slab).members)
+        except NotFound:
+            return False

@@ -1,0 +1,182 @@
+"""Session desk: who comes, who stays, who has to go: hello, reclaim after a takeover, eviction.
+
+Place      coordinator floor; above sessions.py, eviction.py, batches.py, leases.py, below service.py.
+Owns       the sessions of one volume, and for each node the incarnations that were evicted (kept in the database:
+           an evicted mount that wakes up later still believes in its leases, whoever coordinates then).
+Tasks      the grace period after a takeover, and one per eviction.
+"""
+
+import logging
+import time
+
+import trio
+
+from coordinator.batches import Batches
+from coordinator.cluster_facts import ClusterFacts
+from coordinator.eviction import Eviction
+from coordinator.leases import Leases
+from coordinator.metadata import Metadata
+from coordinator.sessions import Session, Sessions
+from csvfs.errors import CsvfsError, Fenced
+from csvfs.ids import Incarnation, InodeNo, NodeName
+
+log = logging.getLogger(__name__)
+
+_EVICTED = "evicted/"  # rows of table settings: name -> the last incarnation evicted, in decimal
+
+
+class SessionDesk:
+    """Set `leases` before use."""
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        batches: Batches,
+        eviction: Eviction,
+        facts: ClusterFacts,
+        *,
+        reclaim_timeout_s: float,
+    ) -> None:
+        self.sessions = Sessions()
+        self.leases: Leases | None = None
+        self._metadata = metadata
+        self._batches = batches
+        self._eviction = eviction
+        self._facts = facts
+        self._reclaim_timeout_s = reclaim_timeout_s
+        self._newest: dict[NodeName, Incarnation] = {}  # that have said hello
+        self._evicted: dict[NodeName, Incarnation] = {}
+        self._evictions: dict[Session, trio.Event] = {}
+        self._due, self._due_evictions = trio.open_memory_channel[tuple[Session, str]](float("inf"))
+        self._open = trio.Event()
+        self._claimed = trio.Event()
+
+    def load(self) -> None:
+        """The sessions of the coordinator before: they have to reclaim what they hold."""
+        for known in self._metadata.sessions.sessions():
+            key = (NodeName(known.node), Incarnation(known.incarnation))
+            self.sessions.add(Session(known.id, key))
+        for name, value in self._metadata.database.rows("SELECT name, value FROM settings"):
+            if name.startswith(_EVICTED):
+                self._evicted[NodeName(name.removeprefix(_EVICTED))] = Incarnation(int(value))
+
+    # -- the grace period ------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether leases may be granted: everybody has said what they hold, or was evicted."""
+        return self._open.is_set()
+
+    async def wait_open(self) -> None:
+        await self._open.wait()
+
+    def claimed(self, session: Session) -> None:
+        """It has said all that it holds."""
+        session.reclaimed = True
+        claimed, self._claimed = self._claimed, trio.Event()
+        claimed.set()
+
+    async def run_forever(self) -> None:
+        """Raises Fenced: another coordinator is at work."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._grace)
+            async for session, reason in self._due_evictions:
+                nursery.start_soon(self._carry_out, session, reason)
+
+    async def _grace(self) -> None:
+        with trio.move_on_after(self._reclaim_timeout_s):
+            while self.sessions.unclaimed:
+                self.evict_dead_nodes()
+                claimed = self._claimed
+                if all(session.ended for session in self.sessions.unclaimed):
+                    break
+                with trio.move_on_after(0.1):
+                    await claimed.wait()
+        for session in self.sessions.unclaimed:
+            await self.evict(session, "it did not reclaim its leases after the takeover")
+        self._open.set()
+
+    # -- coming ----------------------------------------------------------------------------------
+
+    async def welcome(self, node: NodeName, incarnation: Incarnation) -> Session:
+        """The session of a mount that says hello; its earlier incarnations are evicted first.
+
+        Raises  Fenced: it was evicted, or a later incarnation is known.
+        """
+        self._check_not_evicted(node, incarnation)
+        self.sessions.check_newest(node, incarnation)
+        self._newest[node] = max(incarnation, self._newest.get(node, Incarnation(0)))
+        for older in self.sessions.older_of(node, incarnation):
+            await self.evict(older, f"incarnation {incarnation} has taken its place")
+        session = self.sessions.get((node, incarnation))
+        if session is None:
+            known = await self._batches.run(lambda: self._metadata.open_session(node, incarnation))
+            self._check_not_evicted(node, incarnation)
+            self.sessions.check_newest(node, incarnation)
+            # One that nobody knew holds nothing that it would have to reclaim.
+            session = self.sessions.add(Session(known.id, (node, incarnation), reclaimed=True))
+            log.info("mount of %s, incarnation %d, is new", node, incarnation)
+        if session.ended:
+            raise Fenced(f"mount of {node}, incarnation {incarnation}, was evicted; it has to start anew")
+        return session
+
+    def _check_not_evicted(self, node: NodeName, incarnation: Incarnation) -> None:
+        if incarnation <= self._evicted.get(node, 0):
+            raise Fenced(f"mount of {node}, incarnation {incarnation}, was evicted; it has to start anew")
+
+    # -- going -----------------------------------------------------------------------------------
+
+    def evict_dead_nodes(self) -> None:
+        """Begin to evict the sessions of nodes whose lease is over: nothing on them serves any more."""
+        for session in self.sessions:
+            if not session.ended and not self._facts.is_alive(session.node):
+                self._begin(session, f"node {session.node} is gone")
+
+    async def evict(self, session: Session, reason: str) -> None:
+        """Returns when the session is fenced and its leases have passed on. Cancel: it is evicted all the same."""
+        await self._begin(session, reason).wait()
+
+    def _begin(self, session: Session, reason: str) -> trio.Event:
+        event = self._evictions.get(session)
+        if event is None:
+            event = self._evictions[session] = trio.Event()
+            session.ended = True  # from here on its calls are refused
+            self._due.send_nowait((session, reason))
+        return event
+
+    async def _carry_out(self, session: Session, reason: str) -> None:
+        log.warning("evicting %s, incarnation %d: %s", session.writer, session.incarnation, reason)
+        if session.link is not None:
+            session.link.close(Fenced(f"{session.writer} incarnation {session.incarnation} was evicted: {reason}"))
+        await self._eviction.fence_out(
+            session, succeeded=lambda: self._newest.get(session.node, 0) > session.incarnation
+        )
+        await self._batches.run(lambda: self._forget(session))
+        self._evicted[session.node] = max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
+        self.sessions.remove(session)
+        assert self.leases is not None
+        self.leases.end_session(session.key)
+        self._evictions.pop(session).set()
+        log.warning("evicted %s, incarnation %d", session.writer, session.incarnation)
+
+    def _forget(self, session: Session) -> None:
+        """In a batch: who was evicted stays evicted, also for the next coordinator."""
+        incarnation = max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
+        self._metadata.database.run(
+            "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)",
+            (f"{_EVICTED}{session.node}", str(incarnation).encode()),
+        )
+        self._metadata.end_session(session.id)
+
+    # -- what they tell --------------------------------------------------------------------------
+
+    async def report(self, ino: InodeNo, size: int, mtime_ns: int | None, atime_ns: int | None) -> None:
+        """Size and times of a file that was being written under a lease. A file that is gone is no error."""
+        try:
+            await self._batches.run(
+                lambda: self._metadata.commit_file(ino, size, mtime_ns, atime_ns, time.time_ns())
+            )
+        except CsvfsError as error:
+            if isinstance(error, Fenced) or error.retryable:
+                raise
+            log.info("what was reported of inode %d is not kept: %s", ino, error)
