@@ -65,7 +65,8 @@ class Mount:
 async def mounted(path: Path) -> AsyncIterator[Mount]:
     volume = MemoryVolume()
     engine = Engine()
-    fd = device.mount_device(path, "Memory1")
+    fd = device.open_device()
+    device.mount(fd, path, "Memory1")
     try:
         operations = VolumeOperations(volume, volume)
         async with trio.open_nursery() as nursery:
@@ -80,15 +81,15 @@ async def mounted(path: Path) -> AsyncIterator[Mount]:
                 await mount.do(lambda: os.stat(path))  # INIT is through
                 yield mount
             finally:
-                device.unmount(path)
                 with trio.move_on_after(5, shield=True):
-                    await channel.ended.wait()
+                    if await trio.to_thread.run_sync(device.unmount, path):
+                        await channel.ended.wait()
                 nursery.cancel_scope.cancel()
         mount.notifier.close()
         relay.close()
         pyfuse3.close(unmount=False)
     finally:
-        device.unmount(path)
+        device.abort(path)
         os.close(fd)
         engine.close()
 
@@ -456,7 +457,7 @@ async def test_direct_writes_to_one_file_are_in_flight_together(mount: Mount) ->
                 answer(None)
         return True
 
-    mount.volume.write_nowait = hold  # type: ignore[method-assign]
+    mount.volume.write_nowait = hold  # type: ignore[method-assign,assignment]
 
     def write(number: int) -> None:
         buffer = mmap.mmap(-1, 4096)
@@ -487,11 +488,11 @@ async def test_a_typed_error_reaches_the_program_and_a_bug_becomes_eio(
         finally:
             os.close(fd)
 
-    mount.volume.read_nowait = fail  # type: ignore[method-assign]
+    mount.volume.read_nowait = fail  # type: ignore[method-assign,assignment]
     with pytest.raises(OSError) as caught:
         await mount.do(read_direct)
     assert caught.value.errno == errno.EIO
-    mount.volume.call_make = lambda **_: 1 / 0  # type: ignore[method-assign]
+    mount.volume.call_make = lambda **_: 1 / 0  # type: ignore[method-assign,assignment]
     with pytest.raises(OSError) as caught:
         await mount.do(lambda: (mount.path / "g").mkdir())
     assert caught.value.errno == errno.EIO

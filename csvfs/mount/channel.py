@@ -163,7 +163,7 @@ class Channel:
             # ENOSYS: the kernel does it in its own way from then on, without asking again. INTERRUPT too: a
             # request that waits for the cluster goes on waiting, its caller's signal is seen afterwards.
             **{opcode: refuse(errno.ENOSYS) for opcode in (
-                abi.INTERRUPT, abi.LSEEK, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP, abi.ACCESS,
+                abi.INTERRUPT, abi.LSEEK, abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP, abi.ACCESS,
                 abi.GETLK, abi.SETLK, abi.SETLKW, *range(abi.COPY_FILE_RANGE + 1, 64),
             )},
         }  # fmt: skip

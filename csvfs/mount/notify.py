@@ -40,17 +40,17 @@ class KernelNotifier:
     def increment_epoch(self) -> None:
         """Have every cached name looked up again before its next use. Takes no lock, does not block.
 
-        Only where the kernel's protocol has it: see `can_cache_entries` of the relay.
+        Before protocol 7.44 the kernel does not know it and refuses; no names are cached then (relay.py).
         """
-        self._write(abi.pack_inc_epoch())
+        self._write(abi.pack_inc_epoch(), errno.EINVAL)
 
-    def _write(self, message: bytes) -> None:
+    def _write(self, message: bytes, ignored: int = errno.ENOENT) -> None:
         try:
             os.write(self._fd, message)
         except OSError as error:
             # ENOENT: the kernel does not know the inode, so there is nothing to take back. ENODEV, ENOTCONN:
             # unmounted, all is gone.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, ignored):
                 raise
 
     def close(self) -> None:

@@ -3,8 +3,10 @@
 Place      mount floor; the channel answers reads, writes and what pyfuse3 lacks.
 Leases     every reply of the coordinator says what this mount holds now; it is told to the file table at once,
            without an await in between, so that a recall which comes next finds it there.
+Caching    a time-out above 0 says: this was learned under a lease of READ or more, granted by the same reply.
+           relay.py makes it long, or 0 (K1). What came without a lease may be older than a lease got meanwhile.
 Attributes of an inode under this mount's own write lease are known here, not at the coordinator: a stale size
-           given to the kernel would cut a file short, so `_current` asks the file table for them.
+           given to the kernel would cut a file short, so the file table is asked for them.
 """
 
 import errno
@@ -19,7 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from csvfs.errors import Exists
 from csvfs.mount.errno_border import fuse_errors
-from csvfs.mount.relay import LEASE_NONE, LEASE_OPEN, LEASE_WRITE
+from csvfs.mount.relay import LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE
 
 READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
 # Attributes of the kernel or of other layers, which the volume does not keep: file capabilities (the mount is
@@ -34,6 +36,7 @@ class Table(Protocol):
     """What the operations need of the file table."""
 
     def stamp(self) -> int: ...
+    def recalled_since(self, ino: int, stamp: int) -> bool: ...
     def holds(self, ino: int) -> int: ...
     def granted(self, ino: int, kind: int, attr: Attr) -> None: ...
     def granted_directory(self, ino: int, kind: int) -> None: ...
@@ -57,19 +60,18 @@ class OpenDirectory:
     ino: int
     entries: list = field(default_factory=list)  # [next cookie, name, attr]
     positions: dict[int, int] = field(default_factory=dict)  # cookie -> index of the entry that follows it
-    at_end: bool = False
-    end_cookie: int = 0
     stamp: int = 0  # of the file table, before the page was asked for
-    replied_stamp: int | None = None  # of the page that the last reply came from
+    leased: bool = False  # the page was given together with the directory's lease
 
 
-def entry_attributes(attr: Attr) -> EntryAttributes:
-    """As pyfuse3 wants it. Time-outs stay 0 here: relay.py sets them when the reply leaves (K1)."""
+def entry_attributes(attr: Attr, leased: bool, name_leased: bool = False) -> EntryAttributes:
+    """As pyfuse3 wants it. Time-outs are 1 s or 0 here and mean yes or no (see "Caching")."""
     entry = EntryAttributes()
     entry.st_ino, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid = attr[0:5]
     entry.st_rdev, entry.st_size, entry.st_blocks = attr[5:8]
     entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, entry.generation = attr[8:12]
-    entry.entry_timeout = entry.attr_timeout = 0
+    entry.attr_timeout = int(leased)
+    entry.entry_timeout = int(name_leased)
     return entry
 
 
@@ -87,18 +89,22 @@ class VolumeOperations(pyfuse3.Operations):
         self._directories: dict[int, OpenDirectory] = {}
         self._next_handle = 1
 
-    def _learn(self, reply: dict[str, Any], directory: int | None = None) -> Attr:
-        """Tell the table what a reply with `attr`, `lease` (and `dir_lease`) granted; the attr."""
+    async def _entry(self, reply: dict[str, Any], directory: int | None = None) -> EntryAttributes:
+        """Tell the table what a reply with `attr`, `lease` (and `dir_lease`) granted; what pyfuse3 is told."""
         attr: Attr = reply["attr"]
-        self._table.granted(attr[0], reply["lease"], attr)
+        ino: int = attr[0]
+        self._table.granted(ino, reply["lease"], attr)
+        name_leased = False
         if directory is not None:
             self._table.granted_directory(directory, reply["dir_lease"])
-        return attr
+            name_leased = reply["dir_lease"] >= LEASE_READ
+        if self._table.holds(ino) == LEASE_WRITE:
+            return entry_attributes(*await self._own_attributes(ino), name_leased)
+        return entry_attributes(attr, reply["lease"] >= LEASE_READ, name_leased)
 
-    async def _current(self, attr: Attr) -> Attr:
-        if self._table.holds(attr[0]) == LEASE_WRITE:
-            return await self._table.getattr(attr[0])
-        return attr
+    async def _own_attributes(self, ino: int) -> tuple[Attr, bool]:
+        attr = await self._table.getattr(ino)
+        return attr, self._table.holds(ino) >= LEASE_READ  # without an await since: learned under that lease
 
     # ---- attributes
 
@@ -108,13 +114,14 @@ class VolumeOperations(pyfuse3.Operations):
         if reply["attr"] is None:
             self._table.granted_directory(parent_inode, reply["dir_lease"])
             absent = EntryAttributes()  # st_ino 0: the kernel may remember that the name does not exist
-            absent.entry_timeout = absent.attr_timeout = 0
+            absent.attr_timeout = 0
+            absent.entry_timeout = int(reply["dir_lease"] >= LEASE_READ)
             return absent
-        return entry_attributes(await self._current(self._learn(reply, parent_inode)))
+        return await self._entry(reply, parent_inode)
 
     @fuse_errors
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return entry_attributes(await self._table.getattr(inode))
+        return entry_attributes(*await self._own_attributes(inode))
 
     @fuse_errors
     async def setattr(
@@ -131,53 +138,54 @@ class VolumeOperations(pyfuse3.Operations):
         if fields.update_size:
             if changes["mtime_ns"] is None:
                 changes["mtime_ns"] = time.time_ns()
-            return entry_attributes(await self._table.truncate(inode, changes))
+            truncated = await self._table.truncate(inode, changes)
+            return entry_attributes(truncated, self._table.holds(inode) >= LEASE_READ)
         if fields.update_mtime and self._table.holds(inode) == LEASE_WRITE:
             # A time set by hand must not be overwritten by that of an earlier write, which is reported lazily.
             await self._table.flush(inode)
         reply = await self._session.call("setattr", {"ino": inode, **changes})
-        return entry_attributes(await self._current(self._learn(reply)))
+        return await self._entry(reply)
 
     # ---- names
 
     async def _make(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes | None = None
-    ) -> Attr:
+    ) -> EntryAttributes:
         args = {"parent": parent, "name": name, "mode": mode, "uid": ctx.uid, "gid": ctx.gid}
         reply = await self._session.call("make", {**args, "rdev": rdev, "target": target})
-        return self._learn(reply, parent)
+        return await self._entry(reply, parent)
 
     @fuse_errors
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return entry_attributes(await self._make(parent_inode, name, mode, ctx, rdev=rdev))
+        return await self._make(parent_inode, name, mode, ctx, rdev=rdev)
 
     @fuse_errors
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        return entry_attributes(await self._make(parent_inode, name, mode, ctx))
+        return await self._make(parent_inode, name, mode, ctx)
 
     @fuse_errors
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         mode = stat.S_IFLNK | 0o777
-        return entry_attributes(await self._make(parent_inode, name, mode, ctx, target=target))
+        return await self._make(parent_inode, name, mode, ctx, target=target)
 
     @fuse_errors
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         try:
-            attr = await self._make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx)
+            entry = await self._make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx)
         except Exists:
             # Another node was faster. After CREATE the kernel neither checks the mode of what it opens nor
             # truncates it; on ESTALE it looks the name up again and opens the file in the ordinary way.
             raise FUSEError(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-        await self._ensure_lease(attr[0])
-        self._table.opened(attr[0])
-        return FileInfo(fh=attr[0]), entry_attributes(attr)
+        await self._ensure_lease(entry.st_ino)
+        self._table.opened(entry.st_ino)
+        return FileInfo(fh=entry.st_ino), entry
 
     @fuse_errors
     async def link(
@@ -185,7 +193,7 @@ class VolumeOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         args = {"ino": inode, "parent": new_parent_inode, "name": new_name}
         reply = await self._session.call("link", args)
-        return entry_attributes(await self._current(self._learn(reply, new_parent_inode)))
+        return await self._entry(reply, new_parent_inode)
 
     @fuse_errors
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -229,7 +237,8 @@ class VolumeOperations(pyfuse3.Operations):
         """An open file is held at least by an `open` lease, so that its inode outlives its last name."""
         if self._table.holds(ino) == LEASE_NONE:
             args = {"ino": ino, "kind": LEASE_OPEN, "block": 0, "count": 0}
-            self._learn(await self._session.call("acquire", args))
+            reply = await self._session.call("acquire", args)
+            self._table.granted(ino, reply["lease"], reply["attr"])
 
     @fuse_errors
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -248,17 +257,13 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        """Entries of one page of the coordinator: so one stamp says how old all of a reply is."""
+        """Entries of one page of the coordinator. A listing that begins anew, or was recalled, is fetched anew."""
         directory = self._directories[fh]
-        directory.replied_stamp = None
-        if start_id == 0 or start_id not in directory.positions:
-            if start_id and directory.at_end and start_id == directory.end_cookie:
-                return
+        outdated = self._table.recalled_since(directory.ino, directory.stamp)
+        if start_id == 0 or outdated or start_id not in directory.positions:
             await self._fetch_page(directory, start_id)
-        directory.replied_stamp = directory.stamp
         for cookie, name, attr in directory.entries[directory.positions[start_id] :]:
-            current = await self._current(attr)
-            if not pyfuse3.readdir_reply(token, name, entry_attributes(current), cookie):
+            if not pyfuse3.readdir_reply(token, name, entry_attributes(attr, leased=False), cookie):
                 return
 
     async def _fetch_page(self, directory: OpenDirectory, cookie: int) -> None:
@@ -268,17 +273,18 @@ class VolumeOperations(pyfuse3.Operations):
         self._table.granted_directory(directory.ino, reply["dir_lease"])
         entries = reply["entries"]
         directory.stamp = stamp
+        directory.leased = reply["dir_lease"] >= LEASE_READ
         directory.entries = entries
-        directory.at_end = reply["eof"]
         directory.positions = {cookie: 0}
-        for index, (next_cookie, _, _) in enumerate(entries[:-1]):
-            directory.positions[next_cookie] = index + 1
-        directory.end_cookie = entries[-1][0] if entries else cookie
+        for index, (next_cookie, _, _) in enumerate(entries):
+            # Behind the last entry of the volume's last page: an empty reply, without asking again.
+            if index + 1 < len(entries) or reply["eof"]:
+                directory.positions[next_cookie] = index + 1
 
-    def directory_stamp(self, fh: int) -> int | None:
-        """See relay.DirectoryStamps."""
+    def listing_was_leased(self, fh: int) -> bool:
+        """See relay.Listings."""
         directory = self._directories.get(fh)
-        return directory.replied_stamp if directory is not None else None
+        return directory is not None and directory.leased
 
     def close_directory(self, fh: int) -> None:
         self._directories.pop(fh, None)

@@ -6,9 +6,13 @@ Edits      INIT replies carry our flags, OPEN and CREATE replies ours too, and e
            gets its cache time-outs here.
 
 Invariant
-  K1  The kernel caches a name or attributes for long iff the lease for it is held when the reply is written and
-      nothing about it was recalled since the request was read. Deciding and writing is one synchronous step, so a
-      recall comes either before (time-out 0) or after (its notification takes the cached thing back).
+  K1  The kernel caches a name or attributes for long iff what the reply says was learned under the lease
+      (operations.py says so by a time-out above 0), this lease is held when the reply is written, and nothing
+      was recalled since the request was read. Deciding and writing is one synchronous step, so a recall comes
+      either before (time-out 0) or after (its notification takes the cached thing back).
+
+No READDIRPLUS with the kernel: the attributes of a listing are not covered by leases, and stale ones must not reach
+an inode in use. pyfuse3 knows nothing else, so it gets READDIRPLUS and the attributes are cut from its replies.
 """
 
 import errno
@@ -46,8 +50,6 @@ WANTED_FLAGS = (
     | abi.FLAG_PARALLEL_DIROPS
     | abi.FLAG_EXPLICIT_INVAL_DATA
     | abi.FLAG_ASYNC_DIO
-    | abi.FLAG_DO_READDIRPLUS
-    | abi.FLAG_READDIRPLUS_AUTO
     | abi.FLAG_CACHE_SYMLINKS
     | abi.FLAG_INIT_EXT
     | abi.FLAG_DIRECT_IO_ALLOW_MMAP
@@ -73,9 +75,9 @@ class Leases(Protocol):
     def holds(self, ino: int) -> int: ...
 
 
-class DirectoryStamps(Protocol):
-    def directory_stamp(self, fh: int) -> int | None:
-        """The stamp from before the entries of the last READDIRPLUS reply of handle `fh` were asked for."""
+class Listings(Protocol):
+    def listing_was_leased(self, fh: int) -> bool:
+        """Whether the entries last given for directory handle `fh` were learned under the directory's lease."""
         ...
 
 
@@ -86,7 +88,7 @@ class Pending:
     opcode: int
     node: int
     stamp: int  # of the file table, when the request was read
-    detail: int = 0  # OPEN, CREATE: open flags; READDIR, READDIRPLUS: file handle
+    detail: int = 0  # OPEN, CREATE: open flags; READDIR: file handle
     init: abi.InitRequest | None = None
 
 
@@ -98,19 +100,19 @@ class Relay:
         engine: Engine,
         device_fd: int,
         table: Leases,
-        directories: DirectoryStamps,
+        listings: Listings,
         on_failure: Callable[[Exception], None],
     ) -> None:
         """`on_failure`: called once when the kernel cannot be served at all; the mount must end then."""
         self._engine = engine
         self._device_fd = device_fd
         self._table = table
-        self._directories = directories
+        self._listings = listings
         self._on_failure = on_failure
         self._pending: dict[int, Pending] = {}
         self._unsent: deque[bytes] = deque()
         self._reply = memoryview(bytearray(REPLY_SIZE_MAX))
-        self._cached_directories: dict[int, int] = {}  # inode -> stamp since which the kernel keeps its entries
+        self._listed_since: dict[int, int] = {}  # directory -> stamp since which the kernel keeps its entries
         self.lookups: dict[int, int] = {}  # inode -> how often the kernel was given it and has not forgotten it
         self.minor = 0
         self._socket, self._pyfuse3_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -142,11 +144,10 @@ class Relay:
         body = request[abi.IN_HEADER.size :]
         if opcode in _OPEN_FLAG_OPCODES and len(body) >= abi.OPEN_IN.size:
             pending.detail = abi.U32.unpack_from(body)[0]
-        elif opcode in (abi.READDIR, abi.READDIRPLUS) and len(body) >= abi.READ_IN.size:
+        elif opcode == abi.READDIR and len(body) >= abi.READ_IN.size:
             pending.detail = abi.READ_IN.unpack_from(body)[0]
             size = abi.U32.unpack_from(request, abi.READDIR_SIZE_OFFSET)[0]
             abi.U32.pack_into(request, abi.READDIR_SIZE_OFFSET, min(size, READDIR_SIZE_MAX))
-            # pyfuse3 knows READDIRPLUS only; the reply loses its attributes again in _patch_directory.
             abi.U32.pack_into(request, 4, abi.READDIRPLUS)
         elif opcode == abi.INIT:
             pending.init = abi.unpack_init(body)
@@ -247,12 +248,7 @@ class Relay:
 
     # ---- cache time-outs and open flags (K1: no await from here to the write)
 
-    def _entry_valid(self, directory: int, stamp: int) -> int:
-        table = self._table
-        held = table.holds(directory) >= LEASE_READ and not table.recalled_since(directory, stamp)
-        return CACHE_VALID_S if held and self.can_cache_entries else 0
-
-    def _attr_valid(self, ino: int, stamp: int) -> int:
+    def _valid_s(self, ino: int, stamp: int) -> int:
         table = self._table
         held = table.holds(ino) >= LEASE_READ and not table.recalled_since(ino, stamp)
         return CACHE_VALID_S if held else 0
@@ -264,28 +260,33 @@ class Relay:
         if opcode in _ATTR_REPLIES:
             if len(reply) < body + abi.ATTR_OUT_SIZE:
                 raise ValueError(f"{len(reply)} bytes with attributes")
-            abi.ATTR_VALID.pack_into(reply, body, self._attr_valid(pending.node, pending.stamp), 0)
+            leased, _ = abi.ATTR_VALID.unpack_from(reply, body)
+            valid = self._valid_s(pending.node, pending.stamp) if leased else 0
+            abi.ATTR_VALID.pack_into(reply, body, valid, 0)
         elif opcode in _ENTRY_REPLIES:
             if len(reply) < body + abi.ENTRY_OUT_SIZE:
                 raise ValueError(f"{len(reply)} bytes with an entry")
-            self._patch_entry(reply, body, self._entry_valid(pending.node, pending.stamp), pending.stamp, given)
+            self._patch_entry(reply, body, pending, given)
             if opcode == abi.CREATE:
                 self._patch_open(reply, body + abi.ENTRY_OUT_SIZE, pending.detail)
         elif opcode == abi.OPEN:
             self._patch_open(reply, body, pending.detail)
         elif opcode == abi.OPENDIR:
             self._patch_open_directory(reply, body, pending)
-        elif opcode in (abi.READDIR, abi.READDIRPLUS):
-            return self._patch_directory(reply, pending, given)
+        elif opcode == abi.READDIR:
+            return self._patch_listing(reply, pending)
         return reply
 
-    def _patch_entry(self, reply: memoryview, at: int, entry_valid: int, stamp: int, given: list[int]) -> None:
+    def _patch_entry(self, reply: memoryview, at: int, pending: Pending, given: list[int]) -> None:
         ino = abi.NODEID.unpack_from(reply, at)[0]
-        attr_valid = 0
+        at += abi.ENTRY_VALID_OFFSET
+        entry_valid, attr_valid, _, _ = abi.ENTRY_VALID.unpack_from(reply, at)
+        if entry_valid:
+            entry_valid = self._valid_s(pending.node, pending.stamp) if self.can_cache_entries else 0
         if ino != 0:  # 0: the name does not exist, and the kernel may remember that
-            attr_valid = self._attr_valid(ino, stamp)
+            attr_valid = self._valid_s(ino, pending.stamp) if attr_valid else 0
             given.append(ino)
-        abi.ENTRY_VALID.pack_into(reply, at + abi.ENTRY_VALID_OFFSET, entry_valid, attr_valid, 0, 0)
+        abi.ENTRY_VALID.pack_into(reply, at, entry_valid, attr_valid, 0, 0)
 
     def _patch_open(self, reply: memoryview, at: int, open_flags: int) -> None:
         """Pages outlive opens (leases end them). Direct I/O goes to the drives, many writes of one file at once."""
@@ -299,31 +300,25 @@ class Relay:
         abi.OPEN_OUT.pack_into(reply, at, fh, flags, 0)
 
     def _patch_open_directory(self, reply: memoryview, at: int, pending: Pending) -> None:
-        """The kernel keeps a directory's entries as long as its lease lasts, over opens."""
+        """The kernel keeps a directory's entries, over opens, as long as its lease lasts."""
         fh, _, _ = abi.OPEN_OUT.unpack_from(reply, at)
         ino = pending.node
-        flags = abi.FOPEN_CACHE_DIR
-        if self._table.holds(ino) >= LEASE_READ and not self._table.recalled_since(ino, pending.stamp):
-            since = self._cached_directories.get(ino)
+        flags = 0
+        if self._valid_s(ino, pending.stamp):
+            flags = abi.FOPEN_CACHE_DIR
+            since = self._listed_since.get(ino)
             if since is not None and not self._table.recalled_since(ino, since):
                 flags |= abi.FOPEN_KEEP_CACHE
             else:
-                self._cached_directories[ino] = pending.stamp
+                self._listed_since[ino] = pending.stamp
         else:
-            self._cached_directories.pop(ino, None)
-            flags = 0
+            self._listed_since.pop(ino, None)
         abi.OPEN_OUT.pack_into(reply, at, fh, flags, 0)
 
-    def _patch_directory(self, reply: memoryview, pending: Pending, given: list[int]) -> memoryview | bytes:
-        # The entries were fetched by this or an earlier request of the handle: that stamp counts, not ours.
-        fetched = self._directories.directory_stamp(pending.detail)
-        if pending.opcode == abi.READDIR:
-            return abi.without_attributes(reply)
-        stamp = pending.stamp if fetched is None else fetched
-        entry_valid = self._entry_valid(pending.node, stamp)
-        for at in abi.entry_offsets(reply):
-            self._patch_entry(reply, at, entry_valid, stamp, given)
-        return reply
+    def _patch_listing(self, reply: memoryview, pending: Pending) -> bytes:
+        if not (self._listings.listing_was_leased(pending.detail) and self._valid_s(pending.node, pending.stamp)):
+            self._listed_since.pop(pending.node, None)  # the kernel may keep this; its next open drops it
+        return abi.without_attributes(reply)
 
     # ---- forgetting
 
@@ -333,5 +328,5 @@ class Relay:
         if left > 0:
             self.lookups[ino] = left
             return False
-        self._cached_directories.pop(ino, None)
+        self._listed_since.pop(ino, None)
         return self.lookups.pop(ino, None) is not None

@@ -1,0 +1,272 @@
+"""`python -m csvfs.mount.process VOLUME`: the mount of one volume on this node, as a process of `csvfs node run`.
+
+Place      mount floor; puts everything below together.
+Order      The session with the coordinator first, then the mount: an empty directory becomes the volume, never a
+           volume that does not answer.
+Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced), /dev/fuse gone, or a bug: status 1,
+           and the kernel fails what was waiting; node run starts the next incarnation.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import pyfuse3
+import trio
+
+from csvfs.block.bus import Bus
+from csvfs.block.server_links import ServerAddress, ServerLinks
+from csvfs.cluster.liveness import Liveness
+from csvfs.cluster.membership import View, keep_view_forever
+from csvfs.config import NodeConfig, check_name, load_config
+from csvfs.errors import BadRequest, CsvfsError, NotFound, Unavailable
+from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
+from csvfs.mount import device
+from csvfs.mount.channel import Channel
+from csvfs.mount.file_table import FileTable
+from csvfs.mount.guard import Guard
+from csvfs.mount.notify import KernelNotifier
+from csvfs.mount.operations import VolumeOperations
+from csvfs.mount.owner import VolumeOwner
+from csvfs.mount.relay import LEASE_NONE, PYFUSE3_TASKS_MAX, Relay
+from csvfs.mount.session import Session
+from csvfs.net.engine import Engine
+from csvfs.net.link import connect
+from csvfs.store.opening import open_store
+from csvfs.volume.file_io import BlockBus
+from csvfs.wire.block_messages import SlabDescriptor
+
+log = logging.getLogger(__name__)
+
+STORE_WAIT_S = 10.0
+UNMOUNT_WAIT_S = 5.0  # for programs that still use files here; then their accesses fail
+FAREWELL_WAIT_S = 2.0
+RELEASE_BATCH = 1024
+
+
+class CoordinatorOfSlabs:
+    """See bus.SlabOwner: for data slabs that is the volume's coordinator."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def slab_failed(
+        self, slab: SlabId, epoch: int, drives: list[DriveId], reason: str
+    ) -> SlabDescriptor:
+        args = {"slab": slab, "epoch": epoch, "drives": drives, "reason": reason}
+        return SlabDescriptor.from_wire(await self._session.call("slab_failed", args))
+
+
+def server_directory(view: View) -> Callable[[NodeName], ServerAddress | None]:
+    """Where drive servers listen, as the cluster store says now."""
+
+    def find(node: NodeName) -> ServerAddress | None:
+        row = view.servers.get(node)
+        if row is None:
+            return None
+        try:
+            address, port, unix_path = str(row["address"]), int(row["port"]), str(row.get("unix") or "")
+            return ServerAddress(node, address, port, unix_path, Incarnation(int(row["incarnation"])))
+        except (KeyError, TypeError, ValueError) as error:
+            log.error("servers/%s in the cluster store is malformed: %s", node, error)
+            return None
+
+    return find
+
+
+class MountProcess:
+    """Everything of one mount. `failure`: why it had to end, if not asked to."""
+
+    def __init__(
+        self, config: NodeConfig, volume_name: str, incarnation: Incarnation, node_incarnation: Incarnation
+    ) -> None:
+        self._config = config
+        self._volume_name = volume_name
+        self._incarnation = incarnation
+        self._liveness = Liveness(config.liveness_path, node_incarnation)
+        self._mount_point = config.cluster_root / volume_name
+        self._engine = Engine()
+        self._view = View()
+        self._end = trio.Event()
+        self.failure: CsvfsError | None = None
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT, or until it cannot go on. Raises CsvfsError: it could not begin."""
+        store = open_store(self._config.store)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_on_signal)
+                nursery.start_soon(self._engine.run_forever)
+                nursery.start_soon(keep_view_forever, store, self._view)
+                with trio.CancelScope() as serving:
+                    nursery.start_soon(self._cancel_at_end, serving)
+                    await self._serve(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            await store.close()
+
+    def _fail(self, error: Exception) -> None:
+        if self.failure is None:
+            self.failure = error if isinstance(error, CsvfsError) else Unavailable(str(error))
+            log.error("the mount of %s ends: %s", self._volume_name, error)
+        self._end.set()
+
+    async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
+        await self._end.wait()
+        scope.cancel()
+
+    async def _end_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                self._end.set()
+
+    async def _volume_ids(self) -> tuple[bytes, VolumeId]:
+        """Of the cluster and the volume."""
+        with trio.move_on_after(STORE_WAIT_S):
+            await self._view.ready.wait()
+        cluster, volume = self._view.cluster, self._view.volumes.get(self._volume_name)
+        if cluster is None:
+            raise Unavailable("the cluster store has no cluster yet; see csvfs cluster create")
+        if volume is None:
+            raise NotFound(f"there is no volume {self._volume_name}; see csvfs volume list")
+        ids = cluster.get("id"), volume.get("id")
+        if not all(isinstance(value, bytes) and len(value) == 16 for value in ids):
+            raise Unavailable(f"the ids of cluster or volume {self._volume_name} in the store are malformed")
+        return bytes(ids[0]), VolumeId(bytes(ids[1]))  # type: ignore[arg-type]
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        cluster, volume = await self._volume_ids()
+        node = self._config.node
+        options = self._config.options
+        guard = Guard(self._liveness.may_serve)
+        session = Session(
+            volume=self._volume_name,
+            node=node,
+            incarnation=self._incarnation,
+            owner=VolumeOwner(self._view, self._volume_name),
+            connect=partial(connect, self._engine, timeout_s=options.connect_timeout_ms / 1000),
+            on_fenced=self._fail,
+            on_contact=guard.contact,
+        )
+        links = ServerLinks(
+            self._engine,
+            server_directory(self._view),
+            cluster=cluster,
+            volume=volume,
+            writer=f"mount/{node}",
+            incarnation=self._incarnation,
+            local_node=node,
+        )
+        bus = Bus(links, CoordinatorOfSlabs(session), volume=volume, local_node=node)
+        bus.on_fenced = self._fail
+        fd = device.open_device()
+        notifier = KernelNotifier(fd)
+        times_s = options.attribute_report_ms / 1000
+        table = FileTable(
+            coordinator=session,
+            bus=cast(BlockBus, bus),  # it names slabs by SlabId, file I/O by int
+            notifier=notifier,
+            guard=guard,
+            nursery=nursery,
+            times_s=times_s,
+        )
+        session.holder = table
+        nursery.start_soon(session.run_forever)
+        nursery.start_soon(bus.run_forever)
+        nursery.start_soon(table.run_forever)
+        await session.call("statfs", {})  # the coordinator is there
+        try:
+            await self._mount_and_serve(nursery, fd, session, table)
+        finally:
+            with trio.CancelScope(shield=True):
+                if self.failure is None:
+                    await self._say_farewell(session, table)
+            bus.close()
+
+    async def _mount_and_serve(
+        self, nursery: trio.Nursery, fd: int, session: Session, table: FileTable
+    ) -> None:
+        operations = VolumeOperations(session, table)
+        relay = Relay(self._engine, fd, table, operations, on_failure=self._fail)
+        channel = Channel(self._engine, fd, table, operations, relay)
+        pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
+        nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)
+        channel.start(nursery)
+        device.mount(fd, self._mount_point, self._volume_name)
+        log.info("%s is mounted at %s", self._volume_name, self._mount_point)
+        try:
+            await channel.ended.wait()
+            self._fail(Unavailable(f"{self._mount_point} was unmounted by somebody else"))
+        finally:
+            with trio.CancelScope(shield=True):
+                if self.failure is None:
+                    await unmount_in_order(self._mount_point, channel.ended.wait)
+            device.abort(self._mount_point)
+            channel.close()
+
+    async def _say_farewell(self, session: Session, table: FileTable) -> None:
+        """Report times and give all leases back, so that nobody has to wait for them."""
+        with trio.move_on_after(FAREWELL_WAIT_S):
+            try:
+                await table.report_times()
+                held = [row[0] for row in table.claims()]
+                for first in range(0, len(held), RELEASE_BATCH):
+                    items = [[ino, LEASE_NONE] for ino in held[first : first + RELEASE_BATCH]]
+                    await session.call("release", {"items": items})
+            except CsvfsError as error:
+                log.info("leases not given back, they will be recalled: %s", error)
+
+
+async def unmount_in_order(mount_point: Path, wait_ended: Callable[[], Awaitable[None]]) -> None:
+    """Unmount; programs that use it get UNMOUNT_WAIT_S to end. Returns whether or not it worked."""
+    with trio.move_on_after(UNMOUNT_WAIT_S):
+        while not await trio.to_thread.run_sync(device.unmount, mount_point, abandon_on_cancel=True):
+            await trio.sleep(0.1)
+        await wait_ended()
+
+
+async def run_mount(config: NodeConfig, volume_name: str) -> int:
+    """The exit status."""
+    incarnation = Incarnation(_number_from_environment("CSVFS_INCARNATION"))
+    node_incarnation = Incarnation(_number_from_environment("CSVFS_NODE_INCARNATION"))
+    process = MountProcess(config, volume_name, incarnation, node_incarnation)
+    await process.run()
+    return 0 if process.failure is None else 1
+
+
+def _number_from_environment(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise BadRequest(f"{name} is {text!r}, not a number; this process is started by csvfs node run")
+    return int(text)
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if len(sys.argv) != 2:
+        print("usage: python -m csvfs.mount.process VOLUME", file=sys.stderr)
+        return 2
+    try:
+        check_name(sys.argv[1], "volume")
+        return trio.run(run_mount, load_config(), sys.argv[1])
+    except* CsvfsError as errors:
+        for error in _leaves(errors):
+            log.error("%s", error)
+        return_code = 1
+    return return_code
+
+
+def _leaves(group: BaseExceptionGroup) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
+
+
+if __name__ == "__main__":
+    sys.exit(main())
