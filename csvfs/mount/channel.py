@@ -82,7 +82,10 @@ class Channel:
         self._handlers = self._make_handlers()
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Begin to read requests; slow ones run in `nursery`. Cancelling it leaves them to the unmount."""
+        """Begin to read requests; slow ones run in `nursery`. Cancelling it leaves them to the unmount.
+
+        The descriptor must be mounted already: an epoll that was given it before never hears of a request.
+        """
         self._nursery = nursery
         self._engine.register(self._fd, select.EPOLLIN, self._on_readable)
 

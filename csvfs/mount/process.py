@@ -196,8 +196,8 @@ class MountProcess:
         channel = Channel(self._engine, fd, table, operations, relay)
         pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
         nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)
-        channel.start(nursery)
         device.mount(fd, self._mount_point, self._volume_name)
+        channel.start(nursery)
         log.info("%s is mounted at %s", self._volume_name, self._mount_point)
         try:
             await channel.ended.wait()
