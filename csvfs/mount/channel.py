@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import select
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
 
@@ -33,7 +33,8 @@ LARGE_BUFFERS_MAX = 32  # of 1 MiB each
 # the kernel believes its end to be. See FileTable.write.
 WRITE_APPEND = 1 << 31
 
-Buffers = bytes | memoryview | Sequence[bytes | memoryview]
+Buffer = bytes | bytearray | memoryview
+Buffers = Buffer | list[Buffer] | list[bytes] | list[bytes | memoryview]
 Done = Callable[[Exception | None], None]
 
 
@@ -99,7 +100,7 @@ class Channel:
 
     def _on_readable(self, _events: int) -> None:
         readv, fd, header = os.readv, self._fd, abi.IN_HEADER
-        read_nowait, writev, read_in = self._files.read_nowait, os.writev, abi.READ_IN
+        read_nowait, read_in = self._files.read_nowait, abi.READ_IN
         for _ in range(REQUESTS_PER_TURN):
             buffer = self._buffer
             try:
@@ -121,10 +122,7 @@ class Channel:
                 _, offset, want, _, _, _, _ = read_in.unpack_from(buffer, 40)
                 try:
                     data = read_nowait(node, offset, want)
-                    if type(data) is bytes:
-                        self.inline_count += 1
-                        writev(fd, (abi.OUT_HEADER.pack(16 + len(data), 0, unique), data))
-                    elif data is None:
+                    if data is None:
                         self._start(unique, self._read, node, offset, want)
                     else:
                         self.inline_count += 1
@@ -301,9 +299,11 @@ class Channel:
     # ---- replies
 
     def _reply_data(self, unique: int, data: Buffers) -> None:
-        buffers = (data,) if isinstance(data, bytes | memoryview) else tuple(data)
-        size = abi.OUT_HEADER.size + sum(map(len, buffers))
-        self._reply(unique, (abi.OUT_HEADER.pack(size, 0, unique), *buffers))
+        if isinstance(data, list):
+            size = abi.OUT_HEADER.size + sum(map(len, data))
+            self._reply(unique, (abi.OUT_HEADER.pack(size, 0, unique), *data))
+        else:
+            self._reply(unique, (abi.OUT_HEADER.pack(abi.OUT_HEADER.size + len(data), 0, unique), data))
 
     def _reply_failure(self, unique: int, error: BaseException) -> None:
         self._reply_errno(unique, errno_of(error))
@@ -311,7 +311,7 @@ class Channel:
     def _reply_errno(self, unique: int, errno_value: int) -> None:
         self._reply(unique, (abi.pack_error_reply(unique, errno_value),))
 
-    def _reply(self, unique: int, parts: tuple[bytes | memoryview, ...]) -> None:
+    def _reply(self, unique: int, parts: tuple[Buffer, ...]) -> None:
         try:
             os.writev(self._fd, parts)
         except OSError as error:
