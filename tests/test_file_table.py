@@ -573,11 +573,12 @@ operations = st.lists(
         st.tuples(st.just("getattr"), st.integers(0, 1)),
         st.tuples(st.just("release"), st.integers(0, 1)),
     ),
+    min_size=4,
     max_size=25,
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(operations, st.integers(0, 5), st.booleans())
 def test_two_nodes_reading_and_writing_in_turns_are_one_file(history: list, ahead: int, local: bool) -> None:
     async def play() -> None:
@@ -621,3 +622,31 @@ async def play_step(node: Node, model: bytearray, step: int, name: str, args: li
     else:
         node.table.forget(FILE)
         await node.table.release_unused()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(1, 1500), st.integers(0, 1000)), min_size=2, max_size=12),
+    st.integers(0, 4),
+    st.integers(0, 3),
+)
+def test_writes_of_two_nodes_at_once_side_by_side_all_survive(parts: list, ahead: int, delay: int) -> None:
+    """Neighbours share blocks, gaps and the end of the file; nobody's bytes may be lost or doubled."""
+
+    async def play() -> None:
+        async with cluster() as c:
+            c.coordinator.add_file(FILE)
+            c.coordinator.ahead = ahead
+            c.coordinator.delay = delay
+            nodes = [c.node("n1"), c.node("n2")]
+            model = bytearray()
+            async with trio.open_nursery() as nursery:
+                for index, (who, size, gap) in enumerate(parts):
+                    model.extend(bytes(gap))
+                    data = bytes([index + 1]) * size
+                    nursery.start_soon(nodes[who].write, FILE, len(model), data)
+                    model.extend(data)
+            for node in nodes:
+                assert await node.read(FILE, 0, 1 << 20) == bytes(model)
+
+    trio.run(play)

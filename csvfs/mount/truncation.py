@@ -114,9 +114,8 @@ class Truncation:
             state.attr = list(attr)
             state.size = state.committed = attr[SIZE]
             state.tail_zero = -1
-            if attr[SIZE] <= before:
-                end = -(-attr[SIZE] // BLOCK_SIZE)
-                state.extents.forget(end)
-                if attr[SIZE] < before and not self._leases.recalled_since(state.ino, stamp):
-                    state.extents.learn(end, BLOCKS_MAX - end, ())  # it gave up all of it
+            end = -(-attr[SIZE] // BLOCK_SIZE)
+            state.extents.forget(end)
+            if attr[SIZE] < before and not self._leases.recalled_since(state.ino, stamp):
+                state.extents.learn(end, BLOCKS_MAX - end, ())  # it gave up all of it
         return list(attr)
