@@ -1,4 +1,5 @@
-"""Arguments of calls to a coordinator, checked: what passes here fits the database and the rules of PROTOCOL.md.
+"""Arguments of calls to a coordinator, checked: what passes here fits the database and the rules of
+PROTOCOL.md.
 
 Place      coordinator floor; pure. Everything raises BadRequest.
 """

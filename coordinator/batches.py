@@ -1,13 +1,14 @@
-"""Batches: changes of the metadata, many in one SQLite transaction, answered when their log is on the members.
+"""Batches: changes of the metadata, many in one SQLite transaction, answered when their log is on the
+members.
 
 Place      coordinator floor; above metadata.py and metadata_log.py, below everything that changes metadata.
-Writer     `run_forever` alone runs transactions. A batch takes whatever waits; while its log is on the way the
-           next one is executed (group commit), up to BATCHES_IN_FLIGHT_MAX.
+Writer     `run_forever` alone runs transactions. A batch takes whatever waits; while its log is on the way
+           the next one is executed (group commit), up to BATCHES_IN_FLIGHT_MAX.
 
 Invariants
   I11  A change is executed once, or not at all if its caller gave up before that.
-  B1   Who asked for a change hears its result only after the log up to it is durable: nothing that anybody was
-       told can un-happen. Errors count as results: they too tell what the state was.
+  B1   Who asked for a change hears its result only after the log up to it is durable: nothing that anybody
+       was told can un-happen. Errors count as results: they too tell what the state was.
 """
 
 import logging
@@ -61,7 +62,9 @@ class _Change:
 
     __slots__ = ("abandoned", "apply", "done", "error", "executed", "value")
 
-    def __init__(self, apply: Callable[[], Any], executed: Callable[[Any, CsvfsError | None], None] | None) -> None:
+    def __init__(
+        self, apply: Callable[[], Any], executed: Callable[[Any, CsvfsError | None], None] | None
+    ) -> None:
         self.apply = apply
         self.executed = executed
         self.done = trio.Event()
@@ -73,7 +76,9 @@ class _Change:
 class Batches:
     """The queue of changes and the task that executes them."""
 
-    def __init__(self, metadata: BatchMetadata, metadata_log: BatchLog, may_serve: Callable[[], bool]) -> None:
+    def __init__(
+        self, metadata: BatchMetadata, metadata_log: BatchLog, may_serve: Callable[[], bool]
+    ) -> None:
         self._metadata = metadata
         self._log = metadata_log
         self._may_serve = may_serve
@@ -91,11 +96,14 @@ class Batches:
     ) -> T:
         """Execute `apply()` in a batch and return its value once that is durable.
 
-        apply     synchronous; may be called a second time after its transaction was rolled back, so it changes
-                  nothing but metadata. A CsvfsError it raises is its result and must leave metadata as it was.
+        apply     synchronous; may be called a second time after its transaction was rolled back, so it
+                  changes nothing but metadata. A CsvfsError it raises is its result and must leave metadata
+                  as it was.
         executed  called right after the transaction, before any other change, with the value or the error.
-        Raises    what `apply` raises; Unavailable: too many wait; what ended the log: the change may be lost or not.
-        Cancel    a change that was not executed yet is dropped (`executed` hears Unavailable); else it goes on.
+        Raises    what `apply` raises; Unavailable: too many wait; what ended the log: the change may be lost
+                  or not.
+        Cancel    a change that was not executed yet is dropped (`executed` hears Unavailable); else it goes
+                  on.
         """
         if self._closed is not None:
             raise self._closed
@@ -140,7 +148,8 @@ class Batches:
         for change in batch:
             self._unanswered.discard(change)
             if not self._may_serve():
-                # B1 holds, but another coordinator may be at work already: what this one knows is history (I5).
+                # B1 holds, but another coordinator may be at work already: what this one knows is history
+                # (I5).
                 change.error = LeaseLost("this node has lost its lease in the cluster store")
             change.done.set()
 

@@ -1,8 +1,9 @@
 """Block reader: reads metadata blocks while SQLite waits, that is without giving up the thread.
 
 Place      coordinator floor; beside the bus, which cannot be awaited from within SQLite.
-Why        SQLite's pages are cached (slab_vfs.py) and written through memory; what is read here is cold, and the drive
-           servers answer from another process. One blocking connection per node, with short time-outs.
+Why        SQLite's pages are cached (slab_vfs.py) and written through memory; what is read here is cold, and
+           the drive servers answer from another process. One blocking connection per node, with short
+           time-outs.
 Errors     every in-sync member is tried; Unavailable when none answers with blocks that verify (I9).
 """
 
@@ -54,7 +55,9 @@ class _Connection:
             self._socket.connect(address)
             self._socket.settimeout(READ_TIMEOUT_S)
             answer = control.unpack_value(self.request(Kind.CALL, control.pack_call("hello", hello)).head)
-            self.indexes = {bytes(row["id"]): int(row["index"]) for row in answer["drives"] if row["state"] == "ok"}
+            self.indexes = {
+                bytes(row["id"]): int(row["index"]) for row in answer["drives"] if row["state"] == "ok"
+            }
         except (OSError, KeyError, TypeError, ValueError) as error:
             self.close()
             raise Unavailable(f"drive server of node {server.node}: {error!r}") from None
@@ -110,13 +113,16 @@ class BlockReader:
         self._book = book
         self._directory = directory
         self._hello = {
-            "cluster": cluster, "volume": volume, "writer": "coordinator-reader", "incarnation": Incarnation(term),
+            "cluster": cluster, "volume": volume, "writer": "coordinator-reader",
+            "incarnation": Incarnation(term),
         }  # fmt: skip
         self._volume = volume
         self._local_node = local_node
         self._blocks_per_slab = blocks_per_slab
         self._connections: dict[NodeName, _Connection] = {}
-        self.read_local: ReadLocal = lambda slab, block, count: None  # this node's own copy, where there is one
+        self.read_local: ReadLocal = lambda slab, block, count: (
+            None
+        )  # this node's own copy, where there is one
 
     def read(self, block: int, count: int) -> bytes:
         """`count` blocks, verified. Raises Corrupt, Unavailable."""
@@ -148,7 +154,9 @@ class BlockReader:
             return b"".join(self._read_slab(slab, block + index, 1) for index in range(count))
         text = "; ".join(str(error) for error in failures)
         kind = Corrupt if failures and all(isinstance(error, Corrupt) for error in failures) else Unavailable
-        raise kind(f"metadata slab {slab} blocks {block} to {block + count - 1}: {text or 'no in-sync member'}")
+        raise kind(
+            f"metadata slab {slab} blocks {block} to {block + count - 1}: {text or 'no in-sync member'}"
+        )
 
     def _read_member(self, member: Member, descriptor: SlabDescriptor, block: int, count: int) -> bytes:
         connection = self._connected(member.node)
@@ -159,7 +167,9 @@ class BlockReader:
         frame = connection.request(Kind.READ, head)
         data = bytearray(frame.payload)
         if frame.kind != Kind.READ_DATA or len(data) != count * BLOCK_SIZE:
-            raise ProtocolError(f"node {member.node} answered a READ of {count} blocks with {len(data)} bytes")
+            raise ProtocolError(
+                f"node {member.node} answered a READ of {count} blocks with {len(data)} bytes"
+            )
         seed = slab_seed(self._volume, descriptor.slab)
         view = memoryview(data)
         for position, checksum in enumerate(unpack_checksums(frame.head, count)):
@@ -167,7 +177,9 @@ class BlockReader:
             if checksum == NEVER_WRITTEN:
                 data[begin : begin + BLOCK_SIZE] = ZERO_BLOCK
             elif block_checksum(view[begin : begin + BLOCK_SIZE], seed, block + position) != checksum:
-                raise Corrupt(f"slab {descriptor.slab} block {block + position} from node {member.node}: checksum")
+                raise Corrupt(
+                    f"slab {descriptor.slab} block {block + position} from node {member.node}: checksum"
+                )
         return bytes(data)
 
     def _connected(self, node: NodeName) -> _Connection:

@@ -1,8 +1,9 @@
 """Dispatch: one call of a session, from its frame to the reply that carries the leases held at that moment.
 
 Place      coordinator floor; above questions.py, operations.py, batches.py, leases.py, below service.py.
-Order      A reply leaves only when the log is durable up to the moment it was computed: nobody is told a state that
-           could un-happen. Its leases are looked up as it leaves: a recall sent meanwhile takes them out.
+Order      A reply leaves only when the log is durable up to the moment it was computed: nobody is told a
+           state that could un-happen. Its leases are looked up as it leaves: a recall sent meanwhile takes
+           them out.
 """
 
 from collections.abc import Callable
@@ -115,7 +116,8 @@ class Dispatch:
         def executed(outcome: Outcome | None, error: CsvfsError | None) -> None:
             if outcome is not None and outcome.reply is None:
                 return  # not finished: the ticket stays
-            # Right after the transaction: the ticket has kept others off, now the session may cache the new state.
+            # Right after the transaction: the ticket has kept others off, now the session may cache the new
+            # state.
             self._leases.finish(ticket)
             if outcome is not None and outcome.reply is not None and not outcome.stored:
                 leases.update(self._leases_after(session, operation, outcome.reply))
@@ -125,7 +127,9 @@ class Dispatch:
             if outcome.reply is not None:
                 break
         for field in operation.leases(outcome.reply):
-            leases.setdefault(field, (InodeNo(0), None))  # a stored reply may be history: it carries no leases
+            leases.setdefault(
+                field, (InodeNo(0), None)
+            )  # a stored reply may be history: it carries no leases
         return Reply(outcome.reply, leases)
 
     def _leases_after(
@@ -168,13 +172,14 @@ class Dispatch:
         return [self._metadata.slab(slab).to_wire() for slab in sorted(slabs)]
 
     async def allocate(self, session: Session, args: Args) -> Reply:
-        """Fill the holes of a range, in as many transactions as it takes; the last one is the one that counts."""
-        op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
+        """Fill the holes of a range, in as many transactions as it takes; the last one is the one that
+        counts.""" op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
         ino, block = arguments.inode(args), arguments.number(args, "block")
         count = arguments.number(args, "count", 1, ALLOCATE_BLOCKS_MAX)
         size, mtime_ns = arguments.number_or_zero(args, "size"), arguments.number_or_zero(args, "mtime_ns")
         end = block + count
-        # From where on there may be holes, and how many blocks were missing: as the last transaction found it.
+        # From where on there may be holes, and how many blocks were missing: as the last transaction found
+        # it.
         start, reached, missing = block, block, 0
 
         def apply() -> Value | None:
@@ -211,9 +216,11 @@ class Dispatch:
             self._leases.release(session, InodeNo(ino), kind)
         return {}
 
-    def reclaim(self, session: Session, args: Args) -> tuple[list[int], list[tuple[InodeNo, int, int | None]]]:
-        """Refused inodes, and what the session reports of files that it was writing: (ino, size, mtime_ns)."""
-        refused: list[int] = []
+    def reclaim(
+        self, session: Session, args: Args
+    ) -> tuple[list[int], list[tuple[InodeNo, int, int | None]]]:
+        """Refused inodes, and what the session reports of files that it was writing: (ino, size,
+        mtime_ns).""" refused: list[int] = []
         reports: list[tuple[InodeNo, int, int | None]] = []
         for ino, kind, size, mtime_ns in arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX):
             if not isinstance(ino, int) or not isinstance(kind, int) or not OPEN <= kind <= WRITE:

@@ -1,9 +1,9 @@
 """What a coordinator tells drive servers: PROTOCOL.md, "Calls to a drive server", as methods.
 
 Place      coordinator floor, over block/server_links.py.
-Links      `links` are those of the writer `coordinator` with the term as incarnation: registering a higher term
-           fences them, so no call of a deposed coordinator can arrive late. `pull_links` carry the calls that
-           take long; those bear the term themselves.
+Links      `links` are those of the writer `coordinator` with the term as incarnation: registering a higher
+           term fences them, so no call of a deposed coordinator can arrive late. `pull_links` carry the calls
+           that take long; those bear the term themselves.
 Errors     Fenced means that another coordinator has taken the volume: it goes up and ends the service.
 """
 
@@ -107,7 +107,8 @@ class DriveControl:
                     failures[slab, drive] = error
                 return
             except (KeyError, TypeError, ValueError) as error:
-                raise ProtocolError(f"node {node} answered install with nonsense: {error!r}") from None
+                nonsense = ProtocolError(f"node {node} answered install with nonsense: {error!r}")
+                failures.update({(slab, drive): nonsense for drive, slab, _, _ in part})
 
     async def create_slab(self, slab: SlabId, epoch: Epoch, place: DriveSpace, copies: int) -> None:
         """Raises NoSpace, DriveFailed, Unavailable, Fenced. Idempotent."""
@@ -120,7 +121,8 @@ class DriveControl:
     # -- fences ----------------------------------------------------------------------------------
 
     async def register_term(self, node: NodeName) -> None:
-        """From its answer on the node takes nothing of lower terms (I6). Raises Fenced: a higher one is there."""
+        """From its answer on the node takes nothing of lower terms (I6). Raises Fenced: a higher one is
+        there."""
         await self.call(node, "register_term", {"term": self.term})
 
     async def fence(self, node: NodeName, writer: str, min_incarnation: Incarnation) -> None:
@@ -150,7 +152,9 @@ class DriveControl:
         """Have `target` copy from `source` what it misses, or just `chunks`; returns the bytes copied."""
         where = self._source_of(source.node)
         if where is None:
-            raise Unavailable(f"node {source.node} runs no drive server now; slab {descriptor.slab} waits for it")
+            raise Unavailable(
+                f"node {source.node} runs no drive server now; slab {descriptor.slab} waits for it"
+            )
         args = {
             "drive": target.drive,
             "slab": descriptor.slab,
@@ -169,7 +173,8 @@ class DriveControl:
         """Make (block, count) ranges never-written on one member.
 
         After an error the link is dropped: whatever of the trim is still under way dies with it, because a
-        later link of the same writer closes the earlier one first. So no trim lands after its blocks were freed.
+        later link of the same writer closes the earlier one first. So no trim lands after its blocks were
+        freed.
         """
         try:
             server = await self.links.connected(member.node)

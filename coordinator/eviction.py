@@ -1,9 +1,11 @@
-"""Eviction: a mount is gone, or does not answer; its leases may pass on only when nothing of it can land any more.
+"""Eviction: a mount is gone, or does not answer; its leases may pass on only when nothing of it can land any
+more.
 
 Place      coordinator floor; above slab_changes.py.
-Order      refuse its calls; fence its incarnation on every drive server (I6), dropping the copies on those that cannot
-           be reached; make the chunks it was writing equal on all members; wait until it cannot be serving reads
-           from its own drives any more; forget it. Every step may be done twice: a successor begins anew.
+Order      refuse its calls; fence its incarnation on every drive server (I6), dropping the copies on those
+           that cannot be reached; make the chunks it was writing equal on all members; wait until it cannot
+           be serving reads from its own drives any more; forget it. Every step may be done twice: a successor
+           begins anew.
 """
 
 import logging
@@ -36,8 +38,8 @@ class Eviction:
     async def fence_out(self, session: Session, *, succeeded: Callable[[], bool]) -> None:
         """Returns when leases of the session may pass on.
 
-        Args     succeeded: whether a later incarnation of the same node's mount has introduced itself: then the
-                 process is known to be dead, and need not be waited for.
+        Args     succeeded: whether a later incarnation of the same node's mount has introduced itself: then
+                 the process is known to be dead, and need not be waited for.
         Raises   Fenced: this coordinator is over. Cancel safe: to be begun anew.
         """
         while True:
@@ -87,11 +89,11 @@ class Eviction:
         """A node where the writer cannot be fenced: nothing written there may count any more."""
         kept = await self._changes.drop_node(node, "its drive server cannot be reached")
         if kept and self._facts.is_alive(node):
-            # Last copies. Without a lease the node serves nothing, and its copies start over at a new epoch; but
-            # one that lives and that we cannot reach may be taking writes.
+            # Last copies. Without a lease the node serves nothing, and its copies start over at a new epoch;
+            # but one that lives and that we cannot reach may be taking writes.
             raise Unavailable(
-                f"node {node} holds the last copies of {len(kept)} slabs, the first is {kept[0]}, and its drive "
-                "server cannot be reached"
+                f"node {node} holds the last copies of {len(kept)} slabs, the first is {kept[0]}, "
+                "and its drive server cannot be reached"
             )
 
     def _is_writable_member(self, slab: SlabId, drive: bytes) -> bool:

@@ -1,8 +1,11 @@
-"""The coordinator host: `python -m coordinator.host`, one per node; coordinates the volumes it was elected for.
+"""The coordinator host: `python -m coordinator.host`, one per node; coordinates the volumes it was elected
+for.
 
-Place      coordinator floor, the process; started by `csvfs node run` (admin/node_run.py), which also buries it.
+Place      coordinator floor, the process; started by `csvfs node run` (admin/node_run.py), which also buries
+           it.
 Tasks      the engine, the membership view, one task per volume owned, one that elects.
-Survives   a kill at any instant: what it owned is in the cluster store and on drives; whoever is elected takes over.
+Survives   a kill at any instant: what it owned is in the cluster store and on drives; whoever is elected
+           takes over.
 """
 
 import logging
@@ -15,13 +18,14 @@ from typing import Any
 
 import trio
 
+from coordinator.background import leaves
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.service import Service, VolumeSetup
 from coordinator.serving import serve_volume
 from coordinator.sessions import Session
 from coordinator.volume_creation import create_volume, delete_volume, record_error
 from csvfs.clock import monotonic_ns
-from csvfs.cluster.election import decide, release_ownership, take_ownership
+from csvfs.cluster.election import Attempt, decide, release_ownership, take_ownership
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
 from csvfs.config import NodeConfig, load_config
@@ -61,6 +65,7 @@ class OwnedVolume:
         self.term = term
         self.scope = trio.CancelScope()
         self.service: Service | None = None
+        self.finished = False
 
 
 class Host:
@@ -138,7 +143,9 @@ class Host:
             try:
                 await release_ownership(self._store, name, self.node, self._incarnation)
             except CsvfsError as error:
-                log.warning("volume %s is not given up, its owner key ends with the node's lease: %s", name, error)
+                log.warning(
+                    "volume %s is not given up, its owner key ends with the node's lease: %s", name, error
+                )
 
     async def _watch_liveness_forever(self) -> None:
         while self._may_serve():
@@ -166,10 +173,12 @@ class Host:
                 else:
                     next_ns = min(next_ns, attempt.start_ns)
             self._check_owned()
+            if any(owned.finished for owned in self.owned.values()):
+                next_ns = min(next_ns, now_ns + int(RETRY_S * 1e9))
             with trio.move_on_after(max(0.0, (next_ns - monotonic_ns()) / 1e9)):
                 await changed()
 
-    def _attempts(self, wanting: list[str], without_owner: dict[str, int]) -> list[Any]:
+    def _attempts(self, wanting: list[str], without_owner: dict[str, int]) -> list[Attempt]:
         owners = {name: NodeName(str(value.get("node"))) for name, value in self.view.owners.items()}
         preferred = {
             name: NodeName(node)
@@ -179,7 +188,7 @@ class Host:
         alive = [node for node in self.view.coordinators if node in self.view.alive]
         attempts = decide(self.node, wanting, owners, alive, preferred, 0)
         return [
-            type(attempt)(attempt.volume, attempt.start_ns + without_owner.get(attempt.volume, 0))
+            Attempt(attempt.volume, attempt.start_ns + without_owner.get(attempt.volume, 0))
             for attempt in attempts
             if attempt.volume not in self.owned
         ]
@@ -231,19 +240,22 @@ class Host:
             with owned.scope:
                 await self._work_on(owned)
         except* NotCoordinator as group:
-            log.warning("volume %s: %s", owned.name, group.exceptions[0])
+            log.warning("volume %s: %s", owned.name, leaves(group)[0])
         except* LeaseLost:
             raise
         except* CsvfsError as group:
-            log.error("volume %s: %s", owned.name, _first_of(group))
+            log.error("volume %s: %s", owned.name, leaves(group)[0])
         except* Exception:
             log.exception("volume %s: its coordinator failed in a way nobody planned for", owned.name)
         finally:
             owned.service = None
+            owned.finished = True
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await self._give_up(owned)
-            self.owned.pop(owned.name, None)
-        await trio.sleep(RETRY_S)
+            try:
+                await trio.sleep(RETRY_S)  # what failed at once would fail at once again
+            finally:
+                self.owned.pop(owned.name, None)
 
     async def _give_up(self, owned: OwnedVolume) -> None:
         try:
@@ -295,7 +307,12 @@ class Host:
         """False: it cannot be created as things are; tried again when they change."""
         try:
             await create_volume(
-                setup, engine=self.engine, store=self._store, facts=self.facts, cluster=self._cluster, rng=self._rng
+                setup,
+                engine=self.engine,
+                store=self._store,
+                facts=self.facts,
+                cluster=self._cluster,
+                rng=self._rng,
             )
         except NoSpace as error:
             log.error("volume %s cannot be created: %s", setup.name, error)
@@ -392,13 +409,6 @@ class Host:
 
 def _wants_coordinator(value: dict[str, Any]) -> bool:
     return value.get("state") in ("creating", "online", "deleting")
-
-
-def _first_of(group: BaseExceptionGroup) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def serve(config: NodeConfig) -> None:

@@ -1,4 +1,5 @@
-"""Janitor: lets go of deleted files that nobody has open any more, and of space granted ahead to files at rest.
+"""Janitor: lets go of deleted files that nobody has open any more, and of space granted ahead to files at
+rest.
 
 Place      coordinator floor; above batches.py and leases.py.
 Writer     its one task; others only note inodes.
@@ -17,7 +18,9 @@ from csvfs.ids import InodeNo
 
 log = logging.getLogger(__name__)
 
-NOTES_MAX = 65_536  # of files at rest; more are forgotten, and keep a little space until they are next written
+NOTES_MAX = (
+    65_536  # of files at rest; more are forgotten, and keep a little space until they are next written
+)
 INODES_PER_CHANGE = 16
 DELAY_S = 0.05  # collects what belongs together
 _BLOCKS, _SIZE = 7, 6  # in an attr; blocks are of 512 bytes
@@ -43,7 +46,9 @@ class Janitor:
         """A session holds less of it than before."""
         if ino in self._orphans:
             self._wanted.set()
-        elif len(self._at_rest) < NOTES_MAX and not self._leases.holds_data(ino) and self._has_space_ahead(ino):
+        elif (
+            len(self._at_rest) < NOTES_MAX and not self._leases.holds_data(ino) and self._has_space_ahead(ino)
+        ):
             self._at_rest[ino] = None
             self._wanted.set()
 
@@ -65,7 +70,9 @@ class Janitor:
             await self._wanted.wait()
             self._wanted = trio.Event()
             await trio.sleep(DELAY_S)
-            await self._each([ino for ino in self._orphans if not self._leases.table.is_held(ino)], self._drop)
+            await self._each(
+                [ino for ino in self._orphans if not self._leases.table.is_held(ino)], self._drop
+            )
             await self._each(list(self._at_rest), self._shorten)
 
     async def _each(self, inos: list[InodeNo], change: Callable[[InodeNo], None]) -> None:

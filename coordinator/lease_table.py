@@ -1,21 +1,26 @@
 """Lease table: which session may cache or write which inode, and who waits for it.
 
-Place      coordinator floor. Pure: no I/O, clock or trio. Requests in; recalls to send and tickets granted out.
+Place      coordinator floor. Pure: no I/O, clock or trio. Requests in; recalls to send and tickets granted
+           out.
 Writer     the service's one thread.
 
-A **ticket** is a request for one or more inodes at once, each with a Need. It is granted for all of them or for none,
-so a ticket never holds one inode while it waits for another. Granted, it keeps others off until `finish`: between the
-recall of other nodes' caches and the change itself nobody can cache the old state again.
+A **ticket** is a request for one or more inodes at once, each with a Need. It is granted for all of them or
+for none, so a ticket never holds one inode while it waits for another. Granted, it keeps others off until
+`finish`: between the recall of other nodes' caches and the change itself nobody can cache the old state
+again.
 
 Invariants
   T1  A write lease excludes read and write leases of other sessions.
-  T2  A session is given nothing on an inode while a recall of it is unanswered: its answer says what it holds.
-  T3  Of two tickets of different sessions that exclude each other, the elder is granted first; the eldest waiting
-      ticket waits only for answers to recalls (which have a deadline) and for granted tickets (which finish).
+  T2  A session is given nothing on an inode while a recall of it is unanswered: its answer says what it
+      holds.
+  T3  Of two tickets of different sessions that exclude each other, the elder is granted first; the eldest
+      waiting ticket waits only for answers to recalls (which have a deadline) and for granted tickets (which
+      finish).
   T4  The table may believe that a session holds more than it does, never less.
 
-A **serial** marks when a session's lease was granted or last recalled. A reply is computed at one moment and leaves
-later, when its log is durable; it carries the lease only if the serial is still the same (see `lease_at_send`).
+A **serial** marks when a session's lease was granted or last recalled. A reply is computed at one moment and
+leaves later, when its log is durable; it carries the lease only if the serial is still the same (see
+`lease_at_send`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -128,13 +133,19 @@ class LeaseTable:
         return actions
 
     def try_read(self, session: SessionKey, ino: InodeNo) -> int | None:
-        """A read lease at once, if nobody has to be asked and nobody waits for the inode; its serial or None."""
+        """A read lease at once, if nobody has to be asked and nobody waits for the inode; its serial or
+        None."""
         inode = self._inodes.get(ino)
         if inode is None:
             inode = self._inodes[ino] = _Inode()
-        elif session in inode.recalls or any(
-            ticket.session != session and _exclude(Need.READ, ticket.needs[ino]) for ticket in inode.tickets
-        ) or any(held.kind == WRITE and other != session for other, held in inode.holders.items()):
+        elif (
+            session in inode.recalls
+            or any(
+                ticket.session != session and _exclude(Need.READ, ticket.needs[ino])
+                for ticket in inode.tickets
+            )
+            or any(held.kind == WRITE and other != session for other, held in inode.holders.items())
+        ):
             return None
         return self._raise_to(session, ino, inode, READ).serial
 
@@ -182,7 +193,8 @@ class LeaseTable:
         return actions
 
     def end_session(self, session: SessionKey) -> tuple[list[InodeNo], list[Action]]:
-        """The session is gone and fenced: its leases pass on. Returns the inodes that it held, and actions."""
+        """The session is gone and fenced: its leases pass on. Returns the inodes that it held, and
+        actions."""
         held = list(self._sessions.pop(session, ()))
         touched = set(held)
         for ino, inode in self._inodes.items():
@@ -265,7 +277,8 @@ class LeaseTable:
     # -- the machine -----------------------------------------------------------------------------
 
     def _try_grant(self, ticket: Ticket, actions: list[Action], *, announce: bool = True) -> None:
-        """Grant `ticket` if nothing stands in its way; else recall what does, wherever it is first in line."""
+        """Grant `ticket` if nothing stands in its way; else recall what does, wherever it is first in
+        line."""
         free = True
         for ino, need in ticket.needs.items():
             inode = self._inodes[ino]

@@ -91,7 +91,9 @@ class Leases:
         self.finish(ticket)
         if session.ended:
             raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
-        raise TimedOut(f"leases on inodes {sorted(needs)} were not given back within {WAIT_S_MAX:g} s; try again")
+        raise TimedOut(
+            f"leases on inodes {sorted(needs)} were not given back within {WAIT_S_MAX:g} s; try again"
+        )
 
     @asynccontextmanager
     async def taken(self, session: Session, needs: Mapping[InodeNo, Need]) -> Any:
@@ -177,7 +179,8 @@ class Leases:
         kind = kind if isinstance(kind, int) and NONE <= kind <= WRITE else recall.to_kind
         size = fields.get("size")
         if isinstance(size, int) and self.table.held(session.key, recall.ino) == WRITE:
-            # Before the lease passes on: whoever gets it must see the size and times that were written under it.
+            # Before the lease passes on: whoever gets it must see the size and times that were written under
+            # it.
             await self._report(recall.ino, size, _int(fields, "mtime_ns"), _int(fields, "atime_ns"))
             if session.ended:
                 return

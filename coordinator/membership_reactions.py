@@ -1,6 +1,7 @@
 """Reactions to the membership: drive servers that come and go, nodes that die.
 
-Place      coordinator floor; above restoration.py, resync.py, slab_changes.py, session_desk.py, below service.py.
+Place      coordinator floor; above restoration.py, resync.py, slab_changes.py, session_desk.py, below
+           service.py.
 Tasks      one that follows the view and one that restores, so that a slow restoration delays no reaction.
 """
 
@@ -54,7 +55,8 @@ class MembershipReactions:
         self._next_slab = 0  # ids from here on were given out by this coordinator
 
     def look_into(self, drives: Iterable[DriveId]) -> None:
-        """A writer got no answer from these: drop them from all slabs if their server is gone; bring them back."""
+        """A writer got no answer from these: drop them from all slabs if their server is gone; bring them
+        back."""
         self._suspects.update(node for node in map(self._facts.node_of, drives) if node is not None)
         self._drop_due.set()
         self._look_due.set()

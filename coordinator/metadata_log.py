@@ -1,4 +1,5 @@
-"""The metadata log on its way: ordered block writes and barriers, from the image to the metadata slabs' members.
+"""The metadata log on its way: ordered block writes and barriers, from the image to the metadata slabs'
+members.
 
 Place      coordinator floor; between slab_image.py and block/bus.py.
 Writer     the service's batch task appends; bus callbacks advance.
@@ -6,7 +7,8 @@ Writer     the service's batch task appends; bus callbacks advance.
 Invariants
   G1  Writes are handed to the bus in log order; behind a barrier only when all before it are on all members
       and flushed. So at any instant the members hold a state in which SQLite may have crashed.
-  G2  `durable` only grows, and position p is durable iff every write appended up to p is on all in-sync members.
+  G2  `durable` only grows, and position p is durable iff every write appended up to p is on all in-sync
+      members.
 """
 
 import logging

@@ -1,7 +1,9 @@
 """Metadata space: adds metadata slabs before the database needs them.
 
-Place      coordinator floor; above slab_manager.py (which places copies) and slab_book.py (which commits them).
-Order      copies on drives, then the cluster store key, then the image may use it. A kill in between leaves strays.
+Place      coordinator floor; above slab_manager.py (which places copies) and slab_book.py (which commits
+           them).
+Order      copies on drives, then the cluster store key, then the image may use it. A kill in between leaves
+           strays.
 """
 
 import logging
@@ -30,10 +32,16 @@ class Learner(Protocol):
 
 
 class MetadataSpace:
-    """Keeps at least half a slab free; a batch writes a few hundred blocks, and there are at most 8 on their way."""
+    """Keeps at least half a slab free; a batch writes a few hundred blocks, and there are at most 8 on their
+    way."""
 
     def __init__(
-        self, metadata: Metadata, metadata_log: MetadataLog, book: MetadataBook, slabs: SlabManager, bus: Learner
+        self,
+        metadata: Metadata,
+        metadata_log: MetadataLog,
+        book: MetadataBook,
+        slabs: SlabManager,
+        bus: Learner,
     ) -> None:
         self._metadata = metadata
         self._log = metadata_log

@@ -1,8 +1,9 @@
-"""Operations that change metadata: what each needs of other sessions, what it does, which leases its reply carries.
+"""Operations that change metadata: what each needs of other sessions, what it does, which leases its reply
+carries.
 
 Place      coordinator floor; above metadata.py and lease_table.py, below service.py. Synchronous.
-Order      `needs` is looked up before leases are taken, and again in the batch: names may point elsewhere by then,
-           in which case nothing is done and the service begins anew.
+Order      `needs` is looked up before leases are taken, and again in the batch: names may point elsewhere by
+           then, in which case nothing is done and the service begins anew.
 """
 
 import stat
@@ -59,7 +60,9 @@ class Operation:
 class Operations:
     """Makes Operations from the arguments of calls. All raise BadRequest."""
 
-    def __init__(self, metadata: Metadata, table: LeaseTable, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self, metadata: Metadata, table: LeaseTable, clock_ns: Callable[[], int] = time.time_ns
+    ) -> None:
         self._metadata = metadata
         self._table = table
         self.now_ns = clock_ns
@@ -131,13 +134,15 @@ class Operations:
         """Raises Conflict unless the session holds at least `kind` on `ino`."""
         held = self._table.held(session, ino)
         if held < kind:
-            raise Conflict(f"inode {ino}: mount of {session[0]} holds lease {held}, this needs {kind}; acquire it first")
+            raise Conflict(
+                f"inode {ino}: mount of {session[0]} holds lease {held}, this needs {kind}; acquire it first"
+            )
 
     # -- names -----------------------------------------------------------------------------------
 
     def _peek(self, parent: InodeNo, name: bytes) -> list[int] | None:
-        """The attr that a name leads to now; None: nothing, or what is wrong will show when the change is done."""
-        try:
+        """The attr that a name leads to now; None: nothing, or what is wrong will show when the change is
+        done.""" try:
             return self._metadata.lookup(parent, name)
         except CsvfsError:
             return None
@@ -212,7 +217,8 @@ def _kept(attr: list[int] | None) -> list[tuple[InodeNo, Need]]:
 
 
 def _losing_a_name(attr: list[int] | None) -> list[tuple[InodeNo, Need]]:
-    """An inode that loses its last name leaves all caches, so that those who do not have it open let it go."""
+    """An inode that loses its last name leaves all caches, so that those who do not have it open let it
+    go."""
     if attr is None:
         return []
     last = stat.S_ISDIR(attr[_MODE]) or attr[_NLINK] <= 1

@@ -1,8 +1,8 @@
 """Calls that change nothing: answered at once from the database, with whatever leases are free.
 
 Place      coordinator floor; above metadata.py and leases.py, below service.py. Synchronous.
-Rule       they never wait for leases. A read lease that cannot be had at once is left out of the reply, and the mount
-           does not cache what the reply says.
+Rule       they never wait for leases. A read lease that cannot be had at once is left out of the reply, and
+           the mount does not cache what the reply says.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,10 @@
 """Restoration: drive servers that started anew, and what their copies are worth.
 
 Place      coordinator floor; above slab_changes.py, below resync.py. `judge` is pure.
-Why        After a start of a drive server none of its copies is in service (PROTOCOL.md, "Kinds"): writes may have
-           been torn, or made elsewhere meanwhile. A copy that is in sync and not the last leaves the in-sync set and is
-           resynced (which costs little: what it misses); the last goes on, for it has all that was acknowledged.
+Why        After a start of a drive server none of its copies is in service (PROTOCOL.md, "Kinds"): writes may
+           have been torn, or made elsewhere meanwhile. A copy that is in sync and not the last leaves the
+           in-sync set and is resynced (which costs little: what it misses); the last goes on, for it has all
+           that was acknowledged.
 
 Invariants
   I1   the last in-sync copy is never dropped, and while one is in service the others are not preferred to it.
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, frozen=True)
 class Judgement:
-    """`drops`: members to take out. `kept`: the copy that goes on alone, though its server has started anew."""
+    """`drops`: members to take out. `kept`: the copy that goes on alone, though its server has started
+    anew."""
 
     drops: frozenset[DriveId] = frozenset()
     kept: DriveId | None = None
@@ -37,8 +39,8 @@ def judge(
 ) -> Judgement:
     """What to do with a slab of which some copies are on servers that have started anew.
 
-    Args     serving: drives whose copy is in service. returned: drives that can be reached, with a copy that is
-             not in service. Members on drives in neither cannot be reached.
+    Args     serving: drives whose copy is in service. returned: drives that can be reached, with a copy that
+             is not in service. Members on drives in neither cannot be reached.
     """
     in_sync = [member.drive for member in descriptor.in_sync]
     joining = {m.drive for m in descriptor.members if m.role == ROLE_JOINING and m.drive not in serving}
@@ -141,7 +143,8 @@ async def _carry_out(changes: SlabChanges, judgements: dict[SlabId, Judgement]) 
 def strays(
     changes: SlabChanges, census: Census, is_ours: "Collection[SlabId]"
 ) -> list[tuple[SlabId, NodeName, DriveId]]:
-    """Copies that no descriptor names: left by a creation that was interrupted, or of a member that was replaced.
+    """Copies that no descriptor names: left by a creation that was interrupted, or of a member that was
+    replaced.
 
     Args     is_ours: slab ids to look at; those being created at the moment are not among them.
     """

@@ -2,9 +2,9 @@
 
 Place      coordinator floor; above slab_changes.py.
 Tasks      WORKERS tasks take jobs; at most one per target drive at a time.
-Order      begin_joining (commit, install on all): from here the member gets every write. Pull what it missed before.
-           complete_joining (commit, install). A step that fails is tried again later; a coordinator that dies leaves
-           a joining member, for which its successor begins with the pull.
+Order      begin_joining (commit, install on all): from here the member gets every write. Pull what it missed
+           before. complete_joining (commit, install). A step that fails is tried again later; a coordinator
+           that dies leaves a joining member, for which its successor begins with the pull.
 """
 
 import logging
@@ -161,7 +161,8 @@ class Resync:
 async def bring_in_sync(changes: SlabChanges, slab: SlabId, drive: DriveId) -> int:
     """One member from absent or joining to in sync; returns the bytes copied.
 
-    Raises  Unavailable, DriveFailed ...: not now. NotFound, Conflict: there is nothing to do (any more). Fenced.
+    Raises  Unavailable, DriveFailed ...: not now. NotFound, Conflict: there is nothing to do (any more).
+            Fenced.
     Cancel  safe: the member stays absent or joining.
     """
     descriptor = changes.book.current(slab)

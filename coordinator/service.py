@@ -2,11 +2,12 @@
 
 Place      coordinator floor; the assembly of all parts. host.py starts it, and gives it links and frames.
 Tasks      those of its parts, `_watch_members_forever`, one per call that has to wait.
-Ends       with NotCoordinator or Fenced when a later term is at work, with LeaseLost when this node may not serve
-           any more; by cancel: what was acknowledged is on the members, so nothing is owed.
+Ends       with NotCoordinator or Fenced when a later term is at work, with LeaseLost when this node may not
+           serve any more; by cancel: what was acknowledged is on the members, so nothing is owed.
 
 Invariants
-  I5   Nothing is answered when the node's lease may have run out: the liveness page is looked at before each reply.
+  I5   Nothing is answered when the node's lease may have run out: the liveness page is looked at before each
+       reply.
 """
 
 import logging
@@ -52,7 +53,9 @@ log = logging.getLogger(__name__)
 CALLS_MAX = 4_096  # of all sessions being worked on
 SLABS_ASKED_MAX = 65_536
 # Served before all sessions have reclaimed: they need no lease that is not held already.
-_EARLY_CALLS = frozenset(("hello", "reclaim", "allocate", "commit", "release", "slab_failed", "slabs", "fsync"))
+_EARLY_CALLS = frozenset(
+    ("hello", "reclaim", "allocate", "commit", "release", "slab_failed", "slabs", "fsync")
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -205,7 +208,9 @@ class Service:
         if value is not None:
             self._reply(link, session, frame.request_id, value)
         elif self._nursery is None or self._call_count >= CALLS_MAX:
-            link.reply_error(frame.request_id, NotCoordinator(f"volume {self.setup.name} takes no more calls now"))
+            link.reply_error(
+                frame.request_id, NotCoordinator(f"volume {self.setup.name} takes no more calls now")
+            )
         else:
             self._call_count += 1
             self._nursery.start_soon(self._serve, link, session, frame.request_id, name, args)
@@ -271,11 +276,15 @@ class Service:
 
     def _check_session(self, session: Session) -> None:
         if session.ended:
-            raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted; it has to start anew")
+            raise Fenced(
+                f"{session.writer} incarnation {session.incarnation} was evicted; it has to start anew"
+            )
 
     def _check_serving(self) -> None:
         if not self._may_serve():
-            raise LeaseLost(f"node {self.setup.node} has lost its lease; volume {self.setup.name} moves elsewhere")
+            raise LeaseLost(
+                f"node {self.setup.node} has lost its lease; volume {self.setup.name} moves elsewhere"
+            )
 
     # -- calls that are not of one file ----------------------------------------------------------
 

@@ -97,7 +97,8 @@ async def serve_volume(
     make_reader: MakeReader | None = None,
     rng: Random | None = None,
 ) -> None:
-    """Take the volume over and serve it until cancelled; `serving(service)` when it is ready, `serving(None)` after.
+    """Take the volume over and serve it until cancelled; `serving(service)` when it is ready, `serving(None)`
+    after.
 
     Raises  Fenced, NotCoordinator: a later term is at work. Corrupt: the metadata cannot be used. LeaseLost.
     """

@@ -1,8 +1,9 @@
 """Session desk: who comes, who stays, who has to go: hello, reclaim after a takeover, eviction.
 
 Place      coordinator floor; above sessions.py, eviction.py, batches.py, leases.py, below service.py.
-Owns       the sessions of one volume, and for each node the incarnations that were evicted (kept in the database:
-           an evicted mount that wakes up later still believes in its leases, whoever coordinates then).
+Owns       the sessions of one volume, and for each node the incarnations that were evicted (kept in the
+           database: an evicted mount that wakes up later still believes in its leases, whoever coordinates
+           then).
 Tasks      the grace period after a takeover, and one per eviction.
 """
 
@@ -133,7 +134,8 @@ class SessionDesk:
                 self._begin(session, f"node {session.node} is gone")
 
     async def evict(self, session: Session, reason: str) -> None:
-        """Returns when the session is fenced and its leases have passed on. Cancel: it is evicted all the same."""
+        """Returns when the session is fenced and its leases have passed on. Cancel: it is evicted all the
+        same."""
         await self._begin(session, reason).wait()
 
     def _begin(self, session: Session, reason: str) -> trio.Event:
@@ -147,12 +149,16 @@ class SessionDesk:
     async def _carry_out(self, session: Session, reason: str) -> None:
         log.warning("evicting %s, incarnation %d: %s", session.writer, session.incarnation, reason)
         if session.link is not None:
-            session.link.close(Fenced(f"{session.writer} incarnation {session.incarnation} was evicted: {reason}"))
+            session.link.close(
+                Fenced(f"{session.writer} incarnation {session.incarnation} was evicted: {reason}")
+            )
         await self._eviction.fence_out(
             session, succeeded=lambda: self._newest.get(session.node, 0) > session.incarnation
         )
         await self._batches.run(lambda: self._forget(session))
-        self._evicted[session.node] = max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
+        self._evicted[session.node] = max(
+            session.incarnation, self._evicted.get(session.node, Incarnation(0))
+        )
         self.sessions.remove(session)
         assert self.leases is not None
         self.leases.end_session(session.key)

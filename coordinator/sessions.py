@@ -1,12 +1,12 @@
 """Sessions: the mounts that this coordinator serves, one incarnation of one node's mount each.
 
 Place      coordinator floor; above csvfs/net and metadata.py, below leases.py and service.py.
-Owns       which link speaks for which session. What must outlive this process (the sessions themselves, their last
-           replies) is in the metadata database.
+Owns       which link speaks for which session. What must outlive this process (the sessions themselves, their
+           last replies) is in the metadata database.
 
 Invariants
-  I11  A change that carries `op` is executed once per session: its reply is stored in the same transaction, and
-       found by whoever sends it again, to this coordinator or the next.
+  I11  A change that carries `op` is executed once per session: its reply is stored in the same transaction,
+       and found by whoever sends it again, to this coordinator or the next.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +42,8 @@ class ReplyStore(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """`id`: in the database. `reclaimed`: it has said all that it holds. `ended`: evicted or being evicted."""
+    """`id`: in the database. `reclaimed`: it has said all that it holds. `ended`: evicted or being
+    evicted."""
 
     id: int
     key: SessionKey
@@ -109,7 +110,8 @@ class Sessions:
         self._by_key.pop(session.key, None)
 
     def older_of(self, node: NodeName, incarnation: Incarnation) -> list[Session]:
-        """Earlier incarnations of the node's mount: they are dead, and must be evicted before it is served."""
+        """Earlier incarnations of the node's mount: they are dead, and must be evicted before it is
+        served."""
         return [session for session in self if session.node == node and session.incarnation < incarnation]
 
     def check_newest(self, node: NodeName, incarnation: Incarnation) -> None:
@@ -128,7 +130,8 @@ class Sessions:
 
 @dataclass(slots=True, frozen=True)
 class Outcome:
-    """Of a change. `reply` None: there is more to do in a further batch. `stored`: said before, maybe history now."""
+    """Of a change. `reply` None: there is more to do in a further batch. `stored`: said before, maybe history
+    now."""
 
     reply: dict[str, Any] | None
     stored: bool = False

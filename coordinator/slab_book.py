@@ -3,8 +3,8 @@
 Place      coordinator floor; below slab_changes.py, which is the same for both.
 
 Invariants
-  I1  A descriptor changes only by `change`: a transition of block/slab_state.py applied to the committed one, in one
-      transaction, durable when the call returns.
+  I1  A descriptor changes only by `change`: a transition of block/slab_state.py applied to the committed one,
+      in one transaction, durable when the call returns.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -34,7 +34,8 @@ class SlabBook(Protocol):
         ...
 
     async def change(self, slabs: Iterable[SlabId], transition: Transition) -> Outcome:
-        """Apply `transition` to each slab, all in one transaction; those for which it raises stay as they are.
+        """Apply `transition` to each slab, all in one transaction; those for which it raises stay as they
+        are.
 
         Returns  per slab its committed descriptor, or what the transition raised.
         Raises   what ends the coordinator; then nothing is known.
@@ -89,7 +90,8 @@ class DataBook:
 
 
 class MetadataBook:
-    """Metadata slabs: one key of the cluster store, changed by compare-and-swap under this coordinator's term."""
+    """Metadata slabs: one key of the cluster store, changed by compare-and-swap under this coordinator's
+    term."""
 
     def __init__(self, store: ClusterStore, volume_name: str, term: Term) -> None:
         self._store = store
@@ -147,13 +149,17 @@ class MetadataBook:
     async def _read(self) -> tuple[Item, Item]:
         term_item, item = await self._store.get(self._term_key), await self._store.get(self._key)
         if term_item is None or _term_of(term_item) != self._term:
-            raise NotCoordinator(f"term {self._term} of {self._key} is over: another node coordinates the volume")
+            raise NotCoordinator(
+                f"term {self._term} of {self._key} is over: another node coordinates the volume"
+            )
         if item is None:
             raise NotFound(f"cluster store key {self._key} does not exist: the volume has no metadata")
         descriptors = parse_descriptors(item)
         for slab, known in self._descriptors.items():
             if slab not in descriptors or descriptors[slab].epoch < known.epoch:
-                raise Corrupt(f"cluster store key {self._key} went back in time; was the store restored from a backup?")
+                raise Corrupt(
+                    f"cluster store key {self._key} went back in time; was the store restored from a backup?"
+                )
         self._descriptors = descriptors
         return term_item, item
 
@@ -180,7 +186,9 @@ def parse_descriptors(item: Item) -> dict[SlabId, SlabDescriptor]:
         value = unpack_value(item.value)
         parsed = [SlabDescriptor.from_wire(row) for row in value["slabs"]]
     except (ProtocolError, KeyError, TypeError) as error:
-        raise Corrupt(f"cluster store key {item.key} is damaged: {error}; restore the cluster store") from None
+        raise Corrupt(
+            f"cluster store key {item.key} is damaged: {error}; restore the cluster store"
+        ) from None
     if not parsed or len({descriptor.slab for descriptor in parsed}) != len(parsed):
         raise Corrupt(f"cluster store key {item.key} lists {len(parsed)} slabs, none or some twice")
     return {descriptor.slab: descriptor for descriptor in parsed}

@@ -4,8 +4,8 @@ Place      coordinator floor; above slab_book.py and drive_control.py. The same 
 
 Invariants
   I1  commit before install: a drive never has an epoch that could un-happen.
-  I2  A descriptor is told to writers only when its epoch is installed on all its writable members; a member where
-      that fails is dropped first. So a writer with an older epoch can never complete a write.
+  I2  A descriptor is told to writers only when its epoch is installed on all its writable members; a member
+      where that fails is dropped first. So a writer with an older epoch can never complete a write.
 """
 
 import logging
@@ -33,8 +33,11 @@ class SlabChanges:
         self._settled: dict[SlabId, Epoch] = {}  # installed on all writable members
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
 
-    async def failed(self, slab: SlabId, epoch: Epoch, drives: Collection[DriveId], reason: str) -> SlabDescriptor:
-        """A writer at `epoch` got no good answer from `drives` (none: it only asks). Returns what it shall use.
+    async def failed(
+        self, slab: SlabId, epoch: Epoch, drives: Collection[DriveId], reason: str
+    ) -> SlabDescriptor:
+        """A writer at `epoch` got no good answer from `drives` (none: it only asks). Returns what it shall
+        use.
 
         Idempotent: a report of an epoch that is over drops nobody.
         Raises  LastCopy, Unavailable: nothing can be decided now; the writer waits and asks again. NotFound.
@@ -58,7 +61,8 @@ class SlabChanges:
     async def change(
         self, slab: SlabId, transition: Callable[[SlabDescriptor], SlabDescriptor]
     ) -> SlabDescriptor:
-        """Commit one transition and install it. Raises what the transition raises, and as `settle` reports."""
+        """Commit one transition and install it. Raises what the transition raises, and as `settle`
+        reports."""
         outcome = (await self.book.change([slab], transition))[slab]
         if isinstance(outcome, CsvfsError):
             raise outcome
@@ -68,7 +72,8 @@ class SlabChanges:
         return self.book.current(slab)
 
     async def settle(self, slabs: Iterable[SlabId]) -> dict[SlabId, CsvfsError]:
-        """Install the committed epochs of `slabs` on all their writable members, dropping those where it fails.
+        """Install the committed epochs of `slabs` on all their writable members, dropping those where it
+        fails.
 
         Returns  the slabs that could not be settled, and why. Raises Fenced: another coordinator is at work.
         """
@@ -88,7 +93,9 @@ class SlabChanges:
                     self._note_settled(descriptor)
             if drops:
                 await self._drop_refusing(descriptors, drops, failures)
-            pending = [slab for slab in pending if slab not in failures and not self._is_settled(slab, failures)]
+            pending = [
+                slab for slab in pending if slab not in failures and not self._is_settled(slab, failures)
+            ]
         for slab in pending:
             failures[slab] = Unavailable(f"slab {slab} changes faster than it can be installed; asking again")
         return failures
@@ -173,8 +180,9 @@ class SlabChanges:
     async def equalize(self, chunks: dict[SlabId, set[int]]) -> None:
         """Make `chunks` of each slab the same on all its writable members, as one in-sync member has them.
 
-        Their writer is fenced everywhere. What it was told is complete is on every in-sync member, so whichever
-        is the source, nothing acknowledged is lost; what it was not told may go either way, but the same way.
+        Their writer is fenced everywhere. What it was told is complete is on every in-sync member, so
+        whichever is the source, nothing acknowledged is lost; what it was not told may go either way, but the
+        same way.
         Raises  LastCopy, Unavailable: not now; call again. Fenced.
         """
         pending = list(chunks)
@@ -190,7 +198,8 @@ class SlabChanges:
                     pending.append(slab)
 
     async def _equalize_slab(self, slab: SlabId, chunks: list[int]) -> bool:
-        """False: a member failed and was dropped: the slab has to be stamped again, at an epoch that it will miss."""
+        """False: a member failed and was dropped: the slab has to be stamped again, at an epoch that it will
+        miss."""
         if not chunks:
             return True  # the new epoch was all it took
         descriptor = self.book.current(slab)

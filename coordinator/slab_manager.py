@@ -3,13 +3,15 @@
 Place      coordinator floor; above metadata.py, batches.py, slab_changes.py.
 Tasks      grow_forever (the only one that creates data slabs), trim_forever.
 
-Order of a creation: take a number (durable), create the copies, add the slab (durable). A kill in between leaves
-copies that no descriptor names; the next coordinator finds and deletes them (restoration.strays).
-Order of a trim: the freeing is on the media of all members (`log.flush`), then trim on all members, then free.
+Order of a creation: take a number (durable), create the copies, add the slab (durable). A kill in between
+leaves copies that no descriptor names; the next coordinator finds and deletes them (restoration.strays).
+Order of a trim: the freeing is on the media of all members (`log.flush`), then trim on all members, then
+free.
 """
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from random import Random
 
 import trio
@@ -111,8 +113,6 @@ class SlabManager:
     async def grow_forever(self) -> None:
         """Raises Fenced, and what ends the batches."""
         while True:
-            with trio.move_on_after(SPACE_INTERVAL_S):
-                await self._grow_due.wait()
             self._grow_due = trio.Event()
             await self.refresh_spaces()
             try:
@@ -120,6 +120,9 @@ class SlabManager:
             finally:
                 grown, self._grown = self._grown, trio.Event()
                 grown.set()
+            if not self._wanted_blocks:
+                with trio.move_on_after(SPACE_INTERVAL_S):
+                    await self._grow_due.wait()
 
     async def _grow(self) -> None:
         self._shortage = None
@@ -133,7 +136,8 @@ class SlabManager:
             room = self._slabs_allowed()
             if room <= 0:
                 self._shortage = NoSpace(
-                    f"the volume's size of {self._size_blocks_max * BLOCK_SIZE} bytes is used up; delete something"
+                    f"the volume's size of {self._size_blocks_max * BLOCK_SIZE} bytes is used up; "
+                    "delete something"
                 )
                 return
             batch = min(count, SLABS_AT_ONCE, room)
@@ -227,8 +231,8 @@ class SlabManager:
         self.pool_spaces = spaces
 
     def free_slabs_in_pool(self) -> int:
-        """How many slabs of this volume the pool has room for: a bound, from the free slots of each fault domain."""
-        by_domain: dict[str, int] = {}
+        """How many slabs of this volume the pool has room for: a bound, from the free slots of each fault
+        domain.""" by_domain: dict[str, int] = {}
         for space in self.pool_spaces:
             domain = self._facts.domain_of(space.node)
             by_domain[domain] = by_domain.get(domain, 0) + space.free_slots
@@ -300,8 +304,8 @@ class SlabManager:
                 drives = [] if isinstance(error, StaleEpoch) else [member.drive]
                 await self._changes.failed(slab, descriptor.epoch, drives, f"a trim failed: {error}")
                 return False
-        # A member that joined meanwhile copied from one that was trimmed already, or not yet: only an unchanged
-        # epoch says that all have it.
+        # A member that joined meanwhile copied from one that was trimmed already, or not yet: only an
+        # unchanged epoch says that all have it.
         return self._changes.book.current(slab).epoch == descriptor.epoch
 
     async def _give_back_empty_slabs(self) -> None:
@@ -311,7 +315,7 @@ class SlabManager:
         for slab in self._metadata.empty_slabs(min(SLABS_AT_ONCE, surplus // self.slab_blocks)):
             descriptor = self._changes.book.current(slab)
             try:
-                await self._batches.run(lambda slab=slab: self._metadata.remove_slab(slab))  # type: ignore[misc]
+                await self._batches.run(partial(self._metadata.remove_slab, slab))
             except Conflict:
                 continue  # somebody took blocks of it just now
             self._changes.forget(slab)

@@ -1,9 +1,10 @@
 """Takeover: from a term in the cluster store to an open metadata database that nobody else can write.
 
 Place      coordinator floor; above slab_changes.py and restoration.py, below service.py.
-Order      register the term on the metadata drives, so that older coordinators are refused there (I6); drop the members
-           where that fails, never the last (I1); make the chunks that were being written equal, under new epochs;
-           open the database. A kill after any step costs nothing: the next coordinator begins anew, with a higher term.
+Order      register the term on the metadata drives, so that older coordinators are refused there (I6); drop
+           the members where that fails, never the last (I1); make the chunks that were being written equal,
+           under new epochs; open the database. A kill after any step costs nothing: the next coordinator
+           begins anew, with a higher term.
 """
 
 import logging
@@ -30,7 +31,8 @@ WRITER = "coordinator"  # as drive servers know it; its incarnation is the term
 async def secure_metadata_slabs(
     book: MetadataBook, changes: SlabChanges, control: DriveControl, facts: ClusterFacts, volume: VolumeId
 ) -> None:
-    """Returns when every in-sync member of every metadata slab is fenced, equal to the others and at a new epoch.
+    """Returns when every in-sync member of every metadata slab is fenced, equal to the others and at a new
+    epoch.
 
     Waits    while a metadata slab has no member that can be reached.
     Raises   Fenced, NotCoordinator: a later term is at work.
@@ -73,8 +75,8 @@ def _check_fenced(book: MetadataBook, census: Census) -> None:
         unfenced: set[NodeName] = {m.node for m in descriptor.writable if m.node not in census.nodes}
         if unfenced:
             raise Unavailable(
-                f"metadata slab {descriptor.slab} needs the drive server of node {', '.join(sorted(unfenced))}, "
-                "which cannot be reached; see csvfs node list"
+                f"metadata slab {descriptor.slab} needs the drive server of node "
+                f"{', '.join(sorted(unfenced))}, which cannot be reached; see csvfs node list"
             )
 
 

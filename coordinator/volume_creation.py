@@ -1,10 +1,11 @@
 """Creating and deleting volumes: what the host does for volumes in state `creating` and `deleting`.
 
 Place      coordinator floor; above serving.py (links) and slab_state, below host.py.
-Creation   remove what an interrupted try left; place and create the metadata slabs; write an empty database to
-           them and flush it; then `meta/<name>` and state `online` in one transaction of the cluster store.
-Deletion   tombstone `deleted/<id>`; delete all copies that can be reached; then the keys. Drives that come back
-           later find the tombstone (block/drive_server.py).
+Creation   remove what an interrupted try left; place and create the metadata slabs; write an empty database
+           to them and flush it; then `meta/<name>` and state `online` in one transaction of the cluster
+           store.
+Deletion   tombstone `deleted/<id>`; delete all copies that can be reached; then the keys. Drives that come
+           back later find the tombstone (block/drive_server.py).
 A kill at any step: whoever is elected next begins anew; nothing counts before the last transaction.
 """
 
@@ -15,6 +16,7 @@ from random import Random
 
 import trio
 
+from coordinator.background import running
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.metadata import Metadata
@@ -47,12 +49,20 @@ CAS_TRIES_MAX = 10
 class _NoOwner:
     """During a creation a failing member ends it: it is begun anew elsewhere."""
 
-    async def slab_failed(self, slab: SlabId, epoch: int, drives: list[DriveId], reason: str) -> SlabDescriptor:
+    async def slab_failed(
+        self, slab: SlabId, epoch: int, drives: list[DriveId], reason: str
+    ) -> SlabDescriptor:
         raise Unavailable(f"a drive failed while the volume was being created: {reason}")
 
 
 async def create_volume(
-    setup: VolumeSetup, *, engine: Engine, store: ClusterStore, facts: ClusterFacts, cluster: bytes, rng: Random
+    setup: VolumeSetup,
+    *,
+    engine: Engine,
+    store: ClusterStore,
+    facts: ClusterFacts,
+    cluster: bytes,
+    rng: Random,
 ) -> None:
     """Make the volume's metadata and set it online.
 
@@ -69,10 +79,8 @@ async def create_volume(
         descriptors = await _create_slabs(setup, links.control, facts, spaces, rng)
         for descriptor in descriptors:
             bus.learn(descriptor)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(bus.run_forever)
+        async with running(bus.run_forever):
             await _write_database(setup, bus, descriptors)
-            nursery.cancel_scope.cancel()
         await _set_online(setup, store, descriptors)
     finally:
         bus.close()
@@ -98,7 +106,7 @@ async def _create_slabs(
     domains = {facts.domain_of(space.node) for space in spaces if space.free_slots > 0}
     copies = min(METADATA_COPIES_MAX, len(domains))
     count = max(1, min(METADATA_SLABS_MAX_FIRST, METADATA_SIZE_FIRST // setup.slab_size))
-    descriptors = []
+    descriptors: list[SlabDescriptor] = []
     for number in range(count):
         slab = SlabId(METADATA_SLAB_ID_MIN + number)
         try:
@@ -110,9 +118,7 @@ async def _create_slabs(
         for place in places:
             await control.create_slab(slab, slab_state.EPOCH_FIRST, place, copies)
         taken = {place.drive for place in places}
-        spaces = [
-            DriveSpace(s.drive, s.node, s.free_slots - 1) if s.drive in taken else s for s in spaces
-        ]
+        spaces = [DriveSpace(s.drive, s.node, s.free_slots - 1) if s.drive in taken else s for s in spaces]
         descriptors.append(slab_state.new_slab(slab, [(place.drive, place.node) for place in places]))
     return descriptors
 
@@ -124,13 +130,13 @@ async def _write_database(setup: VolumeSetup, bus: Bus, descriptors: list[SlabDe
     try:
         metadata_log = MetadataLog(bus, image, [d.slab for d in descriptors], setup.slab_blocks)
         with trio.move_on_after(WRITE_TIMEOUT_S) as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(metadata_log.run_forever)
+            async with running(metadata_log.run_forever):
                 metadata_log.append(image.take_log())
                 await metadata_log.flush()
-                nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
-            raise Unavailable(f"volume {setup.name}: its drives did not take the metadata in {WRITE_TIMEOUT_S:g} s")
+            raise Unavailable(
+                f"volume {setup.name}: its drives did not take the metadata in {WRITE_TIMEOUT_S:g} s"
+            )
     finally:
         metadata.close()
 
@@ -143,7 +149,11 @@ def _read_nothing(block: int, count: int) -> bytes:
 async def _set_online(setup: VolumeSetup, store: ClusterStore, descriptors: list[SlabDescriptor]) -> None:
     meta_key, key = f"meta/{setup.name}", f"volumes/{setup.name}"
     for _ in range(CAS_TRIES_MAX):
-        term_item, item, meta = await store.get(f"term/{setup.name}"), await store.get(key), await store.get(meta_key)
+        term_item, item, meta = (
+            await store.get(f"term/{setup.name}"),
+            await store.get(key),
+            await store.get(meta_key),
+        )
         if term_item is None or unpack_value(term_item.value).get("term") != setup.term:
             raise Fenced(f"volume {setup.name}: term {setup.term} is over")
         if item is None or unpack_value(item.value).get("state") != "creating":
@@ -155,7 +165,10 @@ async def _set_online(setup: VolumeSetup, store: ClusterStore, descriptors: list
             Compare(key, item.revision),
             Compare(meta_key, meta.revision if meta else 0),
         ]
-        changes: list[Put | Delete] = [Put(meta_key, pack_descriptors(descriptors)), Put(key, pack_value(value))]
+        changes: list[Put | Delete] = [
+            Put(meta_key, pack_descriptors(descriptors)),
+            Put(key, pack_value(value)),
+        ]
         if (await store.transact(compares, changes)).succeeded:
             log.info("volume %s is online: %d metadata slabs", setup.name, len(descriptors))
             return
@@ -216,9 +229,9 @@ async def _check_deleting(setup: VolumeSetup, store: ClusterStore) -> Item:
 
 
 async def _remove_copies(setup: VolumeSetup, control: DriveControl, facts: ClusterFacts) -> None:
-    """All copies of the volume that can be reached. The census registers our term, so no older one makes more."""
+    """All copies of the volume that can be reached. The census registers our term, so no older one makes
+    more."""
     census = await take_census(control, facts, setup.volume, facts.drive_nodes())
     for slab, drives in census.copies.items():
         for drive in drives:
             await control.delete_slab(slab, census.node_of[drive], drive)
-

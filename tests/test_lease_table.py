@@ -251,7 +251,11 @@ class Mounts:
 
 SESSION = st.sampled_from([A, B, C])
 MOVE = st.one_of(
-    st.tuples(st.just("request"), SESSION, st.dictionaries(st.sampled_from([X, Y]), st.sampled_from(Need), min_size=1)),
+    st.tuples(
+        st.just("request"),
+        SESSION,
+        st.dictionaries(st.sampled_from([X, Y]), st.sampled_from(Need), min_size=1),
+    ),
     st.tuples(st.just("look"), SESSION, st.sampled_from([X, Y])),
     st.tuples(st.sampled_from(["deliver", "receive"]), SESSION),
     st.tuples(st.sampled_from(["execute", "send"])),

@@ -48,8 +48,8 @@ def choose_drives(
             by_domain.setdefault(domain, []).append(candidate)
     if len(by_domain) < copies:
         raise NoSpace(
-            f"{copies} copies need {copies} fault domains (nodes) with free space, there are {len(by_domain)}; "
-            "add drives on other nodes"
+            f"{copies} copies need {copies} fault domains (nodes) with free space, "
+            f"there are {len(by_domain)}; add drives on other nodes"
         )
     chosen: list[DriveSpace] = []
     domains = sorted(by_domain)

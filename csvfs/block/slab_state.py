@@ -63,7 +63,8 @@ def begin_joining(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescriptor:
 
 
 def complete_joining(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescriptor:
-    """A joining member that misses nothing becomes in sync (I7: nothing else makes it so). Raises Conflict."""
+    """A joining member that misses nothing becomes in sync (I7: nothing else makes it so). Raises
+    Conflict."""
     member = member_of(descriptor, drive, ROLE_JOINING)
     return _with(descriptor, replace(member, role=ROLE_IN_SYNC, since=SINCE_UNKNOWN))
 
@@ -104,7 +105,9 @@ def member_of(descriptor: SlabDescriptor, drive: DriveId, role: int) -> Member:
 def _absent(member: Member, since: Epoch) -> Member:
     if member.role == ROLE_IN_SYNC:
         return replace(member, role=ROLE_ABSENT, since=since)
-    return replace(member, role=ROLE_ABSENT)  # It was joining: what it missed since its first outage is still missed.
+    return replace(
+        member, role=ROLE_ABSENT
+    )  # It was joining: what it missed since its first outage is still missed.
 
 
 def _with(descriptor: SlabDescriptor, changed: Member) -> SlabDescriptor:

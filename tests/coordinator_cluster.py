@@ -1,0 +1,351 @@
+"""A small cluster in one process: real store, drive servers and coordinator hosts over loopback; simple
+mounts."""
+
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import trio
+
+from coordinator.host import Host
+from coordinator.serving import serve_volume
+from coordinator.slab_book import MetadataBook, parse_descriptors
+from csvfs.block.bus import Bus
+from csvfs.block.formatting import format_drive
+from csvfs.block.server_links import ServerAddress, ServerLinks
+from csvfs.errors import CsvfsError, NotCoordinator, Unavailable
+from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
+from csvfs.net.engine import Engine
+from csvfs.net.link import Link, connect
+from csvfs.store.embedded import EmbeddedStore
+from csvfs.units import BLOCK_SIZE, MIB
+from csvfs.wire.block_messages import SlabDescriptor
+from csvfs.wire.control import pack_value, unpack_call, unpack_value
+from tests.block_cluster import CLUSTER, POOL, SLAB_SIZE, Server
+
+NAME = "v"
+VOLUME = VolumeId(b"V" * 16)
+DRIVE_SIZE = 256 * MIB
+
+
+class TestCluster:
+    __test__ = False
+
+    def __init__(self, path: Path, nursery: trio.Nursery, nodes: int = 3) -> None:
+        self.nursery = nursery
+        self.store = EmbeddedStore(path / "store.db")
+        self.lease = 0
+        self.hosts: dict[str, Host] = {}
+        self._host_scopes: dict[str, trio.CancelScope] = {}
+        self._incarnation = 100
+        names = [f"n{index}" for index in range(1, nodes + 1)]
+        self.servers = {
+            name: Server(name, path / f"drive-{name}", DriveId(name.encode().ljust(16, b"-")))
+            for name in names
+        }
+        self.serving: dict[str, bool] = dict.fromkeys(names, True)
+
+    async def start(self) -> "TestCluster":
+        self.lease = await self.store.grant_lease(600_000)
+        await self.store.put("cluster", pack_value({"id": CLUSTER, "name": "test"}))
+        await self.store.put("pool", pack_value({"id": POOL, "name": "pool", "slab_size": SLAB_SIZE}))
+        for name, server in self.servers.items():
+            with server.path.open("wb") as file:
+                file.truncate(DRIVE_SIZE)
+            format_drive(
+                str(server.path), drive_id=server.drive_id, pool_id=POOL, cluster_id=CLUSTER,
+                node=server.node, slab_size=SLAB_SIZE, label="",
+            )  # fmt: skip
+            await self.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1", "domain": name}))
+            await self.store.put(f"drives/{server.drive_id.hex()}", pack_value({"node": name, "state": "ok"}))
+            await self.start_node(name)
+            await self.start_server(name)
+        return self
+
+    async def start_node(self, name: str) -> None:
+        self.serving[name] = True
+        await self.store.put(
+            f"alive/{name}", pack_value({"incarnation": 1, "address": "127.0.0.1"}), self.lease
+        )
+
+    async def start_server(self, name: str) -> None:
+        server = self.servers[name]
+        await server.start(self.nursery)
+        value = {"address": "127.0.0.1", "port": server.port, "unix": "", "incarnation": server.incarnation}
+        await self.store.put(f"servers/{name}", pack_value(value), self.lease)
+
+    async def kill_server(self, name: str, *, noticed: bool = True) -> None:
+        await self.servers[name].kill()
+        if noticed:
+            await self.store.delete(f"servers/{name}")
+
+    async def start_host(self, name: str) -> Host:
+        self._incarnation += 1
+        host = Host(
+            NodeName(name), "127.0.0.1", 0,
+            unix_path=None, store=self.store, cluster=CLUSTER, lease=self.lease,
+            incarnation=Incarnation(self._incarnation), may_serve=lambda: self.serving[name],
+            recall_timeout_ms=300, reclaim_timeout_ms=300, write_timeout_ms=2000,
+            serve=partial(serve_volume, make_reader=self.make_reader, rng=Random(1)), rng=Random(1),
+        )  # fmt: skip
+        started = trio.Event()
+        self.nursery.start_soon(self._run_host, name, host, started)
+        await started.wait()
+        self.hosts[name] = host
+        return host
+
+    async def _run_host(self, name: str, host: Host, started: trio.Event) -> None:
+        with trio.CancelScope() as scope:
+            self._host_scopes[name] = scope
+            async with trio.open_nursery() as nursery:
+                await nursery.start(host.run)
+                started.set()
+
+    async def kill_host(self, name: str) -> None:
+        """As kill -9: its tasks end, its sockets close, the node's `run` buries it."""
+        host = self.hosts.pop(name)
+        host.owned_names = list(host.owned)  # type: ignore[attr-defined]
+        self._host_scopes.pop(name).cancel()
+        await self.store.delete(f"coordinators/{name}")
+        for item in await self.store.list("owner/"):
+            if unpack_value(item.value)["node"] == name:
+                await self.store.delete(item.key)
+
+    def make_reader(self, book: MetadataBook, bus: Bus) -> "DirectReader":
+        return DirectReader(self, book)
+
+    # -- the volume ------------------------------------------------------------------------------
+
+    async def create_volume(self, copies: int = 3, size: int = 0) -> None:
+        value = {"id": VOLUME, "copies": copies, "size": size, "state": "creating", "resiliency": "mirror"}
+        await self.store.put(f"volumes/{NAME}", pack_value(value))
+
+    async def volume(self) -> dict[str, Any]:
+        item = await self.store.get(f"volumes/{NAME}")
+        return {} if item is None else unpack_value(item.value)
+
+    async def wait_serving(self, within_s: float = 10) -> Any:
+        with trio.fail_after(within_s):
+            while True:
+                for host in self.hosts.values():
+                    owned = host.owned.get(NAME)
+                    if owned is not None and owned.service is not None:
+                        return owned.service
+                await trio.sleep(0.01)
+
+    async def metadata_slabs(self) -> list[SlabDescriptor]:
+        item = await self.store.get(f"meta/{NAME}")
+        assert item is not None
+        return list(parse_descriptors(item).values())
+
+    def copy(self, node: str, slab: int) -> Any:
+        service = self.servers[node].service
+        assert service is not None
+        return service.drives.by_id(self.servers[node].drive_id).opened().find(VOLUME, SlabId(slab))
+
+    async def wait(self, condition: Any, within_s: float = 10) -> None:
+        with trio.fail_after(within_s):
+            while not condition():
+                await trio.sleep(0.01)
+
+    async def mount(self, node: str, incarnation: int = 1) -> "Mount":
+        mount = Mount(self, node, incarnation)
+        await mount.start()
+        return mount
+
+
+class DirectReader:
+    """Stands for the blocking reader: the drive servers run in this very thread."""
+
+    def __init__(self, cluster: TestCluster, book: MetadataBook) -> None:
+        self._cluster = cluster
+        self._book = book
+
+    def read(self, block: int, count: int) -> bytes:
+        return b"".join(self._read_block(block + index) for index in range(count))
+
+    def _read_block(self, block: int) -> bytes:
+        index, slab_block = divmod(block, SLAB_SIZE // BLOCK_SIZE)
+        descriptor = self._book.current(self._book.slabs[index])
+        for member in descriptor.in_sync:
+            if self._cluster.servers[member.node].service is not None:
+                return bytes(self._cluster.copy(member.node, descriptor.slab).read_blocks(slab_block, 1)[1])
+        raise Unavailable("no in-sync member is up")
+
+    def close(self) -> None:
+        pass
+
+
+class Mount:
+    """Says hello, sends calls until they are answered, gives leases back as told, writes data by its bus."""
+
+    def __init__(self, cluster: TestCluster, node: str, incarnation: int) -> None:
+        self.cluster = cluster
+        self.node = node
+        self.incarnation = incarnation
+        self.engine = Engine()
+        self.link: Link | None = None
+        self.term = 0
+        self.op = 0
+        self.unanswered: dict[int, None] = {}
+        self.held: dict[int, int] = {}
+        self.recalls: list[dict[str, Any]] = []
+        self.answers_recalls = True
+        self.size_reported: int | None = None
+        self._scope = trio.CancelScope()
+        self.bus: Bus | None = None
+
+    async def start(self) -> None:
+        links = ServerLinks(
+            self.engine, self._server, cluster=CLUSTER, volume=VOLUME, writer=f"mount/{self.node}",
+            incarnation=Incarnation(self.incarnation), local_node=NodeName(self.node),
+        )  # fmt: skip
+        self.bus = Bus(links, self, volume=VOLUME, local_node=NodeName(self.node))
+        self.cluster.nursery.start_soon(self._run)
+        await self.connect()
+
+    async def _run(self) -> None:
+        assert self.bus is not None
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.engine.run_forever)
+                nursery.start_soon(self.bus.run_forever)
+
+    def kill(self) -> None:
+        """As kill -9 of the process."""
+        self._scope.cancel()
+        if self.link is not None:
+            self.link.close()
+        if self.bus is not None:
+            self.bus.links.close()
+
+    def _server(self, node: NodeName) -> ServerAddress | None:
+        server = self.cluster.servers[node]
+        if server.service is None:
+            return None
+        return ServerAddress(node, "127.0.0.1", server.port, "", Incarnation(server.incarnation))
+
+    async def slab_failed(
+        self, slab: SlabId, epoch: int, drives: list[DriveId], reason: str
+    ) -> SlabDescriptor:
+        args = {"slab": slab, "epoch": epoch, "drives": drives, "reason": reason}
+        return SlabDescriptor.from_wire(await self.call("slab_failed", **args))
+
+    async def connect(self) -> None:
+        while True:
+            try:
+                await self._connect_once()
+                return
+            except (Unavailable, KeyError):
+                await trio.sleep(0.02)
+
+    async def _connect_once(self) -> None:
+        item = await self.cluster.store.get(f"owner/{NAME}")
+        if item is None:
+            raise Unavailable("no owner")
+        owner = unpack_value(item.value)
+        port = self.cluster.hosts[owner["node"]]._port
+        link = await connect(self.engine, ("127.0.0.1", port), timeout_s=1)
+        link.on_frame = self._on_frame
+        hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation}
+        answer = await link.call("hello", hello, timeout_s=8)
+        if answer["term"] > self.term:
+            self.term = answer["term"]
+            leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
+            refused = (await link.call("reclaim", {"leases": leases, "last": True}, timeout_s=5))["refused"]
+            for ino in refused:
+                self.held[ino] = 0
+        self.link = link
+
+    def _on_frame(self, link: Link, frame: Any) -> None:
+        name, args = unpack_call(frame.head)
+        if name == "query":
+            size = self.size_reported
+            link.reply(frame.request_id, size and {"size": size, "mtime_ns": 5, "atime_ns": None})
+            return
+        self.recalls.append(args)
+        if not self.answers_recalls:
+            return
+        held = self.held.get(args["ino"], 0)
+        if not args["attr"]:
+            held = self.held[args["ino"]] = min(held, args["kind"])
+        link.reply(
+            frame.request_id,
+            {"kind": held, "size": self.size_reported, "mtime_ns": None, "atime_ns": None},
+        )
+
+    async def call(self, call_name: str, /, **args: Any) -> Any:
+        """Ask the coordinator, over its failures."""
+        while True:
+            if self.link is None or self.link.closed is not None:
+                await self.connect()
+            assert self.link is not None
+            try:
+                reply = await self.link.call(call_name, args, timeout_s=10)
+                break
+            except NotCoordinator:
+                self.link.close()
+            except Unavailable:
+                await trio.sleep(0.02)
+        if isinstance(reply, dict) and isinstance(reply.get("attr"), list) and "lease" in reply:
+            ino = reply["attr"][0]
+            self.held[ino] = max(self.held.get(ino, 0), reply["lease"])
+        return reply
+
+    async def change(self, call_name: str, /, **args: Any) -> Any:
+        """A numbered call."""
+        self.op += 1
+        op = self.op
+        self.unanswered[op] = None
+        try:
+            return await self.call(call_name, op=op, op_done=min(self.unanswered), **args)
+        finally:
+            del self.unanswered[op]
+
+    async def make(self, name: bytes, parent: int = 1, mode: int = 0o100644) -> int:
+        reply = await self.change("make", parent=parent, name=name, mode=mode, uid=0, gid=0, rdev=0)
+        return int(reply["attr"][0])
+
+    async def acquire(self, ino: int, kind: int, count: int = 0) -> dict[str, Any]:
+        while True:
+            reply = await self.call("acquire", ino=ino, kind=kind, block=0, count=count)
+            for value in reply["slabs"]:
+                self.bus.learn(SlabDescriptor.from_wire(value))  # type: ignore[union-attr]
+            if reply["lease"] >= kind:
+                return reply  # type: ignore[no-any-return]
+
+    async def write(self, ino: int, data: bytes) -> None:
+        """From the beginning of a file whose write lease is held; returns when it is acknowledged."""
+        count = len(data) // BLOCK_SIZE
+        reply = await self.change("allocate", ino=ino, block=0, count=count, size=len(data), mtime_ns=0)
+        for value in reply["slabs"]:
+            self.bus.learn(SlabDescriptor.from_wire(value))  # type: ignore[union-attr]
+        for block, length, slab, slab_block in reply["extents"]:
+            for index in range(max(0, block), min(count, block + length)):
+                piece = data[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+                await self.write_block(slab, slab_block + index - block, piece)
+
+    async def write_block(self, slab: int, block: int, data: bytes) -> None:
+        done = trio.Event()
+        result: list[CsvfsError | None] = []
+
+        def finish(error: CsvfsError | None) -> None:
+            result.append(error)
+            done.set()
+
+        self.bus.write(SlabId(slab), block, data, finish)  # type: ignore[union-attr]
+        await done.wait()
+        if result[0] is not None:
+            raise result[0]
+
+    async def read(self, ino: int, count: int) -> bytes:
+        reply = await self.acquire(ino, 2, count)
+        blocks = {}
+        for block, length, slab, slab_block in reply["extents"]:
+            for index in range(length):
+                if block + index < count:
+                    blocks[block + index] = await self.bus.read(  # type: ignore[union-attr]
+                        SlabId(slab), slab_block + index, 1
+                    )
+        return b"".join(bytes(blocks.get(index, bytes(BLOCK_SIZE))) for index in range(count))

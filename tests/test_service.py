@@ -1,0 +1,264 @@
+"""The coordinator as a whole, over real drive servers in one process: names, leases, failures, takeovers."""
+
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from csvfs.errors import Exists, Fenced, NotFound
+from csvfs.units import BLOCK_SIZE
+from csvfs.wire.block_messages import block_checksum, slab_seed
+from csvfs.wire.control import pack_value
+from tests.coordinator_cluster import NAME, VOLUME, TestCluster
+
+READ, WRITE = 2, 3
+
+
+@asynccontextmanager
+async def cluster_of(path, nodes=3, hosts=("n1",), copies=3):
+    async with trio.open_nursery() as nursery:
+        cluster = TestCluster(path, nursery, nodes)
+        await cluster.start()
+        for host in hosts:
+            await cluster.start_host(host)
+        await cluster.create_volume(copies)
+        await cluster.wait_serving()
+        yield cluster
+        nursery.cancel_scope.cancel()
+
+
+def block_of(text: str) -> bytes:
+    return text.encode().ljust(BLOCK_SIZE, b".")
+
+
+async def test_a_new_volume_comes_online_and_holds_names(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        assert (await cluster.volume())["state"] == "online"
+        assert all(len(slab.in_sync) == 3 for slab in await cluster.metadata_slabs())
+        mount = await cluster.mount("n1")
+        directory = await mount.make(b"dir", mode=0o040755)
+        ino = await mount.make(b"file", parent=directory)
+        assert (await mount.call("lookup", parent=directory, name=b"file"))["attr"][0] == ino
+        assert (await mount.call("lookup", parent=directory, name=b"other"))["attr"] is None
+        with pytest.raises(Exists):
+            await mount.make(b"dir")
+        entries = (await mount.call("readdir", ino=1, cookie=0, limit=10))["entries"]
+        assert [entry[1] for entry in entries] == [b"dir"]
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: service.statfs()["free"] > 0)
+        assert (await mount.call("volume_status"))["health"] == "Healthy"
+
+
+async def test_what_one_node_writes_the_other_reads(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        data = block_of("one") + block_of("two")
+        await first.write(ino, data)
+        assert await second.read(ino, 2) == data
+        assert [recall["kind"] for recall in first.recalls if recall["ino"] == ino] == [READ]
+        assert (await second.call("getattr", ino=ino))["attr"][6] == len(data)
+
+
+async def test_a_change_in_a_directory_reaches_the_caches_of_others_first(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        assert (await second.call("lookup", parent=1, name=b"file"))["dir_lease"] == READ
+        await first.make(b"file")
+        assert second.recalls == [{"ino": 1, "kind": 0, "attr": False}]
+        assert (await second.call("lookup", parent=1, name=b"file"))["attr"] is not None
+
+
+async def test_a_file_that_is_open_elsewhere_outlives_its_name(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        await second.acquire(ino, 1)
+        reply = await first.change("unlink", parent=1, name=b"file", directory=False)
+        assert reply["nlink"] == 0
+        await first.call("release", items=[[ino, 0]])
+        assert (await second.call("getattr", ino=ino))["attr"][0] == ino
+        await second.call("release", items=[[ino, 0]])
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: service.dispatch._metadata.orphans() == [])
+        with pytest.raises(NotFound):
+            await second.call("getattr", ino=ino)
+
+
+async def test_a_member_that_dies_under_writes_drops_out_and_the_writes_complete(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        mount = await cluster.mount("n1")
+        ino = await mount.make(b"file")
+        await mount.write(ino, block_of("before"))
+        await cluster.kill_server("n3", noticed=False)
+        with trio.fail_after(10):
+            await mount.write(ino, block_of("after"))
+            await mount.make(b"another")  # the metadata slabs lost a member too
+        assert await mount.read(ino, 1) == block_of("after")
+        with trio.fail_after(5):  # all slabs of that server, not just those that were written
+            while any(
+                {m.node for m in slab.in_sync} != {"n1", "n2"} for slab in await cluster.metadata_slabs()
+            ):
+                await trio.sleep(0.02)
+
+
+async def test_a_member_that_returns_is_copied_what_it_missed_and_joins(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        mount = await cluster.mount("n1")
+        ino = await mount.make(b"file")
+        await mount.write(ino, block_of("before"))
+        await cluster.kill_server("n3")
+        await mount.write(ino, block_of("after"))
+        await cluster.start_server("n3")
+        service = await cluster.wait_serving()
+        slab = next(iter(service.changes.book.all())).slab
+        await cluster.wait(lambda: len(service.changes.book.current(slab).in_sync) == 3)
+        with trio.fail_after(10):
+            while any(len(descriptor.in_sync) < 3 for descriptor in await cluster.metadata_slabs()):
+                await trio.sleep(0.02)
+        extent = (await mount.acquire(ino, READ, 1))["extents"][0]
+        assert cluster.copy("n3", slab).read_blocks(extent[3], 1)[1] == block_of("after")
+
+
+async def test_the_last_copy_is_kept_when_all_drive_servers_start_anew(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        mount = await cluster.mount("n1")
+        ino = await mount.make(b"file")
+        await mount.write(ino, block_of("kept"))
+        for node in ("n1", "n2", "n3"):
+            await cluster.kill_server(node)
+        for node in ("n1", "n2", "n3"):
+            await cluster.start_server(node)
+        with trio.fail_after(20):
+            await mount.write(ino, block_of("kept") + block_of("more"))
+        assert (await mount.read(ino, 1)) == block_of("kept")
+
+
+async def test_a_coordinator_that_dies_is_followed_by_another_that_knows_all(tmp_path):
+    async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
+        mount = await cluster.mount("n3")
+        inos = [await mount.make(b"file%d" % number) for number in range(20)]
+        await mount.write(inos[0], block_of("data"))
+        owner = next(name for name, host in cluster.hosts.items() if NAME in host.owned)
+        await cluster.kill_host(owner)
+        with trio.fail_after(10):
+            entries = (await mount.call("readdir", ino=1, cookie=0, limit=100))["entries"]
+        assert sorted(entry[2][0] for entry in entries) == inos
+        assert mount.held[inos[0]] == WRITE, "reclaimed"
+        await mount.write(inos[0], block_of("more"))
+        assert await mount.read(inos[0], 1) == block_of("more")
+
+
+async def test_I11_a_change_sent_again_to_the_next_coordinator_gets_its_first_answer(tmp_path):
+    async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
+        mount = await cluster.mount("n3")
+        args = {"parent": 1, "name": b"once", "mode": 0o100644, "uid": 0, "gid": 0, "rdev": 0}
+        first = await mount.call("make", op=1, op_done=1, **args)
+        assert (await mount.call("make", op=1, op_done=1, **args))["attr"] == first["attr"]
+        await cluster.kill_host(next(name for name, host in cluster.hosts.items() if NAME in host.owned))
+        again = await mount.call("make", op=1, op_done=1, **args)
+        assert again["attr"] == first["attr"] and again["lease"] == 0, "what it says may be history"
+        with pytest.raises(Exists):
+            await mount.call("make", op=2, op_done=2, **args)
+
+
+async def test_a_mount_that_gives_no_lease_back_is_evicted_and_its_chunks_are_made_equal(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("coordinator.eviction.CONTACT_S_MAX", 0.1)
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        await first.write(ino, block_of("acknowledged"))
+        extent = (await first.acquire(ino, WRITE, 1))["extents"][0]
+        slab, block = extent[2], extent[3]
+        # A write that reached one member only, as when its writer dies in the middle.
+        torn = cluster.copy("n2", slab)
+        data = block_of("torn")
+        checksum = block_checksum(data, slab_seed(VOLUME, slab), block)
+        torn.write_blocks(block, data, checksum.to_bytes(4, "little"))
+        first.answers_recalls = False
+        with trio.fail_after(10):
+            found = await second.read(ino, 1)
+        contents = {bytes(cluster.copy(node, slab).read_blocks(block, 1)[1]) for node in ("n1", "n2", "n3")}
+        assert contents == {found}, "all members agree"
+        with pytest.raises(Fenced):
+            await first.call("getattr", ino=ino)
+        with pytest.raises(Fenced):
+            await first.write_block(slab, block, block_of("too late"))
+
+
+async def test_an_evicted_mount_stays_evicted_under_the_next_coordinator(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.eviction.CONTACT_S_MAX", 0.1)
+    async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        first.answers_recalls = False
+        await second.acquire(ino, WRITE)
+        await cluster.kill_host(next(name for name, host in cluster.hosts.items() if NAME in host.owned))
+        await second.call("getattr", ino=ino)
+        with pytest.raises(Fenced):
+            await first.connect()
+        successor = await cluster.mount("n1", incarnation=2)
+        assert (await successor.call("getattr", ino=ino))["attr"][0] == ino
+
+
+async def test_a_mount_that_starts_anew_replaces_its_earlier_self(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        first.kill()
+        await cluster.mount("n1", incarnation=2)
+        with trio.fail_after(3):
+            await second.acquire(ino, WRITE)
+
+
+async def test_the_sessions_of_a_dead_node_are_evicted_at_once(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n3"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        await cluster.store.delete("alive/n3")
+        await cluster.kill_server("n3")
+        with trio.fail_after(5):
+            await second.acquire(ino, WRITE)
+
+
+async def test_too_few_fault_domains_are_said_in_the_volume_key(tmp_path):
+    async with trio.open_nursery() as nursery:
+        cluster = await TestCluster(tmp_path, nursery, 2).start()
+        await cluster.start_host("n1")
+        await cluster.create_volume(copies=3)
+        with trio.fail_after(5):
+            while "error" not in await cluster.volume():
+                await trio.sleep(0.02)
+        assert "3 copies need 3 fault domains" in (await cluster.volume())["error"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_deleted_volume_leaves_nothing_on_the_drives(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        mount = await cluster.mount("n1")
+        await mount.write(await mount.make(b"file"), block_of("gone"))
+        value = {**(await cluster.volume()), "state": "deleting"}
+        await cluster.store.put(f"volumes/{NAME}", pack_value(value))
+        with trio.fail_after(10):
+            while await cluster.volume():
+                await trio.sleep(0.02)
+        for server in cluster.servers.values():
+            drive = server.service.drives.by_id(server.drive_id).opened()
+            assert list(drive.slabs()) == []
+        assert [item.key for item in await cluster.store.list("deleted/")] != []
+
+
+async def test_a_volume_moves_to_the_node_that_is_preferred(tmp_path):
+    async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
+        mount = await cluster.mount("n3")
+        await mount.make(b"file")
+        owner = next(name for name, host in cluster.hosts.items() if NAME in host.owned)
+        other = {"n1": "n2", "n2": "n1"}[owner]
+        await cluster.store.put(
+            f"volumes/{NAME}", pack_value({**(await cluster.volume()), "preferred": other})
+        )
+        await cluster.wait(lambda: NAME in cluster.hosts[other].owned)
+        await mount.make(b"another")
+        assert len((await mount.call("readdir", ino=1, cookie=0, limit=9))["entries"]) == 2
