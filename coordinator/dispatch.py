@@ -173,7 +173,8 @@ class Dispatch:
 
     async def allocate(self, session: Session, args: Args) -> Reply:
         """Fill the holes of a range, in as many transactions as it takes; the last one is the one that
-        counts.""" op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
+        counts."""
+        op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
         ino, block = arguments.inode(args), arguments.number(args, "block")
         count = arguments.number(args, "count", 1, ALLOCATE_BLOCKS_MAX)
         size, mtime_ns = arguments.number_or_zero(args, "size"), arguments.number_or_zero(args, "mtime_ns")
@@ -220,7 +221,8 @@ class Dispatch:
         self, session: Session, args: Args
     ) -> tuple[list[int], list[tuple[InodeNo, int, int | None]]]:
         """Refused inodes, and what the session reports of files that it was writing: (ino, size,
-        mtime_ns).""" refused: list[int] = []
+        mtime_ns)."""
+        refused: list[int] = []
         reports: list[tuple[InodeNo, int, int | None]] = []
         for ino, kind, size, mtime_ns in arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX):
             if not isinstance(ino, int) or not isinstance(kind, int) or not OPEN <= kind <= WRITE:

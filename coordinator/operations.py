@@ -142,7 +142,8 @@ class Operations:
 
     def _peek(self, parent: InodeNo, name: bytes) -> list[int] | None:
         """The attr that a name leads to now; None: nothing, or what is wrong will show when the change is
-        done.""" try:
+        done."""
+        try:
             return self._metadata.lookup(parent, name)
         except CsvfsError:
             return None

@@ -232,7 +232,8 @@ class SlabManager:
 
     def free_slabs_in_pool(self) -> int:
         """How many slabs of this volume the pool has room for: a bound, from the free slots of each fault
-        domain.""" by_domain: dict[str, int] = {}
+        domain."""
+        by_domain: dict[str, int] = {}
         for space in self.pool_spaces:
             domain = self._facts.domain_of(space.node)
             by_domain[domain] = by_domain.get(domain, 0) + space.free_slots
