@@ -1,4 +1,4 @@
-"""A complete little volume in dictionaries: file table and session in one, for tests of the mount without a cluster."""
+"""A complete little volume in dictionaries: file table and session in one, to test the mount with."""
 
 import stat
 import time
@@ -108,7 +108,12 @@ class MemoryVolume:
         return [data[:100], data[100:]]
 
     def write_nowait(
-        self, ino: int, offset: int, data: memoryview, write_flags: int, done: Callable[[Exception | None], None]
+        self,
+        ino: int,
+        offset: int,
+        data: memoryview,
+        write_flags: int,
+        done: Callable[[Exception | None], None],
     ) -> bool:
         if not self.nowait:
             return False
@@ -157,7 +162,8 @@ class MemoryVolume:
     async def statfs(self) -> dict[str, int]:
         used = sum(len(inode.data) for inode in self.inodes.values())
         return {
-            "size": 8 * GIB, "free": 8 * GIB - used, "files": len(self.inodes), "files_free": 1000, "name_max": 255,
+            "size": 8 * GIB, "free": 8 * GIB - used,
+            "files": len(self.inodes), "files_free": 1000, "name_max": 255,
         }  # fmt: skip
 
     # ---- session
@@ -302,7 +308,8 @@ class MemoryVolume:
         names = [name for name in directory.entries if directory.cookies[name] > cookie]
         names.sort(key=directory.cookies.__getitem__)
         entries = [
-            [directory.cookies[name], name, self.inodes[directory.entries[name]].attr()] for name in names[:limit]
+            [directory.cookies[name], name, self.inodes[directory.entries[name]].attr()]
+            for name in names[:limit]
         ]
         return {"entries": entries, "eof": len(names) <= limit, "dir_lease": READ_LEASE}
 

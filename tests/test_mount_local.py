@@ -29,7 +29,9 @@ from tests.memory_volume import MemoryVolume
 
 pytestmark = [
     pytest.mark.lab,
-    pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"
+    ),
 ]
 
 T = TypeVar("T")
@@ -51,7 +53,8 @@ class Mount:
 
     async def run(self, *command: str, user: int = 0) -> str:
         def run() -> str:
-            # Not by `cwd=`: between vfork and exec this process cannot answer the child's chdir into the mount.
+            # Not by `cwd=`: between vfork and exec this process cannot answer the child's chdir into the
+            # mount.
             there = ["env", "-C", str(self.path)]
             there += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
             done = subprocess.run([*there, *command], capture_output=True, text=True, timeout=60)
@@ -70,7 +73,9 @@ async def mounted(path: Path) -> AsyncIterator[Mount]:
     try:
         operations = VolumeOperations(volume, volume)
         async with trio.open_nursery() as nursery:
-            relay = Relay(engine, fd, volume, operations, on_failure=lambda _error: nursery.cancel_scope.cancel())
+            relay = Relay(
+                engine, fd, volume, operations, on_failure=lambda _error: nursery.cancel_scope.cancel()
+            )
             channel = Channel(engine, fd, volume, operations, relay)
             pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
             nursery.start_soon(engine.run_forever)
@@ -261,7 +266,10 @@ async def test_modes_owners_and_times_are_kept(mount: Mount) -> None:
         assert stat.S_IMODE(status.st_mode) == 0o711  # a change of owner takes the set-uid bit
         os.utime(file, ns=(1_234_567_890_123_456_789, 987_654_321_987_654_321))
         status = file.stat()
-        assert (status.st_atime_ns, status.st_mtime_ns) == (1_234_567_890_123_456_789, 987_654_321_987_654_321)
+        assert (status.st_atime_ns, status.st_mtime_ns) == (
+            1_234_567_890_123_456_789,
+            987_654_321_987_654_321,
+        )
         before = time.time_ns()
         os.utime(file)
         assert before - 10**7 <= file.stat().st_mtime_ns <= time.time_ns()
@@ -429,7 +437,9 @@ async def test_locks_and_preallocation_behave_as_on_a_file_system_without_the_la
 
 
 async def test_fio_verifies_what_it_wrote_at_random(mount: Mount) -> None:
-    job = "--name=v --filename=disk --size=4M --bs=4k-64k --rw=randwrite --verify=crc32c --output-format=terse"
+    job = (
+        "--name=v --filename=disk --size=4M --bs=4k-64k --rw=randwrite --verify=crc32c --output-format=terse"
+    )
     await mount.run("fio", *job.split(), "--direct=1", "--ioengine=libaio", "--iodepth=16")
     await mount.run("fio", *job.split(), "--filename=buffered")
 
@@ -529,7 +539,9 @@ async def test_a_recall_takes_back_names_absences_attributes_and_pages(mount: Mo
     """Another node writes f, makes g and removes h: after the recalls this node sees it at once."""
     volume, root = mount.volume, mount.path
     await mount.do(lambda: [(root / name).write_bytes(b"old") for name in "fh"])
-    assert await mount.do(lambda: ((root / "f").read_bytes(), (root / "g").exists(), (root / "h").exists())) == (
+    assert await mount.do(
+        lambda: ((root / "f").read_bytes(), (root / "g").exists(), (root / "h").exists())
+    ) == (
         b"old",
         False,
         True,
@@ -577,8 +589,10 @@ async def test_what_was_recalled_while_its_answer_was_on_the_way_is_not_cached(m
     assert volume.calls.count("lookup") == before + 4
 
 
-async def test_a_name_made_by_another_node_meanwhile_is_opened_and_not_overwritten_unseen(mount: Mount) -> None:
-    """Our kernel believes the name absent; open(O_CREAT) finds the other node's file, with its mode checked."""
+async def test_a_name_made_by_another_node_meanwhile_is_opened_and_not_overwritten_unseen(
+    mount: Mount,
+) -> None:
+    """Our kernel believes the name absent; open(O_CREAT) finds the other node's file, mode checked."""
     root, volume = mount.path, mount.volume
     await mount.do(lambda: os.chmod(root, 0o777))
     assert not await mount.do((root / "f").exists)

@@ -3,8 +3,8 @@
 Place      mount floor. Runs in the engine's task; slow requests get a trio task each.
 Hot        READ and WRITE that the file table can answer or take without waiting cost no task and no await.
 Here too   what pyfuse3 lacks or needs an inode for: FSYNC, FLUSH, STATFS, RELEASE, FORGET, SETXATTR ...
-Limits     REQUESTS_WAITING_MAX tasks; then the kernel's queue waits. LARGE_BUFFERS_MAX buffers handed out with
-           large writes; then their data is copied.
+Limits     REQUESTS_WAITING_MAX tasks; then the kernel's queue waits. LARGE_BUFFERS_MAX buffers handed out
+           with large writes; then their data is copied.
 """
 
 import errno
@@ -29,8 +29,8 @@ REQUESTS_WAITING_MAX = 4096
 REQUESTS_PER_TURN = 64  # then other descriptors of the engine have their turn
 COPY_SIZE_MAX = 64 * KIB  # WRITE data up to here is copied; larger data keeps the request's buffer
 LARGE_BUFFERS_MAX = 32  # of 1 MiB each
-# Handed to the file table with the kernel's write flags: the file was opened with O_APPEND, and `offset` is where
-# the kernel believes its end to be. See FileTable.write.
+# Handed to the file table with the kernel's write flags: the file was opened with O_APPEND, and `offset` is
+# where the kernel believes its end to be. See FileTable.write.
 WRITE_APPEND = 1 << 31
 
 Buffer = bytes | bytearray | memoryview
@@ -64,7 +64,7 @@ Handler = Callable[[int, int, memoryview], None]  # unique, node, body of the re
 
 
 class Channel:
-    """One FUSE session. `ended` is set when the kernel has unmounted it; `failure` says why, if not on purpose."""
+    """One FUSE session. `ended` is set when the kernel has unmounted it."""
 
     def __init__(self, engine: Engine, fd: int, files: Files, names: Names, relay: Relay) -> None:
         self._engine = engine
@@ -153,7 +153,9 @@ class Channel:
             abi.RELEASEDIR: self._on_release_directory,
             abi.FLUSH: lambda unique, node, _: self._start(unique, self._then_ok, self._files.flush, node),
             abi.FSYNC: lambda unique, node, _: self._start(unique, self._then_ok, self._files.fsync, node),
-            abi.FSYNCDIR: lambda unique, _n, _: self._start(unique, self._then_ok, self._names.fsync_directory),
+            abi.FSYNCDIR: lambda unique, _n, _: self._start(
+                unique, self._then_ok, self._names.fsync_directory
+            ),
             abi.STATFS: lambda unique, _n, _: self._start(unique, self._statfs),
             abi.SETXATTR: self._on_setxattr,
             abi.GETXATTR: self._on_getxattr,
@@ -164,8 +166,8 @@ class Channel:
             # ENOSYS: the kernel does it in its own way from then on, without asking again. INTERRUPT too: a
             # request that waits for the cluster goes on waiting, its caller's signal is seen afterwards.
             **{opcode: refuse(errno.ENOSYS) for opcode in (
-                abi.INTERRUPT, abi.LSEEK, abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP, abi.ACCESS,
-                abi.GETLK, abi.SETLK, abi.SETLKW, *range(abi.COPY_FILE_RANGE + 1, 64),
+                abi.INTERRUPT, abi.LSEEK, abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP,
+                abi.ACCESS, abi.GETLK, abi.SETLK, abi.SETLKW, *range(abi.COPY_FILE_RANGE + 1, 64),
             )},
         }  # fmt: skip
 
@@ -193,7 +195,8 @@ class Channel:
             self._waiting -= 1
 
     async def _read(self, unique: int, node: int, offset: int, size: int) -> None:
-        # Without an await between the table's last look at the lease and the reply: pages never come too late.
+        # Without an await between the table's last look at the lease and the reply: pages never come too
+        # late.
         self._reply_data(unique, await self._files.read(node, offset, size))
 
     async def _then_ok(self, unique: int, function: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -232,11 +235,14 @@ class Channel:
         else:
             done(None)
 
-    def _written(self, unique: int, size: int, lent: memoryview | None, error: Exception | None = None) -> None:
+    def _written(
+        self, unique: int, size: int, lent: memoryview | None, error: Exception | None = None
+    ) -> None:
         if lent is not None:
             self._buffers_out -= 1
         if error is not None:
-            # Whatever still holds on to the data of a failed write: its buffer is not used for another request.
+            # Whatever still holds on to the data of a failed write: its buffer is not used for another
+            # request.
             self._reply_failure(unique, error)
             return
         if lent is not None:

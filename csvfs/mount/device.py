@@ -61,8 +61,8 @@ def unmount(mount_point: Path) -> bool:
 def abort(mount_point: Path) -> None:
     """End the session now and detach it. What waits for an answer fails with EIO; nothing is written back.
 
-    Also where a thread of a dead session's process still waits in the kernel for a page that nobody will fill:
-    detaching alone would leave it there for ever.
+    Also where a thread of a dead session's process still waits in the kernel for a page that nobody will
+    fill: detaching alone would leave it there for ever.
     """
     target = os.fsencode(mount_point)
     _libc.umount2(target, MNT_FORCE)  # fails when in use, but has ended the session by then

@@ -1,8 +1,9 @@
 """The kernel's FUSE wire format: numbers, structs, and replies packed from them.
 
-Place      mount floor. Sans-IO. Reference: <linux/fuse.h>, protocol 7.45; the kernel and we are on one machine,
-           so numbers are in native byte order.
-Rule       sizes are asserted against the kernel's structs; a request is unpacked only after its length is checked.
+Place      mount floor. Sans-IO. Reference: <linux/fuse.h>, protocol 7.45; the kernel and we are on one
+           machine, so numbers are in native byte order.
+Rule       sizes are asserted against the kernel's structs; a request is unpacked only after its length is
+           checked.
 """
 
 import struct
@@ -122,8 +123,8 @@ def pack_init_reply(
     """Header and fuse_init_out."""
     congestion_threshold = max_background * 3 // 4
     body = INIT_OUT.pack(
-        FUSE_MAJOR, minor, max_readahead, flags & 0xFFFF_FFFF, max_background, congestion_threshold, io_size_max,
-        1, io_size_max // 4096, 0, flags >> 32, 0, 0, *(0,) * 11,
+        FUSE_MAJOR, minor, max_readahead, flags & 0xFFFF_FFFF, max_background, congestion_threshold,
+        io_size_max, 1, io_size_max // 4096, 0, flags >> 32, 0, 0, *(0,) * 11,
     )  # fmt: skip
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
 

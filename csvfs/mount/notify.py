@@ -17,10 +17,11 @@ INVALIDATE_THREADS_MAX = 16
 
 
 class KernelNotifier:
-    """Writes notifications to the FUSE device of one mount. All methods ignore inodes the kernel does not know."""
+    """Writes notifications to one FUSE device. Inodes that the kernel does not know are ignored."""
 
     def __init__(self, device_fd: int) -> None:
-        # Our own descriptor: a thread that still waits in write(2) must not see the number used for another file.
+        # Our own descriptor: a thread that still waits in write(2) must not see the number used for another
+        # file.
         self._fd = os.dup(device_fd)
         self._threads = trio.CapacityLimiter(INVALIDATE_THREADS_MAX)
 
@@ -29,7 +30,8 @@ class KernelNotifier:
         self._write(abi.pack_inval_inode(ino, -1, 0))
 
     async def invalidate_pages(self, ino: int, offset: int, length: int) -> None:
-        """Write back and drop cached pages from `offset` (bytes) on; length 0: to the end. Forgets attributes too.
+        """Write back and drop cached pages from `offset` (bytes) on; length 0: to the end. Forgets attributes
+        too.
 
         Waits for READs and WRITEs in flight on these pages, so those must go on being answered meanwhile.
         Cancel   leaves the invalidation to finish in its thread.

@@ -1,10 +1,11 @@
 """Names and attributes: what pyfuse3 calls, asked of the volume's coordinator through the session.
 
 Place      mount floor; the channel answers reads, writes and what pyfuse3 lacks.
-Leases     every reply of the coordinator says what this mount holds now; it is told to the file table at once,
-           without an await in between, so that a recall which comes next finds it there.
+Leases     every reply of the coordinator says what this mount holds now; it is told to the file table at
+           once, without an await in between, so that a recall which comes next finds it there.
 Caching    a time-out above 0 says: this was learned under a lease of READ or more, granted by the same reply.
-           relay.py makes it long, or 0 (K1). What came without a lease may be older than a lease got meanwhile.
+           relay.py makes it long, or 0 (K1). What came without a lease may be older than a lease got
+           meanwhile.
 Attributes of an inode under this mount's own write lease are known here, not at the coordinator: a stale size
            given to the kernel would cut a file short, so the file table is asked for them.
 """
@@ -90,7 +91,7 @@ class VolumeOperations(pyfuse3.Operations):
         self._next_handle = 1
 
     async def _entry(self, reply: dict[str, Any], directory: int | None = None) -> EntryAttributes:
-        """Tell the table what a reply with `attr`, `lease` (and `dir_lease`) granted; what pyfuse3 is told."""
+        """Tell the table what a reply with attr, lease (and dir_lease) granted; what pyfuse3 is told."""
         attr: Attr = reply["attr"]
         ino: int = attr[0]
         self._table.granted(ino, reply["lease"], attr)
@@ -141,7 +142,8 @@ class VolumeOperations(pyfuse3.Operations):
             truncated = await self._table.truncate(inode, changes)
             return entry_attributes(truncated, self._table.holds(inode) >= LEASE_READ)
         if fields.update_mtime and self._table.holds(inode) == LEASE_WRITE:
-            # A time set by hand must not be overwritten by that of an earlier write, which is reported lazily.
+            # A time set by hand must not be overwritten by that of an earlier write, which is reported
+            # lazily.
             await self._table.flush(inode)
         reply = await self._session.call("setattr", {"ino": inode, **changes})
         return await self._entry(reply)
@@ -149,7 +151,14 @@ class VolumeOperations(pyfuse3.Operations):
     # ---- names
 
     async def _make(
-        self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes | None = None
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        ctx: RequestContext,
+        *,
+        rdev: int = 0,
+        target: bytes | None = None,
     ) -> EntryAttributes:
         args = {"parent": parent, "name": name, "mode": mode, "uid": ctx.uid, "gid": ctx.gid}
         reply = await self._session.call("make", {**args, "rdev": rdev, "target": target})
@@ -219,7 +228,8 @@ class VolumeOperations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
-            raise FUSEError(errno.EINVAL)  # RENAME_WHITEOUT: for overlays, which keep their upper layer elsewhere
+            # RENAME_WHITEOUT: for overlays, which keep their upper layer elsewhere.
+            raise FUSEError(errno.EINVAL)
         args = {"parent": parent_inode_old, "name": name_old}
         args |= {"new_parent": parent_inode_new, "new_name": name_new, "flags": flags}
         reply = await self._session.call("rename", args)
@@ -257,7 +267,7 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        """Entries of one page of the coordinator. A listing that begins anew, or was recalled, is fetched anew."""
+        """Entries of one page of the coordinator, fetched anew at the start and after a recall."""
         directory = self._directories[fh]
         outdated = self._table.recalled_since(directory.ino, directory.stamp)
         if start_id == 0 or outdated or start_id not in directory.positions:
@@ -308,7 +318,7 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
-        """setxattr(2) with XATTR_CREATE or XATTR_REPLACE in `flags`; decided by the coordinator in one step."""
+        """setxattr(2) with XATTR_CREATE or XATTR_REPLACE in `flags`: one step at the coordinator."""
         _check_namespace(name)
         args = {"ino": ino, "name": name, "value": value, "flags": flags}
         await self._session.call("setxattr", args)

@@ -1,10 +1,10 @@
-"""`python -m csvfs.mount.process VOLUME`: the mount of one volume on this node, as a process of `csvfs node run`.
+"""`python -m csvfs.mount.process VOLUME`: one volume's mount on this node, a child of `csvfs node run`.
 
 Place      mount floor; puts everything below together.
-Order      The session with the coordinator first, then the mount: an empty directory becomes the volume, never a
-           volume that does not answer.
-Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced), /dev/fuse gone, or a bug: status 1,
-           and the kernel fails what was waiting; node run starts the next incarnation.
+Order      The session with the coordinator first, then the mount: an empty directory becomes the volume,
+           never a volume that does not answer.
+Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced), /dev/fuse gone, or a bug:
+           status 1, and the kernel fails what was waiting; node run starts the next incarnation.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """The relay: carries the requests about names and attributes to pyfuse3 and its replies back to the kernel.
 
-Place      mount floor; used by channel.py. pyfuse3 runs in the same process and thread, on the other end of an
-           AF_UNIX SOCK_SEQPACKET pair that it takes for its FUSE device.
-Edits      INIT replies carry our flags, OPEN and CREATE replies ours too, and every reply with attributes or names
-           gets its cache time-outs here.
+Place      mount floor; used by channel.py. pyfuse3 runs in the same process and thread, on the other end of
+           an AF_UNIX SOCK_SEQPACKET pair that it takes for its FUSE device.
+Edits      INIT replies carry our flags, OPEN and CREATE replies ours too, and every reply with attributes or
+           names gets its cache time-outs here.
 
 Invariant
   K1  The kernel caches a name or attributes for long iff what the reply says was learned under the lease
@@ -11,8 +11,9 @@ Invariant
       was recalled since the request was read. Deciding and writing is one synchronous step, so a recall comes
       either before (time-out 0) or after (its notification takes the cached thing back).
 
-No READDIRPLUS with the kernel: the attributes of a listing are not covered by leases, and stale ones must not reach
-an inode in use. pyfuse3 knows nothing else, so it gets READDIRPLUS and the attributes are cut from its replies.
+No READDIRPLUS with the kernel: the attributes of a listing are not covered by leases, and stale ones must not
+reach an inode in use. pyfuse3 knows nothing else, so it gets READDIRPLUS and the attributes are cut from its
+replies.
 """
 
 import errno
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 
 LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE = 0, 1, 2, 3  # PROTOCOL.md, lease kinds
 
-# pyfuse3 answers with a blocking write in our own thread: its send buffer must hold the largest replies of all
-# its tasks, PYFUSE3_TASKS_MAX times READDIR_SIZE_MAX and as much again for the socket's own overhead.
+# pyfuse3 answers with a blocking write in our own thread: its send buffer must hold the largest replies of
+# all its tasks, PYFUSE3_TASKS_MAX times READDIR_SIZE_MAX and as much again for the socket's own overhead.
 PYFUSE3_TASKS_MAX = 64
 READDIR_SIZE_MAX = 128 * 1024
 SOCKET_BUFFER_SIZE = 32 * MIB
@@ -53,9 +54,9 @@ WANTED_FLAGS = (
     | abi.FLAG_CACHE_SYMLINKS
     | abi.FLAG_INIT_EXT
     | abi.FLAG_DIRECT_IO_ALLOW_MMAP
-    # Left out on purpose: WRITEBACK_CACHE (written means in the drives' hands), AUTO_INVAL_DATA (leases say when),
-    # ATOMIC_O_TRUNC (the kernel sends SETATTR, which takes the write lease), HANDLE_KILLPRIV (the kernel clears
-    # set-uid bits by SETATTR), POSIX_LOCKS and FLOCK_LOCKS (locks are local to a node so far).
+    # Left out on purpose: WRITEBACK_CACHE (written means in the drives' hands), AUTO_INVAL_DATA (leases say
+    # when), ATOMIC_O_TRUNC (the kernel sends SETATTR, which takes the write lease), HANDLE_KILLPRIV (the
+    # kernel clears set-uid bits by SETATTR), POSIX_LOCKS and FLOCK_LOCKS (locks are local to a node so far).
 )
 REQUIRED_FLAGS = abi.FLAG_DO_READDIRPLUS | abi.FLAG_MAX_PAGES | abi.FLAG_EXPLICIT_INVAL_DATA
 MAX_READAHEAD = MIB
@@ -77,7 +78,7 @@ class Leases(Protocol):
 
 class Listings(Protocol):
     def listing_was_leased(self, fh: int) -> bool:
-        """Whether the entries last given for directory handle `fh` were learned under the directory's lease."""
+        """Whether the entries last given for handle `fh` were learned under the directory's lease."""
         ...
 
 
@@ -112,8 +113,10 @@ class Relay:
         self._pending: dict[int, Pending] = {}
         self._unsent: deque[bytes] = deque()
         self._reply = memoryview(bytearray(REPLY_SIZE_MAX))
-        self._listed_since: dict[int, int] = {}  # directory -> stamp since which the kernel keeps its entries
-        self.lookups: dict[int, int] = {}  # inode -> how often the kernel was given it and has not forgotten it
+        # Directory -> stamp since which the kernel keeps its entries.
+        self._listed_since: dict[int, int] = {}
+        # Inode -> how often the kernel was given it and has not forgotten it.
+        self.lookups: dict[int, int] = {}
         self.minor = 0
         self._socket, self._pyfuse3_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._socket, self._pyfuse3_socket):
@@ -193,7 +196,9 @@ class Relay:
         size, error, unique = abi.OUT_HEADER.unpack_from(reply)
         pending = self._pending.pop(unique, None)
         if pending is None or size != len(reply):
-            log.error("pyfuse3 sent a reply to no request: unique %d, %d of %d bytes", unique, len(reply), size)
+            log.error(
+                "pyfuse3 sent a reply to no request: unique %d, %d of %d bytes", unique, len(reply), size
+            )
             return
         if pending.opcode == abi.INIT:
             self._answer_init(unique, error, pending.init)
@@ -233,7 +238,9 @@ class Relay:
         )
         if not usable or offer is None:
             os.write(self._device_fd, abi.pack_error_reply(unique, errno.EPROTO))
-            self._on_failure(Unavailable(f"kernel or pyfuse3 too old: the kernel offers {offer}, error {error}"))
+            self._on_failure(
+                Unavailable(f"kernel or pyfuse3 too old: the kernel offers {offer}, error {error}")
+            )
             return
         self.minor = min(offer.minor, abi.FUSE_MINOR_MAX)
         reply = abi.pack_init_reply(
@@ -289,7 +296,7 @@ class Relay:
         abi.ENTRY_VALID.pack_into(reply, at, entry_valid, attr_valid, 0, 0)
 
     def _patch_open(self, reply: memoryview, at: int, open_flags: int) -> None:
-        """Pages outlive opens (leases end them). Direct I/O goes to the drives, many writes of one file at once."""
+        """Pages outlive opens, leases end them. Direct writes of one file go on side by side."""
         fh, _, _ = abi.OPEN_OUT.unpack_from(reply, at)
         flags = abi.FOPEN_KEEP_CACHE | abi.FOPEN_PARALLEL_DIRECT_WRITES
         if open_flags & os.O_DIRECT:
@@ -316,7 +323,9 @@ class Relay:
         abi.OPEN_OUT.pack_into(reply, at, fh, flags, 0)
 
     def _patch_listing(self, reply: memoryview, pending: Pending) -> bytes:
-        if not (self._listings.listing_was_leased(pending.detail) and self._valid_s(pending.node, pending.stamp)):
+        if not (
+            self._listings.listing_was_leased(pending.detail) and self._valid_s(pending.node, pending.stamp)
+        ):
             self._listed_since.pop(pending.node, None)  # the kernel may keep this; its next open drops it
         return abi.without_attributes(reply)
 

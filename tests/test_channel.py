@@ -1,0 +1,498 @@
+"""Channel and relay between a kernel and a pyfuse3 that are both played by the test, over sockets."""
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import trio
+
+from csvfs.errors import CsvfsError, NoSpace
+from csvfs.mount import channel as channel_module
+from csvfs.mount import fuse_abi as abi
+from csvfs.mount.channel import WRITE_APPEND, Channel
+from csvfs.mount.relay import CACHE_VALID_S, Relay
+from csvfs.net.engine import Engine
+from tests.memory_volume import READ_LEASE, MemoryVolume
+
+FILE, DIRECTORY = 2, 1
+ATTR = abi.ATTR.pack(FILE, 5, 8, *(0,) * 13)
+
+
+class Names:
+    def __init__(self, volume: MemoryVolume) -> None:
+        self.volume = volume
+        self.closed_directories: list[int] = []
+        self.set: list[tuple[int, bytes, bytes, int]] = []
+        self.leased = True
+
+    async def fsync_directory(self) -> None:
+        await self.volume.call("fsync", {})
+
+    async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
+        self.set.append((ino, name, value, flags))
+
+    def close_directory(self, fh: int) -> None:
+        self.closed_directories.append(fh)
+
+    def listing_was_leased(self, fh: int) -> bool:
+        return self.leased
+
+
+class Setting:
+    """`kernel` and `pyfuse3` are the test's ends of what channel and relay talk to."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.engine = Engine()
+        self.kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.kernel, self._device):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        self.volume = MemoryVolume()
+        self.volume.call_make(DIRECTORY, b"file", stat.S_IFREG | 0o644, 0, 0, 0, None)
+        self.volume.inodes[FILE].data[:] = b"hello"
+        self.names = Names(self.volume)
+        self.failures: list[Exception] = []
+        fd = self._device.fileno()
+        self.relay = Relay(self.engine, fd, self.volume, self.names, self.failures.append)
+        self.pyfuse3 = self.relay._pyfuse3_socket
+        self.pyfuse3.setblocking(False)
+        self.channel = Channel(self.engine, fd, self.volume, self.names, self.relay)
+        nursery.start_soon(self.engine.run_forever)
+        self.channel.start(nursery)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.relay.close()
+        self.kernel.close()
+        self._device.close()
+        self.engine.close()
+
+    def send(self, opcode: int, unique: int, node: int, body: bytes = b"") -> None:
+        header = abi.IN_HEADER.pack(abi.IN_HEADER.size + len(body), opcode, unique, node, 0, 0, 0, 0, 0)
+        self.kernel.send(header + body)
+
+    async def receive(self, end: socket.socket | None = None) -> bytes:
+        end = end or self.kernel
+        with trio.fail_after(5):
+            while True:
+                try:
+                    return end.recv(2 << 20)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(end)
+
+    async def receive_error(self) -> tuple[int, int]:
+        """(unique, errno) of a reply without a body."""
+        reply = await self.receive()
+        size, error, unique = abi.OUT_HEADER.unpack(reply)
+        assert size == 16
+        return unique, -error
+
+    async def ask(self, opcode: int, node: int, body: bytes = b"") -> int:
+        self.send(opcode, 7, node, body)
+        unique, error = await self.receive_error()
+        assert unique == 7
+        return error
+
+    async def pass_through(
+        self, opcode: int, node: int, body: bytes, reply_body: bytes, error: int = 0
+    ) -> bytes:
+        """A request that pyfuse3 answers with `reply_body`; the reply as the kernel gets it."""
+        self.send(opcode, 8, node, body)
+        request = await self.receive(self.pyfuse3)
+        assert abi.IN_HEADER.unpack_from(request)[2] == 8
+        self.answer(8, reply_body, error)
+        return await self.receive()
+
+    def answer(self, unique: int, body: bytes, error: int = 0) -> None:
+        self.pyfuse3.send(abi.OUT_HEADER.pack(16 + len(body), -error, unique) + body)
+
+    async def negotiate(self, minor: int = 45) -> bytes:
+        flags = 0xFFFF_FFFF
+        body = abi.INIT_IN.pack(7, minor, 1 << 17, flags) + abi.U32.pack(0xFFFF) + bytes(44)
+        return await self.pass_through(abi.INIT, 0, body, bytes(64))
+
+
+@pytest.fixture
+async def setting(nursery: trio.Nursery) -> AsyncIterator[Setting]:
+    setting = Setting(nursery)
+    yield setting
+    setting.close()
+    nursery.cancel_scope.cancel()
+
+
+def read_body(offset: int, size: int) -> bytes:
+    return abi.READ_IN.pack(0, offset, size, 0, 0, 0, 0)
+
+
+def write_body(offset: int, data: bytes, flags: int = 0) -> bytes:
+    return abi.WRITE_IN.pack(0, offset, len(data), 0, 0, flags, 0) + data
+
+
+# -- READ and WRITE
+
+
+async def test_reads_at_hand_are_answered_at_once_and_others_later(setting: Setting) -> None:
+    setting.send(abi.READ, 1, FILE, read_body(1, 100))
+    assert await setting.receive() == abi.OUT_HEADER.pack(20, 0, 1) + b"ello"
+    assert (setting.channel.inline_count, setting.channel.waited_count) == (1, 0)
+    setting.volume.nowait = False
+    setting.send(abi.READ, 2, FILE, read_body(0, 3))
+    assert await setting.receive() == abi.OUT_HEADER.pack(19, 0, 2) + b"hel"
+    assert (setting.channel.inline_count, setting.channel.waited_count) == (1, 1)
+
+
+async def test_a_read_may_come_as_any_kind_of_buffer(setting: Setting) -> None:
+    for data in (b"abc", bytearray(b"abc"), memoryview(b"abc"), [b"a", memoryview(b"bc")]):
+        setting.volume.read_nowait = lambda *_, data=data: data  # type: ignore[method-assign,assignment]
+        setting.send(abi.READ, 1, FILE, read_body(0, 3))
+        assert await setting.receive() == abi.OUT_HEADER.pack(19, 0, 1) + b"abc"
+
+
+async def test_errors_of_reads_are_answered_whether_at_once_or_later(setting: Setting) -> None:
+    assert await setting.ask(abi.READ, 99, read_body(0, 1)) == errno.ENOENT
+    setting.volume.nowait = False
+    assert await setting.ask(abi.READ, 99, read_body(0, 1)) == errno.ENOENT
+
+
+async def test_a_write_is_answered_when_it_is_done_and_with_its_error(setting: Setting) -> None:
+    done: list[Callable[[CsvfsError | None], None]] = []
+    taken: list[tuple[int, int, bytes, int]] = []
+
+    def take(ino: int, offset: int, data: memoryview, flags: int, when_done: Callable) -> bool:
+        taken.append((ino, offset, bytes(data), flags))
+        done.append(when_done)
+        return True
+
+    setting.volume.write_nowait = take  # type: ignore[method-assign,assignment]
+    setting.send(abi.WRITE, 1, FILE, write_body(10, b"one"))
+    setting.send(abi.WRITE, 2, FILE, write_body(20, b"two", os.O_APPEND))
+    while len(done) < 2:
+        await trio.lowlevel.checkpoint()
+    assert taken == [(FILE, 10, b"one", 0), (FILE, 20, b"two", WRITE_APPEND)]
+    with pytest.raises(BlockingIOError):
+        setting.kernel.recv(100)
+    done[1](None)
+    assert await setting.receive() == abi.pack_write_reply(2, 3)
+    done[0](NoSpace("pool full"))
+    assert await setting.receive_error() == (1, errno.ENOSPC)
+
+
+async def test_a_write_whose_size_is_not_that_of_its_data_is_refused(setting: Setting) -> None:
+    body = abi.WRITE_IN.pack(0, 0, 100, 0, 0, 0, 0) + b"x" * 99
+    assert await setting.ask(abi.WRITE, FILE, body) == errno.EINVAL
+    assert await setting.ask(abi.WRITE, FILE, body[:20]) == errno.EIO
+    assert setting.volume.inodes[FILE].data == b"hello"
+
+
+async def test_data_of_waiting_large_writes_is_never_overwritten_by_later_requests(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five large writes in flight, more than there are buffers to lend; their data stays as it is."""
+    held: list[tuple[memoryview, Callable[[CsvfsError | None], None]]] = []
+
+    def hold(ino: int, offset: int, data: memoryview, flags: int, done: Callable) -> bool:
+        held.append((data, done))
+        return True
+
+    setting.volume.write_nowait = hold  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(channel_module, "LARGE_BUFFERS_MAX", 2)
+    for round_number in range(2):
+        for number in range(5):
+            setting.send(abi.WRITE, number, FILE, write_body(0, bytes([number + 1]) * 300_000))
+            while len(held) <= number:
+                await trio.lowlevel.checkpoint()
+        setting.send(abi.READ, 50, FILE, read_body(0, 5))
+        assert (await setting.receive())[16:] == b"hello"
+        for number, (data, done) in enumerate(held):
+            assert data == bytes([number + 1]) * 300_000
+            # Of the second round: one fails, whose buffer is not used again.
+            done(NoSpace("full") if round_number and number == 0 else None)
+            await setting.receive()
+        held.clear()
+    assert setting.channel._buffers_out == 0
+    assert len(setting.channel._spare_buffers) == 1
+
+
+async def test_when_too_many_requests_wait_the_kernels_queue_waits(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "REQUESTS_WAITING_MAX", 3)
+    monkeypatch.setattr(channel_module, "REQUESTS_PER_TURN", 1)
+    going = trio.Event()
+    reading = 0
+
+    async def read(ino: int, offset: int, size: int) -> bytes:
+        nonlocal reading
+        reading += 1
+        await going.wait()
+        return b"x"
+
+    setting.volume.nowait = False
+    setting.volume.read = read  # type: ignore[method-assign,assignment]
+    for unique in range(10):
+        setting.send(abi.READ, unique, FILE, read_body(0, 1))
+    while reading < 3:
+        await trio.lowlevel.checkpoint()
+    for _ in range(20):
+        await trio.lowlevel.checkpoint()
+    assert reading == 3
+    going.set()
+    answered = {abi.OUT_HEADER.unpack_from(await setting.receive())[2] for _ in range(10)}
+    assert answered == set(range(10))
+
+
+# -- what the channel answers by itself
+
+
+async def test_what_the_file_system_has_not_is_refused_in_the_kernels_words(setting: Setting) -> None:
+    assert await setting.ask(abi.FALLOCATE, FILE, bytes(32)) == errno.EOPNOTSUPP
+    assert await setting.ask(abi.IOCTL, FILE, bytes(32)) == errno.ENOTTY
+    for opcode in (
+        abi.LSEEK,
+        abi.COPY_FILE_RANGE,
+        abi.POLL,
+        abi.GETLK,
+        abi.INTERRUPT,
+        abi.READDIRPLUS,
+        52,
+        53,
+    ):
+        assert await setting.ask(opcode, FILE, bytes(64)) == errno.ENOSYS
+
+
+async def test_syncs_statfs_and_releases_are_answered_here(setting: Setting) -> None:
+    setting.volume.opened(FILE)
+    for opcode in (abi.FLUSH, abi.FSYNC, abi.FSYNCDIR):
+        assert await setting.ask(opcode, FILE, bytes(24)) == 0
+    assert setting.volume.fsync_count == 1
+    assert await setting.ask(abi.RELEASE, FILE, bytes(24)) == 0
+    assert setting.volume.inodes[FILE].opens == 0
+    assert await setting.ask(abi.RELEASEDIR, DIRECTORY, abi.RELEASE_IN.pack(33, 0, 0, 0)) == 0
+    assert setting.names.closed_directories == [33]
+    setting.send(abi.STATFS, 1, DIRECTORY)
+    assert len(await setting.receive()) == 96
+
+
+async def test_setxattr_keeps_its_flags_and_malformed_ones_are_refused(setting: Setting) -> None:
+    body = abi.SETXATTR_IN.pack(3, os.XATTR_CREATE) + b"user.a\0" + b"v\0w"
+    assert await setting.ask(abi.SETXATTR, FILE, body) == 0
+    assert setting.names.set == [(FILE, b"user.a", b"v\0w", os.XATTR_CREATE)]
+    for wrong in (body[:-1], abi.SETXATTR_IN.pack(0, 0) + b"\0", abi.SETXATTR_IN.pack(0, 0) + b"no-end"):
+        assert await setting.ask(abi.SETXATTR, FILE, wrong) == errno.EINVAL
+    assert await setting.ask(abi.GETXATTR, FILE, bytes(8) + b"security.capability\0") == errno.ENODATA
+    assert len(setting.names.set) == 1
+
+
+async def test_rubbish_from_the_device_ends_nothing(setting: Setting) -> None:
+    setting.kernel.send(b"short")
+    for opcode in range(64):
+        setting.send(opcode, 1000 + opcode, FILE)  # every request without its body
+    setting.send(abi.READ, 5, FILE, read_body(0, 5))
+    while True:
+        reply = await setting.receive()
+        if abi.OUT_HEADER.unpack_from(reply)[2] == 5:
+            break
+    assert reply[16:] == b"hello"
+    assert not setting.failures
+
+
+# -- through pyfuse3
+
+
+async def test_init_offers_our_flags_and_nothing_the_kernel_has_not(setting: Setting) -> None:
+    reply = await setting.negotiate(minor=44)
+    major, minor, readahead, low, _, _, max_write, gran, pages, _, high = abi.INIT_OUT.unpack_from(reply, 16)[
+        :11
+    ]
+    flags = low | high << 32
+    assert (major, minor, readahead, max_write, gran, pages) == (7, 44, 1 << 17, 1 << 20, 1, 256)
+    for wanted in (abi.FLAG_PARALLEL_DIROPS, abi.FLAG_EXPLICIT_INVAL_DATA, abi.FLAG_DIRECT_IO_ALLOW_MMAP):
+        assert flags & wanted
+    for unwanted in (
+        abi.FLAG_WRITEBACK_CACHE,
+        abi.FLAG_AUTO_INVAL_DATA,
+        abi.FLAG_POSIX_LOCKS,
+        abi.FLAG_FLOCK_LOCKS,
+    ):
+        assert not flags & unwanted
+    assert setting.relay.can_cache_entries
+
+
+async def test_a_kernel_that_is_too_old_is_refused(setting: Setting) -> None:
+    body = abi.INIT_IN.pack(7, 30, 1 << 17, 0xFFFF_FFFF) + bytes(48)
+    reply = await setting.pass_through(abi.INIT, 0, body, bytes(64))
+    assert abi.OUT_HEADER.unpack(reply) == (16, -errno.EPROTO, 8)
+    assert "too old" in str(setting.failures[0])
+
+
+def entry(ino: int, leased: bool = True, name_leased: bool = True) -> bytes:
+    return abi.NODEID.pack(ino) + bytes(8) + abi.ENTRY_VALID.pack(name_leased, leased, 0, 0) + ATTR
+
+
+def valid_s(reply: bytes) -> tuple[int, int]:
+    return abi.ENTRY_VALID.unpack_from(reply, 16 + abi.ENTRY_VALID_OFFSET)[:2]
+
+
+@pytest.mark.parametrize("opcode", [abi.LOOKUP, abi.MKNOD, abi.MKDIR, abi.SYMLINK, abi.LINK])
+async def test_k1_names_and_attributes_are_cached_iff_leased_and_not_recalled(
+    setting: Setting, opcode: int
+) -> None:
+    await setting.negotiate()
+    volume = setting.volume
+
+    async def reply_to(answer: bytes) -> tuple[int, int]:
+        return valid_s(await setting.pass_through(opcode, DIRECTORY, b"file\0", answer))
+
+    assert await reply_to(entry(FILE)) == (0, 0)
+    volume.leases = {DIRECTORY: READ_LEASE}
+    assert await reply_to(entry(FILE)) == (CACHE_VALID_S, 0)
+    volume.leases = {FILE: READ_LEASE}
+    assert await reply_to(entry(FILE)) == (0, CACHE_VALID_S)
+    volume.leases = {FILE: READ_LEASE, DIRECTORY: READ_LEASE}
+    assert await reply_to(entry(FILE)) == (CACHE_VALID_S, CACHE_VALID_S)
+    # Learned without a lease, although one was got meanwhile.
+    assert await reply_to(entry(FILE, leased=False, name_leased=False)) == (0, 0)
+    # Recalled between request and reply, although held again.
+    setting.send(opcode, 8, DIRECTORY, b"file\0")
+    await setting.receive(setting.pyfuse3)
+    volume.recall(DIRECTORY)
+    volume.recall(FILE)
+    volume.leases = {FILE: READ_LEASE, DIRECTORY: READ_LEASE}
+    setting.answer(8, entry(FILE))
+    assert valid_s(await setting.receive()) == (0, 0)
+    assert setting.relay.lookups == {FILE: 6}
+
+
+async def test_k1_absence_is_cached_under_the_directorys_lease(setting: Setting) -> None:
+    await setting.negotiate()
+    setting.volume.leases = {DIRECTORY: READ_LEASE}
+    reply = await setting.pass_through(abi.LOOKUP, DIRECTORY, b"none\0", entry(0, leased=False))
+    assert valid_s(reply) == (CACHE_VALID_S, 0)
+    assert setting.relay.lookups == {}
+
+
+async def test_names_are_not_cached_by_kernels_that_cannot_take_them_back(setting: Setting) -> None:
+    await setting.negotiate(minor=43)
+    setting.volume.leases = {DIRECTORY: READ_LEASE, FILE: READ_LEASE}
+    reply = await setting.pass_through(abi.LOOKUP, DIRECTORY, b"file\0", entry(FILE))
+    assert valid_s(reply) == (0, CACHE_VALID_S)
+
+
+@pytest.mark.parametrize("opcode", [abi.GETATTR, abi.SETATTR])
+async def test_k1_attributes_are_cached_iff_leased(setting: Setting, opcode: int) -> None:
+    for held, leased, expected in [
+        (0, 1, 0),
+        (1, 1, 0),
+        (2, 1, CACHE_VALID_S),
+        (3, 1, CACHE_VALID_S),
+        (3, 0, 0),
+    ]:
+        setting.volume.leases = {FILE: held}
+        answer = abi.ATTR_VALID.pack(leased, 0) + bytes(4) + ATTR
+        reply = await setting.pass_through(opcode, FILE, bytes(88), answer)
+        assert abi.ATTR_VALID.unpack_from(reply, 16)[0] == expected
+        assert reply[32:] == ATTR
+
+
+async def test_opens_keep_pages_and_direct_ones_go_past_them(setting: Setting) -> None:
+    always = abi.FOPEN_KEEP_CACHE | abi.FOPEN_PARALLEL_DIRECT_WRITES
+    for flags, expected in [
+        (os.O_RDWR, always),
+        (os.O_RDONLY, always | abi.FOPEN_NOFLUSH),
+        (os.O_RDWR | os.O_DIRECT, always | abi.FOPEN_DIRECT_IO),
+    ]:
+        reply = await setting.pass_through(
+            abi.OPEN, FILE, abi.OPEN_IN.pack(flags, 0), abi.OPEN_OUT.pack(9, 0, 0)
+        )
+        assert abi.OPEN_OUT.unpack_from(reply, 16) == (9, expected, 0)
+    created = entry(FILE) + abi.OPEN_OUT.pack(9, 0, 0)
+    reply = await setting.pass_through(abi.CREATE, DIRECTORY, abi.OPEN_IN.pack(os.O_RDWR, 0), created)
+    assert abi.OPEN_OUT.unpack_from(reply, 16 + abi.ENTRY_OUT_SIZE) == (9, always, 0)
+
+
+async def test_the_kernel_keeps_a_listing_over_opens_until_its_lease_is_recalled(setting: Setting) -> None:
+    async def open_flags() -> int:
+        reply = await setting.pass_through(abi.OPENDIR, DIRECTORY, bytes(8), abi.OPEN_OUT.pack(4, 0, 0))
+        return int(abi.OPEN_OUT.unpack_from(reply, 16)[1])
+
+    async def list_it() -> None:
+        await setting.pass_through(abi.READDIR, DIRECTORY, read_body(0, 4096), b"")
+
+    keep = abi.FOPEN_CACHE_DIR | abi.FOPEN_KEEP_CACHE
+    assert await open_flags() == 0
+    setting.volume.leases = {DIRECTORY: READ_LEASE}
+    assert await open_flags() == abi.FOPEN_CACHE_DIR
+    await list_it()
+    assert await open_flags() == keep
+    setting.volume.recall(DIRECTORY)
+    setting.volume.leases = {DIRECTORY: READ_LEASE}
+    assert await open_flags() == abi.FOPEN_CACHE_DIR
+    assert await open_flags() == keep
+    setting.names.leased = False
+    await list_it()
+    assert await open_flags() == abi.FOPEN_CACHE_DIR
+
+
+async def test_pyfuse3_is_asked_for_attributes_that_the_kernel_does_not_get(setting: Setting) -> None:
+    setting.send(abi.READDIR, 3, DIRECTORY, read_body(0, 1 << 20))
+    request = await setting.receive(setting.pyfuse3)
+    assert abi.IN_HEADER.unpack_from(request)[1] == abi.READDIRPLUS
+    assert abi.READ_IN.unpack_from(request, 40)[2] == 128 * 1024
+    dirent = abi.DIRENT.pack(FILE, 1, 4, 8) + b"file" + bytes(4)
+    setting.answer(3, entry(FILE) + dirent)
+    assert await setting.receive() == abi.OUT_HEADER.pack(16 + len(dirent), 0, 3) + dirent
+    assert setting.relay.lookups == {}
+
+
+async def test_forgets_reach_the_table_when_the_last_lookup_is_gone(setting: Setting) -> None:
+    for _ in range(3):
+        await setting.pass_through(abi.LOOKUP, DIRECTORY, b"file\0", entry(FILE))
+    setting.send(abi.FORGET, 0, FILE, abi.FORGET_IN.pack(2))
+    rows = abi.FORGET_ONE.pack(FILE, 1) + abi.FORGET_ONE.pack(77, 1)
+    setting.send(abi.BATCH_FORGET, 0, 0, abi.BATCH_FORGET_IN.pack(2, 0) + rows)
+    assert await setting.ask(abi.FLUSH, FILE) == 0
+    assert setting.volume.forgotten == [FILE]
+    assert setting.relay.lookups == {}
+
+
+async def test_errors_pass_and_malformed_replies_become_eio(setting: Setting) -> None:
+    reply = await setting.pass_through(abi.LOOKUP, DIRECTORY, b"x\0", b"", errno.EACCES)
+    assert abi.OUT_HEADER.unpack(reply) == (16, -errno.EACCES, 8)
+    for opcode in (abi.LOOKUP, abi.GETATTR, abi.OPEN, abi.OPENDIR, abi.CREATE):
+        reply = await setting.pass_through(opcode, FILE, b"file\0\0\0\0", b"abc")
+        assert abi.OUT_HEADER.unpack(reply) == (16, -errno.EIO, 8)
+    reply = await setting.pass_through(abi.READDIR, DIRECTORY, read_body(0, 4096), bytes(100))
+    assert abi.OUT_HEADER.unpack(reply) == (16, -errno.EIO, 8)
+    assert setting.relay.lookups == {}
+
+
+async def test_requests_wait_in_order_while_pyfuse3_takes_none(setting: Setting) -> None:
+    setting.relay._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    for unique in range(200):
+        setting.send(abi.LOOKUP, unique, DIRECTORY, b"n" * 200 + b"\0")
+    while not setting.relay._unsent:
+        await trio.lowlevel.checkpoint()
+    for unique in range(200):
+        assert abi.IN_HEADER.unpack_from(await setting.receive(setting.pyfuse3))[2] == unique
+
+
+async def test_the_end_of_pyfuse3_is_reported(setting: Setting) -> None:
+    setting.pyfuse3.close()
+    while not setting.failures:
+        await trio.lowlevel.checkpoint()
+    assert "pyfuse3" in str(setting.failures[0])
+
+
+async def test_an_unmounted_device_ends_the_session(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unmounted(*_: object) -> int:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(os, "readv", unmounted)
+    setting.send(abi.READ, 1, FILE, read_body(0, 1))
+    with trio.fail_after(5):
+        await setting.channel.ended.wait()
