@@ -84,6 +84,7 @@ class FileState:
         "__weakref__",
         "_locks",
         "allocated_upto",
+        "asking",
         "attr",
         "claims",
         "committed",
@@ -152,6 +153,7 @@ class FileState:
         self.readable = False
         self.writable = False
         self.waiters: trio.Event | None = None
+        self.asking: dict[object, int] = {}  # leases being asked for
         self._locks: dict[str, trio.Lock] | None = None
 
     def regate(self) -> None:
@@ -201,11 +203,6 @@ class FileState:
         if self._locks is None:
             self._locks = {}
         return self._locks.setdefault(name, trio.Lock())
-
-    @property
-    def acquiring(self) -> trio.Lock:
-        """Held while a higher lease is asked for."""
-        return self._lock("acquiring")
 
     @property
     def mapping(self) -> trio.Lock:

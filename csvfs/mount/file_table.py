@@ -155,7 +155,8 @@ class FileTable:
 
     async def _hold_open(self, state: FileState) -> None:
         try:
-            await self.leases.acquire(state, LEASE_OPEN, 0, 0)
+            while state.lease == LEASE_NONE and state.open_count:
+                await self.leases.acquire(state, LEASE_OPEN, 0, 0)
         except CsvfsError as error:
             log.warning("inode %d is open without a lease: %s", state.ino, error)
 

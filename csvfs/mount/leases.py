@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
-from csvfs.errors import ProtocolError
+from csvfs.errors import CsvfsError, ProtocolError
 from csvfs.mount.file_state import (
     ATTR_LENGTH,
     BLOCKS,
@@ -154,37 +154,67 @@ class Leases:
     async def acquire(self, state: FileState, kind: int, block: int, count: int) -> None:
         """Ask for a lease, and the layout around blocks `block..block+count` (count 0: none).
 
-        Another recall may come at once: look at the state again afterwards, without an await in between.
+        Returns when there is reason to look at the state again; what was asked for may still be missing.
         Raises  NotFound, Unavailable ... of the call.
         """
-        upgrade = state.lease < kind
-        # Two queues: who asks for the layout alone is answered while a recall makes the others wait.
-        lock = state.acquiring if upgrade else state.mapping
-        async with lock:
-            if state.lease < kind and not upgrade:
-                return
-            if state.lease >= kind and state.extents.covers(block, count):
-                return
-            upgrade = state.lease < kind
-            await self._released(state.ino)
-            first, end = _window(block, count) if count else (0, 0)
-            # Held already: only the layout is asked for, and OPEN is what the coordinator answers even while it
-            # recalls the lease. A read that keeps its page locked must not wait for that recall to end.
-            stamp = self._stamp
-            ask = kind if upgrade else LEASE_OPEN
-            args = {"ino": state.ino, "kind": ask, "block": first, "count": end - first}
-            reply = await self._coordinator.call("acquire", args)
-            if self.states.setdefault(state.ino, state) is not state:
-                return  # forgotten meanwhile; whoever asked looks it up again
-            if upgrade:
+        first, end = _window(block, count) if count else (0, 0)
+        args = {"ino": state.ino, "kind": kind, "block": first, "count": end - first}
+        if state.lease >= kind:
+            async with state.mapping:
+                if state.lease >= kind and not state.extents.covers(block, count):
+                    await self._ask_layout(state, args)
+        elif any(asked >= kind for asked in state.asking.values()):
+            await state.wait_change()
+        else:
+            token = object()
+            state.asking[token] = kind
+            try:
+                await self._released(state.ino)
+                await self._ask_lease(state, args)
+            finally:
+                del state.asking[token]
+                state.notify()
+
+    async def _ask_layout(self, state: FileState, args: dict[str, Any]) -> None:
+        """The lease is held. OPEN is what the coordinator answers even while it recalls that lease: a read that keeps
+        its page locked must not wait for the recall to end, which may wait for the page."""
+        stamp = self._stamp
+        reply = await self._coordinator.call("acquire", {**args, "kind": LEASE_OPEN})
+        if not self.recalled_since(state.ino, stamp):
+            self._take_answer(state, args, reply)
+
+    async def _ask_lease(self, state: FileState, args: dict[str, Any]) -> None:
+        """Until it is granted, by this reply or another: the coordinator answers this one only after a recall of that
+        other grant, which may have to wait for the page that whoever asks here keeps locked."""
+        outcome: list[CsvfsError | None] = []
+
+        async def ask() -> None:
+            try:
+                reply = await self._coordinator.call("acquire", args)
+                # Here, before any await (see "Order").
+                self.states.setdefault(state.ino, state)
                 self.granted(state.ino, reply["lease"], reply.get("attr"))
-                good = reply["lease"] >= LEASE_READ
-            else:
-                good = not self.recalled_since(state.ino, stamp)
-            if count and good and state.lease >= LEASE_READ:
-                self.take_layout(state, first, end - first, reply)
-                if state.lease == LEASE_WRITE:
-                    state.allocated_upto = max(state.allocated_upto, _allocated_end(state))
+                if reply["lease"] >= LEASE_READ:
+                    self._take_answer(state, args, reply)
+                outcome.append(None)
+            except CsvfsError as error:
+                outcome.append(error)
+            state.notify()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            while not outcome and state.lease < args["kind"]:
+                await state.wait_change()
+            nursery.cancel_scope.cancel()
+        if outcome and outcome[0] is not None:
+            raise outcome[0]
+
+    def _take_answer(self, state: FileState, args: dict[str, Any], reply: dict[str, Any]) -> None:
+        """The layout in a reply to `acquire`, if the lease that makes it true is held."""
+        if args["count"] and state.lease >= LEASE_READ:
+            self.take_layout(state, args["block"], args["count"], reply)
+            if state.lease == LEASE_WRITE:
+                state.allocated_upto = max(state.allocated_upto, _allocated_end(state))
 
     async def _released(self, ino: int) -> None:
         """A release under way must not overtake what is asked for now."""
