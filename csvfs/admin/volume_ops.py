@@ -177,9 +177,8 @@ async def require_empty(view: ClusterView, peers: Peers, name: str) -> None:
         ) from None
     held = file_count - 1
     if held > 0:
-        raise NotEmpty(
-            f"volume {name} holds {held} files and directories: use --yes to delete them all with it"
-        )
+        what = "1 file or directory" if held == 1 else f"{held} files and directories"
+        raise NotEmpty(f"volume {name} holds {what}: use --yes to delete it with all it holds")
 
 
 async def mark_deleting(store: ClusterStore, name: str, volume_id: bytes) -> Record:
