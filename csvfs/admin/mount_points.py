@@ -11,6 +11,7 @@ from pathlib import Path
 
 from csvfs.errors import Conflict
 
+MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -26,12 +27,15 @@ def mounted_paths(mountinfo: bytes | None = None) -> list[bytes]:
 def unmount_lazily(path: Path) -> int:
     """Detach everything mounted at `path`; returns how many mounts that were.
 
-    Never touches the mount's server, so it works when that is dead. Raises Conflict: the kernel refuses.
+    Never touches the mount's server, so it works when that is dead. Forced first, which ends every request that waits:
+    a thread of the dead server that was itself waiting for a page of the mount would else keep /dev/fuse open for
+    ever, and everybody with it. Raises Conflict: the kernel refuses.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     wanted = os.fsencode(path)
     count = mounted_paths().count(wanted)
     for _ in range(count):
+        libc.umount2(wanted, MNT_FORCE | UMOUNT_NOFOLLOW)
         if libc.umount2(wanted, MNT_DETACH | UMOUNT_NOFOLLOW) != 0:
             number = ctypes.get_errno()
             if number not in (errno.EINVAL, errno.ENOENT):  # gone meanwhile
