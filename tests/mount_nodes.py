@@ -85,14 +85,18 @@ class CachingKernel(FakeKernel):
         """write(2) through the cache (written through, the page stays)."""
         async with self.inode_lock, self._lock(ino, page):
             self.pages[ino, page] = data
+            if (ino, page) in self.dirty:
+                self.dirty[ino, page] = data
             await self.node.write(ino, page * PAGE, data)
 
     async def map_page(self, ino: int, page: int, data: bytes) -> None:
         """A store through mmap: the page becomes dirty; msync or an invalidation writes it."""
-        await self.read_page(ino, page)
-        async with self._lock(ino, page):
-            self.pages[ino, page] = data
-            self.dirty[ino, page] = data
+        while True:
+            await self.read_page(ino, page)
+            async with self._lock(ino, page):
+                if (ino, page) in self.pages:  # else taken back meanwhile: another fault
+                    self.pages[ino, page] = self.dirty[ino, page] = data
+                    return
 
     async def sync_page(self, ino: int, page: int) -> None:
         async with self._lock(ino, page):

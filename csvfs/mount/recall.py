@@ -14,13 +14,12 @@ during an invalidation can deadlock, and answering them can fill pages behind it
 
 A recall to READ lets pages stay: one pass, which writes dirty pages back, then no more writes.
 
-Stuck      A WRITE to a file that is only held for reading needs the write lease, which the coordinator gives nobody
-           before this recall is answered; the kernel may keep its pages locked meanwhile. A pass leaves them out, and
-           they are invalidated behind the WRITE.
-Yielding   Where that is not enough (write-back of dirty mmapped pages, or a truncation that waits at the coordinator,
-           during which the kernel writes nothing back) the recall is answered at once and the invalidation goes on
-           behind it: for a moment programs on this node may still see old pages, but every write of theirs needs a
-           new lease first.
+Stuck      A WRITE to a file that is only held for reading (write-back of mmapped pages, too) needs the write lease,
+           which the coordinator gives nobody before this recall is answered; the kernel may keep its pages locked
+           meanwhile. The pass begins anew without them, and they are invalidated behind the WRITE.
+Yielding   Where that does not help (too many of them; or a truncation that waits at the coordinator, during which the
+           kernel writes nothing back) the recall is answered at once and the invalidation goes on behind it: for a
+           moment programs on this node may still see old pages, but every write of theirs needs a new lease first.
 """
 
 import logging
@@ -156,7 +155,7 @@ class Recaller:
     ) -> bool:
         """One pass over `ranges`. True: it took so long that what `held` parked was served meanwhile."""
         overdue = False
-        for _ in range(REPLANS_MAX):
+        for attempt in range(REPLANS_MAX):
             done = trio.Event()
             recall.signal = trio.Event()
             todo = _without(ranges, sorted(state.stuck.values()))
@@ -164,7 +163,7 @@ class Recaller:
             while not (done.is_set() or recall.signal.is_set()):
                 with trio.move_on_after(self._parked_s_max) as patience:
                     await _either(done, recall.signal)
-                if patience.cancelled_caught and state.truncations:
+                if patience.cancelled_caught and (state.truncations or attempt):
                     recall.yielding = True
                     recall.signal.set()
                 elif patience.cancelled_caught and held is not None:

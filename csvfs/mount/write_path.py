@@ -212,7 +212,6 @@ class WritePath:
             (request.end + _BLOCK_MASK) & ~_BLOCK_MASK,
         )
         if state.recall is not None:
-            state.recall.yielding |= request.cached
             state.recall.signal.set()
 
     async def _counted(self, state: FileState, work: Coroutine[Any, Any, None], retries: bool = True) -> bool:
