@@ -1,7 +1,7 @@
 """Drives in a dictionary, shared by the buses of several nodes, with faults at any point.
 
-A write lands and is answered `delay` scheduler turns after it was sent, writes of one bus in order; `hold` keeps all
-back until `let_go`. Reads that are not local see what has landed, `delay` turns later.
+A write lands and is answered `delay` scheduler turns after it was sent, writes of one bus in order; `hold`
+keeps all back until `let_go`. Reads that are not local see what has landed, `delay` turns later.
 """
 
 from collections.abc import Callable, Iterable

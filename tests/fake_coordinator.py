@@ -1,8 +1,9 @@
 """A coordinator in memory for several file tables: files, layouts, and the real lease table.
 
-Recalls are sent and waited for as the real one does it. `delay` scheduler turns pass before and after each call is
-carried out; `faults` maps a call's name to errors that its next calls raise instead, `after` likewise but once they
-have been carried out (the answer got lost). `trims` freed blocks at once, as the real one before it grants them anew.
+Recalls are sent and waited for as the real one does it. `delay` scheduler turns pass before and after each
+call is carried out; `faults` maps a call's name to errors that its next calls raise instead, `after` likewise
+but once they have been carried out (the answer got lost). `trims` freed blocks at once, as the real one
+before it grants them anew.
 """
 
 import stat

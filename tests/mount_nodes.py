@@ -1,4 +1,5 @@
-"""Nodes for tests of the file table: fake bus, fake coordinator, and a kernel that caches pages as the real one does."""
+"""Nodes for tests of the file table: fake bus, fake coordinator, and a kernel that caches pages as the real
+one does."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -47,7 +48,8 @@ class FakeKernel:
 
 class CachingKernel(FakeKernel):
     """A page cache with page locks: a page is locked while a READ or WRITE of it is unanswered, and an
-    invalidation waits for that. Pages stay until they are invalidated. One program's write at a time (inode lock)."""
+    invalidation waits for that. Pages stay until they are invalidated. One program's write at a time (inode
+    lock)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +107,15 @@ class CachingKernel(FakeKernel):
 
 
 class Node:
-    def __init__(self, name: str, coordinator: FakeCoordinator, drives: Drives, nursery: trio.Nursery, kernel: FakeKernel, options: dict):
+    def __init__(
+        self,
+        name: str,
+        coordinator: FakeCoordinator,
+        drives: Drives,
+        nursery: trio.Nursery,
+        kernel: FakeKernel,
+        options: dict,
+    ):
         self.name = name
         self.coordinator = coordinator
         self.alive = True

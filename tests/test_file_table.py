@@ -5,8 +5,6 @@ import time
 
 import pytest
 import trio
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from coordinator.lease_table import Need
 from csvfs.errors import DriveFailed, LeaseLost, NoSpace, NotFound, TimedOut, Unavailable
@@ -80,7 +78,12 @@ async def test_what_a_write_at_once_cannot_do_it_leaves_to_the_other_way() -> No
     async with cluster() as c:
         node = await prepared(c)
         table, done = node.table, pytest.fail
-        for offset, size, flags in [(1, BLOCK, 0), (0, 5, 0), (4 * BLOCK, BLOCK, 0), (0, BLOCK, WRITE_APPEND)]:
+        for offset, size, flags in [
+            (1, BLOCK, 0),
+            (0, 5, 0),
+            (4 * BLOCK, BLOCK, 0),
+            (0, BLOCK, WRITE_APPEND),
+        ]:
             assert not table.write_nowait(FILE, offset, memoryview(bytes(size)), flags, done)
         assert not table.write_nowait(77, 0, memoryview(bytes(BLOCK)), 0, done)
 
@@ -133,7 +136,9 @@ async def test_I4_a_whole_block_written_during_a_partial_write_is_not_undone_by_
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.write, FILE, 10, b"p")
             await settle()
-            nursery.start_soon(node.write, FILE, 0, b"w" * BLOCK)  # must wait: the block is being read and written
+            nursery.start_soon(
+                node.write, FILE, 0, b"w" * BLOCK
+            )  # must wait: the block is being read and written
             await settle()
             assert node.bus.in_flight == 1
             node.bus.let_go()
@@ -143,7 +148,9 @@ async def test_I4_a_whole_block_written_during_a_partial_write_is_not_undone_by_
 async def test_old_bytes_behind_the_end_never_show_when_the_file_grows_over_them() -> None:
     async with cluster() as c:
         node = await prepared(c)
-        await node.table.truncate(FILE, {"size": 100, "mtime_ns": 1})  # bytes 100... of block 0 are garbage now
+        await node.table.truncate(
+            FILE, {"size": 100, "mtime_ns": 1}
+        )  # bytes 100... of block 0 are garbage now
         await node.write(FILE, 3 * BLOCK, b"far")
         assert await node.read(FILE, 0, BLOCK) == b"o" * 100 + bytes(BLOCK - 100)
         await node.table.truncate(FILE, {"size": 50, "mtime_ns": 1})
@@ -558,95 +565,3 @@ async def test_who_waits_too_long_for_the_right_to_serve_gets_an_error() -> None
         node.table._reads._io_timeout_s = 0.01
         with pytest.raises((LeaseLost, TimedOut)):
             await node.table.read(FILE, 0, BLOCK)
-
-
-# -- against a model
-
-sizes = st.one_of(st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK]), st.integers(0, 5 * BLOCK))
-offsets = st.one_of(st.sampled_from([0, BLOCK, 2 * BLOCK, 3 * BLOCK]), st.integers(0, 8 * BLOCK))
-operations = st.lists(
-    st.one_of(
-        st.tuples(st.just("write"), st.integers(0, 1), offsets, sizes),
-        st.tuples(st.just("read"), st.integers(0, 1), offsets, sizes),
-        st.tuples(st.just("truncate"), st.integers(0, 1), sizes),
-        st.tuples(st.just("fsync"), st.integers(0, 1)),
-        st.tuples(st.just("getattr"), st.integers(0, 1)),
-        st.tuples(st.just("release"), st.integers(0, 1)),
-    ),
-    min_size=4,
-    max_size=25,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(operations, st.integers(0, 5), st.booleans())
-def test_two_nodes_reading_and_writing_in_turns_are_one_file(history: list, ahead: int, local: bool) -> None:
-    async def play() -> None:
-        async with cluster() as c:
-            c.coordinator.add_file(FILE)
-            c.coordinator.ahead = ahead
-            nodes = [c.node("n1"), c.node("n2")]
-            nodes[0].bus.local = local
-            model = bytearray()
-            for step, (name, who, *args) in enumerate(history):
-                await play_step(nodes[who], model, step, name, args)
-            for node in nodes:
-                assert await node.read(FILE, 0, 1 << 20) == bytes(model)
-                assert (await node.table.getattr(FILE))[6] == len(model)
-
-    trio.run(play)
-
-
-async def play_step(node: Node, model: bytearray, step: int, name: str, args: list[int]) -> None:
-    if name == "write":
-        offset, size = args
-        data = bytes([step + 1]) * size
-        await node.write(FILE, offset, data)
-        if data:
-            model.extend(bytes(max(0, offset - len(model))))
-            model[offset : offset + size] = data
-    elif name == "read":
-        offset, size = args
-        assert await node.read(FILE, offset, size) == bytes(model[offset : offset + size])
-    elif name == "truncate":
-        (size,) = args
-        await node.table.truncate(FILE, {"size": size, "mtime_ns": step + 1})
-        del model[size:]
-        model.extend(bytes(size - len(model)))
-    elif name == "fsync":
-        await node.table.fsync(FILE)
-        for state in node.table.leases.states.values():
-            assert not state.dirty_slabs
-    elif name == "getattr":
-        assert (await node.table.getattr(FILE))[6] == len(model)
-    else:
-        node.table.forget(FILE)
-        await node.table.release_unused()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 1), st.integers(1, 1500), st.integers(0, 1000)), min_size=2, max_size=12),
-    st.integers(0, 4),
-    st.integers(0, 3),
-)
-def test_writes_of_two_nodes_at_once_side_by_side_all_survive(parts: list, ahead: int, delay: int) -> None:
-    """Neighbours share blocks, gaps and the end of the file; nobody's bytes may be lost or doubled."""
-
-    async def play() -> None:
-        async with cluster() as c:
-            c.coordinator.add_file(FILE)
-            c.coordinator.ahead = ahead
-            c.coordinator.delay = delay
-            nodes = [c.node("n1"), c.node("n2")]
-            model = bytearray()
-            async with trio.open_nursery() as nursery:
-                for index, (who, size, gap) in enumerate(parts):
-                    model.extend(bytes(gap))
-                    data = bytes([index + 1]) * size
-                    nursery.start_soon(nodes[who].write, FILE, len(model), data)
-                    model.extend(data)
-            for node in nodes:
-                assert await node.read(FILE, 0, 1 << 20) == bytes(model)
-
-    trio.run(play)

@@ -52,7 +52,9 @@ async def test_reads_answered_during_a_pass_are_invalidated_by_the_next() -> Non
         node = await prepared(c)
 
         async def read_behind(ino: int, offset: int, length: int) -> None:
-            assert await node.read(FILE, PAGE, PAGE) == b"o" * PAGE  # fills a page the pass has already left behind
+            assert (
+                await node.read(FILE, PAGE, PAGE) == b"o" * PAGE
+            )  # fills a page the pass has already left behind
 
         node.kernel.during = [read_behind]
         await node.table.recall(FILE, 0, False)
@@ -253,7 +255,8 @@ def test_ranges_are_merged_and_cut() -> None:
 
 
 class History:
-    """Versions of pages: a read must return the value of a write that no other one had replaced before the read."""
+    """Versions of pages: a read must return the value of a write that no other one had replaced before the
+    read."""
 
     def __init__(self) -> None:
         self.clock = itertools.count(1)
@@ -386,6 +389,8 @@ def test_mmapped_writes_and_truncations_among_all_others_never_hang(programs: li
                 await run.run([("sync", 0, page), ("sync", 1, page)])
             await settle()
             for page in range(3):
-                assert await nodes[0][0].read(FILE, page * PAGE, PAGE) in [w[2] for w in run.history.writes[page]]
+                assert await nodes[0][0].read(FILE, page * PAGE, PAGE) in [
+                    w[2] for w in run.history.writes[page]
+                ]
 
     trio.run(play)

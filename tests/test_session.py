@@ -32,8 +32,8 @@ class Metadata:
 
 
 class Coordinator:
-    """One term's coordinator. `faults`: by call, what happens to the next ones: "before" or "after" it is carried
-    out the coordinator dies; an error is answered; an event is waited for."""
+    """One term's coordinator. `faults`: by call, what happens to the next ones: "before" or "after" it is
+    carried out the coordinator dies; an error is answered; an event is waited for."""
 
     def __init__(self, term: int, metadata: Metadata) -> None:
         self.term = term
@@ -224,7 +224,9 @@ async def world() -> AsyncIterator[World]:
             nursery.cancel_scope.cancel()
 
 
-async def test_it_introduces_itself_claims_its_leases_and_only_then_calls(autojump_clock: trio.abc.Clock) -> None:
+async def test_it_introduces_itself_claims_its_leases_and_only_then_calls(
+    autojump_clock: trio.abc.Clock,
+) -> None:
     async with world() as w:
         one = w.elect(1)
         assert await w.session.call("lookup", {"parent": 1, "name": b"x"}) == {"answered": "lookup"}
@@ -333,7 +335,9 @@ async def test_a_call_gives_up_after_io_timeout(autojump_clock: trio.abc.Clock) 
         assert trio.current_time() - before == pytest.approx(5, abs=0.5)
 
 
-async def test_a_coordinator_that_moved_without_a_word_is_left_at_once(autojump_clock: trio.abc.Clock) -> None:
+async def test_a_coordinator_that_moved_without_a_word_is_left_at_once(
+    autojump_clock: trio.abc.Clock,
+) -> None:
     """Its node lost power: no packet says so, only the owner key."""
     async with world() as w, trio.open_nursery() as nursery:
         one = w.elect(1)

@@ -3,12 +3,12 @@
 Place      mount floor. Plain state; the rules that change it are in leases.py, the paths and recall.py.
 
 Invariants
-  M1  `size` is what a reader may see: it grows after data and size are both done, shrinks before the blocks go.
-      It is right while the lease is READ or more.
-  M2  `readable` and `writable` say whether the hot path may answer; `regate` follows every change of what they
-      are made of, in the same synchronous step.
-  M3  Whoever does I/O has raised `reads` or `writers`, or stands in `writes`, without an await since it looked
-      at the lease. None of them waits for a lease meanwhile: a recall waits for them.
+  M1  `size` is what a reader may see: it grows after data and size are both done, shrinks before the blocks
+      go. It is right while the lease is READ or more.
+  M2  `readable` and `writable` say whether the hot path may answer; `regate` follows every change of what
+      they are made of, in the same synchronous step.
+  M3  Whoever does I/O has raised `reads` or `writers`, or stands in `writes`, without an await since it
+      looked at the lease. None of them waits for a lease meanwhile: a recall waits for them.
 """
 
 import trio
@@ -31,7 +31,9 @@ class InFlight:
 
     __slots__ = ("done", "end", "error", "first", "remaining", "slabs", "state")
 
-    def __init__(self, state: "FileState", first: int, end: int, slabs: tuple[int, ...], done: WriteDone) -> None:
+    def __init__(
+        self, state: "FileState", first: int, end: int, slabs: tuple[int, ...], done: WriteDone
+    ) -> None:
         self.state = state
         self.first = first
         self.end = end
@@ -68,7 +70,8 @@ class Claim:
 
 
 class Recall:
-    """A recall under way. `signal` is set when a write got stuck behind it; `yielding`: it must not wait for pages."""
+    """A recall under way. `signal` is set when a write got stuck behind it; `yielding`: it must not wait for
+    pages."""
 
     __slots__ = ("signal", "yielding")
 
@@ -146,7 +149,9 @@ class FileState:
         self.truncating = False  # the coordinator is at it: no write may begin
         self.truncations = 0  # under way, in whatever phase
         self.waiting = 0  # reads and writes that are with us, in whatever phase
-        self.stuck: dict[object, tuple[int, int]] = {}  # writes without the write lease: (offset, end) of pages
+        self.stuck: dict[
+            object, tuple[int, int]
+        ] = {}  # writes without the write lease: (offset, end) of pages
         self.recall: Recall | None = None
         self.report: dict | None = None  # what the last recall answered, until the next grant
         self.taint: list[tuple[int, int]] | None = None  # (offset, length) of pages filled during a pass

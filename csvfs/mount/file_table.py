@@ -1,13 +1,13 @@
 """The file table: what stands between the FUSE channel and the coordinator and drives of the volume.
 
 Place      mount floor; gathers leases.py, read_path.py, write_path.py, truncation.py and recall.py.
-Tasks      `run_forever`: every second it reports times of files written to, gives back what nobody uses any more,
-           and watches whether this node may serve. Recalls run in the session's nursery.
+Tasks      `run_forever`: every second it reports times of files written to, gives back what nobody uses any
+           more, and watches whether this node may serve. Recalls run in the session's nursery.
 Limits     INODES_MAX inodes that are not open are remembered; the longest known go first.
 
-Invariant  I8: fsync answers only after every member flushed what was acknowledged before. A flush that failed is
-           reported to it, and to every fsync of the inode until it is closed: what the drive lost meanwhile cannot
-           be had back by flushing again.
+Invariant  I8: fsync answers only after every member flushed what was acknowledged before. A flush that failed
+           is reported to it, and to every fsync of the inode until it is closed: what the drive lost
+           meanwhile cannot be had back by flushing again.
 """
 
 import logging
@@ -131,7 +131,12 @@ class FileTable:
         Raises  NotFound; Unavailable, TimedOut after io_timeout_s. Cancel safe.
         """
         state = self.leases.states.get(ino)
-        if state is not None and state.lease >= LEASE_READ and state.attr is not None and self._guard.serving():
+        if (
+            state is not None
+            and state.lease >= LEASE_READ
+            and state.attr is not None
+            and self._guard.serving()
+        ):
             return state.attributes()
         reply = await self._coordinator.call("getattr", {"ino": ino})
         self.granted(ino, reply["lease"], reply["attr"])
@@ -180,8 +185,8 @@ class FileTable:
     async def fsync(self, ino: int) -> None:
         """Everything acknowledged before is on the medium of all members, and what leads to it (I8).
 
-        Raises  the error of a failed flush, again at every fsync until the file is closed. Unavailable, TimedOut:
-                nothing is promised, another fsync may succeed. Cancel safe.
+        Raises  the error of a failed flush, again at every fsync until the file is closed. Unavailable,
+                TimedOut: nothing is promised, another fsync may succeed. Cancel safe.
         """
         state = self.leases.state(ino)
         state.waiting += 1
@@ -229,14 +234,16 @@ class FileTable:
                 raise
 
     async def flush(self, ino: int) -> None:
-        """close(2), or a time about to be set by hand: report the time of the last write if it is not known yet."""
+        """close(2), or a time about to be set by hand: report the time of the last write if it is not known
+        yet."""
         state = self.leases.states.get(ino)
         if state is not None and state.times_dirty:
             await state.wait_writes()
             await self._writes.commit_times(state)
 
     def _lowered(self, state: FileState) -> None:
-        """A write lease went: the next holder's fsync speaks for our writes too, so get them onto the media."""
+        """A write lease went: the next holder's fsync speaks for our writes too, so get them onto the
+        media."""
         if state.dirty_slabs:
             self._nursery.start_soon(self._settle, state)
 

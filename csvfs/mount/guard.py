@@ -1,12 +1,13 @@
 """The guard: whether this mount may answer from what it holds, asked before every answer (I5).
 
 Place      mount floor. Two conditions, both by monotonic clock:
-Node       the node's lease (cluster/liveness.py). Once it has run out, others may have taken our leases: the lapse
-           stays until `restored`, that is until all leases were given up and the kernel's caches taken back.
-Contact    the coordinator answered something that was sent less than `contact_s_max` ago. It evicts sessions that
-           it has not heard of for longer, and then our own drives would still read well but stale. A process
-           that was stopped for a while wakes up without contact. Contact regained means not evicted (an evicted
-           session gets Fenced), so serving just goes on.
+Node       the node's lease (cluster/liveness.py). Once it has run out, others may have taken our leases: the
+           lapse stays until `restored`, that is until all leases were given up and the kernel's caches taken
+           back.
+Contact    the coordinator answered something that was sent less than `contact_s_max` ago. It evicts sessions
+           that it has not heard of for longer, and then our own drives would still read well but stale. A
+           process that was stopped for a while wakes up without contact. Contact regained means not evicted
+           (an evicted session gets Fenced), so serving just goes on.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,13 @@
 """The leases this mount holds: granted by replies, asked for by `acquire`, given back by `release`.
 
 Place      mount floor; under the read and write paths and recall.py.
-Order      A reply and a recall about one inode come over one link, so in the order in which the coordinator made
-           them. It gives nothing above OPEN on an inode while a recall of it is unanswered (its invariant T2). So a
-           grant is applied by whoever waited for the reply, before its next await, and recall.py lets those go
-           first: then what is held here is at most what the coordinator believes.
+Order      A reply and a recall about one inode come over one link, so in the order in which the coordinator
+           made them. It gives nothing above OPEN on an inode while a recall of it is unanswered (its
+           invariant T2). So a grant is applied by whoever waited for the reply, before its next await, and
+           recall.py lets those go first: then what is held here is at most what the coordinator believes.
 Stamps     One counter; a recall moves it. "Recalled since" compares an inode's last recall with a stamp taken
-           before a request. The inodes remembered are bounded; the forgotten ones count as recalled at `_floor`.
+           before a request. The inodes remembered are bounded; the forgotten ones count as recalled at
+           `_floor`.
 """
 
 from collections.abc import Iterable
@@ -108,7 +109,9 @@ class Leases:
 
     def _take_attributes(self, state: FileState, attr: list, kind: int) -> None:
         if len(attr) != ATTR_LENGTH:
-            raise ProtocolError(f"attributes of inode {state.ino} with {len(attr)} fields, want {ATTR_LENGTH}")
+            raise ProtocolError(
+                f"attributes of inode {state.ino} with {len(attr)} fields, want {ATTR_LENGTH}"
+            )
         known = state.attr
         state.directory = attr[MODE] & _S_IFMT == _S_IFDIR
         if known is not None and attr[CTIME] != known[CTIME]:
@@ -176,16 +179,16 @@ class Leases:
                 state.notify()
 
     async def _ask_layout(self, state: FileState, args: dict[str, Any]) -> None:
-        """The lease is held. OPEN is what the coordinator answers even while it recalls that lease: a read that keeps
-        its page locked must not wait for the recall to end, which may wait for the page."""
+        """The lease is held. OPEN is what the coordinator answers even while it recalls that lease: a read
+        that keeps its page locked must not wait for the recall to end, which may wait for the page."""
         stamp = self._stamp
         reply = await self._coordinator.call("acquire", {**args, "kind": LEASE_OPEN})
         if not self.recalled_since(state.ino, stamp):
             self._take_answer(state, args, reply)
 
     async def _ask_lease(self, state: FileState, args: dict[str, Any]) -> None:
-        """Until it is granted, by this reply or another: the coordinator answers this one only after a recall of that
-        other grant, which may have to wait for the page that whoever asks here keeps locked."""
+        """Until it is granted, by this reply or another: the coordinator answers this one only after a recall
+        of that other grant, which may have to wait for the page that whoever asks here keeps locked."""
         outcome: list[CsvfsError | None] = []
 
         async def ask() -> None:

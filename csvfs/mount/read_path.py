@@ -1,8 +1,8 @@
 """Reads: at once where lease, layout and a local copy are at hand, else after asking for what is missing.
 
 Place      mount floor. `read_nowait` is the hot path: no await, no task, attributes looked up once.
-Invariant  A byte is returned only under a lease of READ or more, from the layout learned under it, below the size
-           that this lease vouches for (I5); holes are zeros.
+Invariant  A byte is returned only under a lease of READ or more, from the layout learned under it, below the
+           size that this lease vouches for (I5); holes are zeros.
 """
 
 import time
@@ -78,7 +78,8 @@ class ReadPath:
     async def read(self, ino: int, offset: int, size: int) -> list[Data]:
         """As read_nowait, waiting for lease, layout and drives.
 
-        The caller answers the kernel without another await: a recall waits for reads under way to be answered.
+        The caller answers the kernel without another await: a recall waits for reads under way to be
+        answered.
         Raises  NotFound; Unavailable, TimedOut after io_timeout_s; Corrupt: no copy verified. Cancel safe.
         """
         deadline = time.monotonic() + self._io_timeout_s

@@ -2,24 +2,28 @@
 
 Place      mount floor. One recall of an inode at a time; different inodes do not wait for each other.
 
-The kernel locks a page while a READ of it is unanswered, and an invalidation waits for that lock: so parking READs
-during an invalidation can deadlock, and answering them can fill pages behind it. Hence passes:
+The kernel locks a page while a READ of it is unanswered, and an invalidation waits for that lock: so parking
+READs during an invalidation can deadlock, and answering them can fill pages behind it. Hence passes:
 
-    first pass    nothing is parked; the whole file. This also writes dirty mmapped pages back: their WRITEs, flagged
-                  FUSE_WRITE_CACHE, are served, the lease is still held.
-    later passes  new READs and WRITEs (but those) are parked; the pages filled since the pass before began. If one
-                  takes longer than PARKED_MS_MAX, what is parked is served after all, and another pass follows.
-    the end       a pass with all parked, during which nothing was filled, and nothing is under way any more. In the
-                  same synchronous step the lease is lowered; what was parked goes and asks for it anew.
+    first pass    nothing is parked; the whole file. This also writes dirty mmapped pages back: their WRITEs,
+                  flagged FUSE_WRITE_CACHE, are served, the lease is still held.
+    later passes  new READs and WRITEs (but those) are parked; the pages filled since the pass before began.
+                  If one takes longer than PARKED_MS_MAX, what is parked is served after all, and another pass
+                  follows.
+    the end       a pass with all parked, during which nothing was filled, and nothing is under way any more.
+                  In the same synchronous step the lease is lowered; what was parked goes and asks for it
+                  anew.
 
 A recall to READ lets pages stay: one pass, which writes dirty pages back, then no more writes.
 
-Stuck      A WRITE to a file that is only held for reading (write-back of mmapped pages, too) needs the write lease,
-           which the coordinator gives nobody before this recall is answered; the kernel may keep its pages locked
-           meanwhile. The pass begins anew without them, and they are invalidated behind the WRITE.
-Yielding   Where that does not help (too many of them; or a truncation that waits at the coordinator, during which the
-           kernel writes nothing back) the recall is answered at once and the invalidation goes on behind it: for a
-           moment programs on this node may still see old pages, but every write of theirs needs a new lease first.
+Stuck      A WRITE to a file that is only held for reading (write-back of mmapped pages, too) needs the write
+           lease, which the coordinator gives nobody before this recall is answered; the kernel may keep its
+           pages locked meanwhile. The pass begins anew without them, and they are invalidated behind the
+           WRITE.
+Yielding   Where that does not help (too many of them; or a truncation that waits at the coordinator, during
+           which the kernel writes nothing back) the recall is answered at once and the invalidation goes on
+           behind it: for a moment programs on this node may still see old pages, but every write of theirs
+           needs a new lease first.
 """
 
 import logging
@@ -131,7 +135,8 @@ class Recaller:
             await state.wait_change()
 
     async def _empty(self, state: FileState, recall: Recall, held: "_Holds") -> None:
-        """Until no page of the inode is cached, no I/O under way, and none can begin (or the recall yields)."""
+        """Until no page of the inode is cached, no I/O under way, and none can begin (or the recall
+        yields)."""
         ranges: list[Range] = [WHOLE_FILE]
         holding = False
         while True:
@@ -206,7 +211,8 @@ class Recaller:
         self._notifier.invalidate_attr(state.ino)
 
     def lose(self, states: list[FileState]) -> None:
-        """These leases may be somebody else's already: stop serving by them now, then empty the kernel's caches."""
+        """These leases may be somebody else's already: stop serving by them now, then empty the kernel's
+        caches."""
         if not states:
             return
         for state in states:

@@ -1,13 +1,15 @@
 """The session: this mount's side of the conversation with its volume's coordinator, wherever that is.
 
 Place      mount floor, on net/link.py. One per mount process and incarnation.
-Finds      the coordinator by the volume's owner key (OwnerView). Whenever the link breaks, or the owner moves, it
-           connects again, says `hello`, and to a coordinator of a new term `reclaim`s all leases held.
+Finds      the coordinator by the volume's owner key (OwnerView). Whenever the link breaks, or the owner
+           moves, it connects again, says `hello`, and to a coordinator of a new term `reclaim`s all leases
+           held.
 Calls      wait, and are sent again, over everything that another try may cure, until io_timeout_s.
 
 Invariants
-  I11  A call that changes metadata has a number `op`, the same however often it is sent; `op_done` tells below which
-       number no call will be sent again. So it is carried out once, and every try gets the first answer.
+  I11  A call that changes metadata has a number `op`, the same however often it is sent; `op_done` tells
+       below which number no call will be sent again. So it is carried out once, and every try gets the first
+       answer.
   Q1   An answer that was computed for an earlier sending carries no leases: they may be gone meanwhile.
   Q2   Nothing is sent to a coordinator before it has all our claims.
 """
@@ -76,7 +78,8 @@ class Session:
         io_timeout_s: float = 60.0,
         clock: MonotonicNs = monotonic_ns,
     ) -> None:
-        """on_fenced: this incarnation was evicted, the process has to end. on_contact(sent_ns): an answer came."""
+        """on_fenced: this incarnation was evicted, the process has to end. on_contact(sent_ns): an answer
+        came."""
         self._hello_args = {"volume": volume, "node": node, "incarnation": incarnation}
         self._owner = owner
         self._connect = connect
@@ -99,8 +102,8 @@ class Session:
     async def call(self, name: str, args: dict[str, Any]) -> Any:
         """Ask the coordinator; waits while there is none.
 
-        Raises  what the coordinator answers. Unavailable, TimedOut: not answered within io_timeout_s; the call may
-                have been carried out. Fenced: this incarnation is over.
+        Raises  what the coordinator answers. Unavailable, TimedOut: not answered within io_timeout_s; the
+                call may have been carried out. Fenced: this incarnation is over.
         Cancel  safe at any await; the call may have been carried out.
         """
         if name not in NUMBERED_CALLS:
@@ -211,7 +214,10 @@ class Session:
         assert self.holder is not None
         claims = self.holder.claims()
         for first in range(0, max(1, len(claims)), RECLAIM_BATCH):
-            args = {"leases": claims[first : first + RECLAIM_BATCH], "last": first + RECLAIM_BATCH >= len(claims)}
+            args = {
+                "leases": claims[first : first + RECLAIM_BATCH],
+                "last": first + RECLAIM_BATCH >= len(claims),
+            }
             reply = await link.call("reclaim", args, timeout_s=HELLO_TIMEOUT_S)
             refused = field(reply, "refused", list)
             if refused:
@@ -272,7 +278,9 @@ class Session:
 
     async def _serve_recall(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         assert self.holder is not None
-        return await self.holder.recall(field(args, "ino", int), field(args, "kind", int), bool(args.get("attr")))
+        return await self.holder.recall(
+            field(args, "ino", int), field(args, "kind", int), bool(args.get("attr"))
+        )
 
     def _serve_query(self, link: Link, args: dict[str, Any]) -> dict[str, Any] | None:
         assert self.holder is not None

@@ -1,10 +1,10 @@
 """Truncation: a change of a file's size, which the coordinator makes while nothing is under way here.
 
 Place      mount floor; beside write_path.py.
-Order      Wait for what is under way. Growing: zeros behind the old end first (W1, W2 of write_path.py). Shrinking:
-           readers lose sight of the blocks first, since the coordinator trims them and gives them to other files.
-           Then the coordinator is asked. While it works no write begins; but a recall does not wait for it, as it
-           may answer only after that recall.
+Order      Wait for what is under way. Growing: zeros behind the old end first (W1, W2 of write_path.py).
+           Shrinking: readers lose sight of the blocks first, since the coordinator trims them and gives them
+           to other files. Then the coordinator is asked. While it works no write begins; but a recall does
+           not wait for it, as it may answer only after that recall.
 """
 
 import time

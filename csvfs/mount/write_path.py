@@ -4,11 +4,13 @@ Place      mount floor. `write_nowait` is the hot path: no await, no task.
 
 Invariants
   I2  Done means on all members, and if the file grew, its size committed.
-  I4  Only under the write lease. Writes of whole allocated blocks go to the bus as they come and land in that order.
-      All others claim their blocks first: nothing else is under way there between their read and their write.
-  W1  Bytes beyond the end in the last block are garbage, unless `tail_zero` says otherwise: they are zeroed on the
-      drives before a size beyond them is committed.
-  W2  Blocks beyond the end may be allocated, and up to `allocated_upto` hold old bytes: who leaves a gap trims them.
+  I4  Only under the write lease. Writes of whole allocated blocks go to the bus as they come and land in that
+      order. All others claim their blocks first: nothing else is under way there between their read and their
+      write.
+  W1  Bytes beyond the end in the last block are garbage, unless `tail_zero` says otherwise: they are zeroed
+      on the drives before a size beyond them is committed.
+  W2  Blocks beyond the end may be allocated, and up to `allocated_upto` hold old bytes: who leaves a gap
+  trims them.
   W3  `size` grows after both; so a reader here never sees the new end with old bytes.
   W4  Write-back of mmapped pages never grows a file: what the kernel still holds beyond the end was cut off.
 """
@@ -33,7 +35,9 @@ from csvfs.volume.file_io import BlockBus, Delivery, WriteDone
 from csvfs.wire.block_messages import BLOCK_COUNT_MAX
 
 FUSE_WRITE_CACHE = 1 << 0  # <linux/fuse.h>: write-back of dirty mmapped pages
-WRITE_APPEND = 1 << 31  # of the channel: write at the end of the file, wherever the kernel believes that to be
+WRITE_APPEND = (
+    1 << 31
+)  # of the channel: write at the end of the file, wherever the kernel believes that to be
 
 GAP_BLOCKS_MAX = 65_536  # space beyond the end is given ahead: it lies right behind the end, less than this
 
@@ -91,8 +95,11 @@ class WritePath:
 
     # -- hot -------------------------------------------------------------------------------------
 
-    def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: WriteDone) -> bool:
-        """True: taken; `done(error or None)` follows exactly once, `data` is kept until then. False: use `write`."""
+    def write_nowait(
+        self, ino: int, offset: int, data: memoryview, write_flags: int, done: WriteDone
+    ) -> bool:
+        """True: taken; `done(error or None)` follows exactly once, `data` is kept until then. False: use
+        `write`."""
         state = self._states.get(ino)
         if state is None or (write_flags and not self._takes(state, write_flags)):
             return False
@@ -152,8 +159,8 @@ class WritePath:
     async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None:
         """Write any bytes anywhere: takes the lease, allocates, reads what is kept of partial blocks.
 
-        Raises  NotFound, NoSpace; Unavailable, TimedOut after io_timeout_s; DriveFailed, Corrupt, Fenced. The bytes
-                written to may then be old, new or a mix of both.
+        Raises  NotFound, NoSpace; Unavailable, TimedOut after io_timeout_s; DriveFailed, Corrupt, Fenced. The
+                bytes written to may then be old, new or a mix of both.
         Cancel  as for errors; `data` must stay as it is even then, some of it may still be on its way.
         """
         if not data:
@@ -176,9 +183,12 @@ class WritePath:
             await self._prepare(request)
             if request.append or (not request.cached and request.end > state.size):
                 break
-            if await self._counted(state, self._overwrite(state, request.offset, request.within(), request.cached)):
+            if await self._counted(
+                state, self._overwrite(state, request.offset, request.within(), request.cached)
+            ):
                 return
-        # The lock comes before lease and count: who waits for it keeps neither a recall nor a truncation waiting.
+        # The lock comes before lease and count: who waits for it keeps neither a recall nor a truncation
+        # waiting.
         async with state.tail:
             while True:
                 await self._prepare(request)
@@ -191,7 +201,8 @@ class WritePath:
                     return
 
     async def _prepare(self, request: "_Request") -> None:
-        """Until lease and layout are there and nothing parks the write; no await between that and the return."""
+        """Until lease and layout are there and nothing parks the write; no await between that and the
+        return."""
         state = request.state
         while True:
             if state.lease < LEASE_WRITE and request.token not in state.stuck:
@@ -229,9 +240,12 @@ class WritePath:
         return True
 
     async def wait_writable(self, state: FileState, cached: bool, deadline: float) -> None:
-        """Until nothing parks this write and this node may serve; then no await until the lease is looked at."""
+        """Until nothing parks this write and this node may serve; then no await until the lease is looked
+        at."""
         while True:
-            holds = state.recall is not None if state.lease < LEASE_WRITE else state.write_holds and not cached
+            holds = (
+                state.recall is not None if state.lease < LEASE_WRITE else state.write_holds and not cached
+            )
             parked = state.truncating or holds
             if not parked and self._guard.serving():
                 return
@@ -245,7 +259,8 @@ class WritePath:
                 await self._guard.wait_serving(left_s)
 
     def _missing(self, state: FileState, offset: int, size: int) -> tuple[int, int] | None:
-        """The blocks whose layout must be asked for first, (block, count); None: lease and layout are there."""
+        """The blocks whose layout must be asked for first, (block, count); None: lease and layout are
+        there."""
         first = offset >> _BLOCK_SHIFT
         count = ((offset + size + _BLOCK_MASK) >> _BLOCK_SHIFT) - first
         if state.lease < LEASE_WRITE or not state.extents.covers(first, count):
@@ -258,7 +273,8 @@ class WritePath:
         return None
 
     def _forget_pages(self, state: FileState) -> None:
-        """Of an append that went elsewhere than the kernel believed: its pages hold the data at the wrong place."""
+        """Of an append that went elsewhere than the kernel believed: its pages hold the data at the wrong
+        place."""
         self._leases.mark_recalled(state.ino)
         self._notifier.invalidate_attr(state.ino)
         # Behind our answer, which unlocks these pages.
@@ -378,7 +394,8 @@ class WritePath:
     # -- the coordinator -------------------------------------------------------------------------
 
     async def _allocate(self, state: FileState, first: int, last: int, size: int) -> None:
-        """Fill the holes of blocks `first..last`; commits `size` (0: none) along with it. No holes: no call."""
+        """Fill the holes of blocks `first..last`; commits `size` (0: none) along with it. No holes: no
+        call."""
         hole = state.extents.first_hole(first, last - first)
         while hole is not None:
             mtime_ns = state.mtime_ns

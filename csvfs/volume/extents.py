@@ -2,13 +2,14 @@
 
 Place      volume floor. Pure: no I/O, clock or trio.
 Shape      two parallel lists, the first blocks of runs and the runs, sorted and disjoint. A run is a tuple
-           (start, end, slab, slab block of start); slab HOLE: known to be a hole. A block in no run is unknown:
-           ask the coordinator. Neighbours that continue each other are one run, so a file written in order
-           stays a handful of runs.
+           (start, end, slab, slab block of start); slab HOLE: known to be a hole. A block in no run is
+           unknown: ask the coordinator. Neighbours that continue each other are one run, so a file written in
+           order stays a handful of runs.
 Cost       find: O(log n). learn, forget: one slice assignment, O(log n + runs replaced) and a memmove of the
            list's rest: 100,000 runs are 800 KB, about 20 us.
 
-`starts` and `runs` are public for the hot path, which reads them without a call; only this class changes them.
+`starts` and `runs` are public for the hot path, which reads them without a call; only this class changes
+them.
 """
 
 from bisect import bisect_left, bisect_right
@@ -94,7 +95,8 @@ class ExtentMap:
         return pieces
 
     def first_hole(self, block: int, count: int) -> int | None:
-        """The first block of a known-to-be hole in the range; None: there is none, or the range is unknown."""
+        """The first block of a known-to-be hole in the range; None: there is none, or the range is
+        unknown."""
         for start, _, slab, _ in self.pieces(block, count) or ():
             if slab < 0:
                 return start
@@ -105,7 +107,8 @@ class ExtentMap:
         return {run[2] for run in self.runs if run[2] >= 0}
 
     def learn(self, block: int, count: int, extents: Iterable[Sequence[int]]) -> None:
-        """Take an answer of the coordinator: all extents of `block..block+count`, so the rest of it are holes.
+        """Take an answer of the coordinator: all extents of `block..block+count`, so the rest of it are
+        holes.
 
         Extents outside of the range (given ahead) are taken as they are; what lies between stays as it was.
         Raises  ProtocolError when extents overlap or have numbers out of range; then nothing is taken.
