@@ -16,7 +16,7 @@ import trio
 from csvfs.block.placement import DriveSpace
 from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, Unavailable
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
-from csvfs.wire.block_messages import Member, SlabDescriptor
+from csvfs.wire.block_messages import ROLE_IN_SYNC, Member, SlabDescriptor
 
 CALL_TIMEOUT_S = 5.0
 PULL_TIMEOUT_S = 600.0  # 256 MiB at 1 MiB/s, twice over; a dead server's link breaks long before
@@ -110,10 +110,12 @@ class DriveControl:
                 nonsense = ProtocolError(f"node {node} answered install with nonsense: {error!r}")
                 failures.update({(slab, drive): nonsense for drive, slab, _, _ in part})
 
-    async def create_slab(self, slab: SlabId, epoch: Epoch, place: DriveSpace, copies: int) -> None:
-        """Raises NoSpace, DriveFailed, Unavailable, Fenced. Idempotent."""
-        args = {"drive": place.drive, "slab": slab, "epoch": epoch, "term": self.term, "copies": copies}
-        await self.call(place.node, "create_slab", args)
+    async def create_slab(
+        self, slab: SlabId, epoch: Epoch, node: NodeName, drive: DriveId, role: int = ROLE_IN_SYNC
+    ) -> None:
+        """Raises NoSpace, DriveFailed, Unavailable, Fenced. Idempotent: a copy that is there stays as it is."""
+        args = {"drive": drive, "slab": slab, "epoch": epoch, "term": self.term, "role": role}
+        await self.call(node, "create_slab", args)
 
     async def delete_slab(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         await self.call(node, "delete_slab", {"drive": drive, "slab": slab, "term": self.term})

@@ -76,6 +76,8 @@ class Eviction:
             await self._control.settle_writer(node, session.writer, minimum)
 
     async def _fence(self, node: NodeName, writer: str, minimum: Incarnation) -> bool:
+        if self._facts.server(node) is None:
+            return False  # gone: waiting for a connection to break would only take time
         try:
             await self._control.fence(node, writer, minimum)
         except Fenced:

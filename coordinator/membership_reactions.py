@@ -84,6 +84,8 @@ class MembershipReactions:
                 self._drop_due.set()
             if any(self._known.get(node) != incarnation for node, incarnation in servers.items()):
                 self._look_due.set()
+            if servers != self._known:
+                self._slabs.pool_changed()
             self._known = servers
             self._desk.evict_dead_nodes()
             await self._facts.view.wait_changed()
@@ -102,6 +104,7 @@ class MembershipReactions:
                 except CsvfsError:
                     gone.add(node)
             for node in sorted(gone):
+                self._control.links.drop(node, "its drive server is gone")
                 self._resync.cancel(self._facts.drives_of(node))
                 for changes in self._books:
                     await self._drop(changes, node)

@@ -168,6 +168,9 @@ async def bring_in_sync(changes: SlabChanges, slab: SlabId, drive: DriveId) -> i
     descriptor = changes.book.current(slab)
     member = _member(descriptor, drive)
     if member.role == ROLE_ABSENT:
+        if member.since == slab_state.SINCE_UNKNOWN:  # it may never have had a copy
+            control = changes.control
+            await control.create_slab(slab, descriptor.epoch, member.node, drive, ROLE_JOINING)
         descriptor = await changes.change(slab, lambda d: slab_state.begin_joining(d, drive))
     elif member.role != ROLE_JOINING:
         return 0

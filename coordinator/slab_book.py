@@ -10,6 +10,8 @@ Invariants
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Protocol
 
+import trio
+
 from coordinator.metadata import Metadata
 from csvfs.errors import Conflict, Corrupt, CsvfsError, NotCoordinator, NotFound, ProtocolError
 from csvfs.ids import SlabId, Term
@@ -99,6 +101,7 @@ class MetadataBook:
         self._term_key = f"term/{volume_name}"
         self._term = term
         self._descriptors: dict[SlabId, SlabDescriptor] = {}
+        self._changing = trio.Lock()  # a read that was overtaken by a change would look like a step back
 
     @property
     def slabs(self) -> list[SlabId]:
@@ -119,10 +122,14 @@ class MetadataBook:
 
     async def load(self) -> None:
         """Read the key. Raises NotFound, Corrupt, NotCoordinator (the term is over), Unavailable."""
-        await self._read()
+        async with self._changing:
+            await self._read()
 
     async def change(self, slabs: Iterable[SlabId], transition: Transition) -> Outcome:
-        wanted = list(slabs)
+        async with self._changing:
+            return await self._change(list(slabs), transition)
+
+    async def _change(self, wanted: list[SlabId], transition: Transition) -> Outcome:
         for _ in range(CAS_TRIES_MAX):
             term_item, item = await self._read()
             descriptors = dict(self._descriptors)
@@ -138,6 +145,10 @@ class MetadataBook:
 
     async def add(self, descriptor: SlabDescriptor) -> None:
         """A further metadata slab, whose copies exist on its drives."""
+        async with self._changing:
+            await self._add(descriptor)
+
+    async def _add(self, descriptor: SlabDescriptor) -> None:
         for _ in range(CAS_TRIES_MAX):
             term_item, item = await self._read()
             if descriptor.slab in self._descriptors:

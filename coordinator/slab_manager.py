@@ -105,6 +105,10 @@ class SlabManager:
                 raise NoSpace(str(self._shortage))
         raise NoSpace(f"{blocks} blocks are not free in this volume; see csvfs volume status")
 
+    def pool_changed(self) -> None:
+        """Drive servers came or went."""
+        self._grow_due.set()
+
     def note_use(self) -> None:
         """Space was taken: grow ahead if it has become little."""
         if self._metadata.statfs().free_blocks < AHEAD_SLABS * self.slab_blocks:
@@ -167,12 +171,48 @@ class SlabManager:
         slab = await self._batches.run(self._metadata.new_slab_id)
         self.creating.add(slab)
         try:
-            places = await self.create_copies(slab, self._copies)
-            descriptor = slab_state.new_slab(slab, [(place.drive, place.node) for place in places])
+            places = await self.create_copies(slab, self._copies_now())
+            later = self._places_later(places)
+            descriptor = slab_state.new_slab(slab, [(place.drive, place.node) for place in places], later)
             await self._batches.run(lambda: self._metadata.add_slab(descriptor, self.slab_blocks))
             return descriptor
         finally:
             self.creating.discard(slab)
+
+    def _nodes_away(self) -> list[NodeName]:
+        return [node for node in self._facts.drive_nodes() if self._facts.server(node) is None]
+
+    def _live_domains(self) -> set[str]:
+        return {self._facts.domain_of(space.node) for space in self.pool_spaces if space.free_slots > 0}
+
+    def _copies_now(self) -> int:
+        """How many copies a new slab begins with: all, or one less while a fault domain is down.
+
+        Its place is kept (`_places_later`); else a volume with as many copies as there are nodes could not grow
+        for as long as one of them is away.
+        """
+        live = self._live_domains()
+        away = {self._facts.domain_of(node) for node in self._nodes_away()}
+        lacking = len(live) < self._copies <= len(live | away)
+        return max(1, self._copies - 1) if lacking else self._copies
+
+    def _places_later(self, places: list[DriveSpace]) -> list[tuple[DriveId, NodeName]]:
+        """For the copies that `places` lack: drives of other fault domains, which are down now.
+
+        Raises  NoSpace: the pool has too few fault domains, up and down together.
+        """
+        if len(places) == self._copies:
+            return []
+        taken = {self._facts.domain_of(place.node) for place in places}
+        drives = [
+            DriveSpace(drive, node, 1)
+            for node in self._nodes_away()
+            for drive in self._facts.drives_of(node)
+            if self._facts.takes_slabs(drive)
+        ]
+        count = self._copies - len(places)
+        chosen = choose_drives(drives, count, self._rng, domain_of=self._facts.domain_of, taken=taken)
+        return [(space.drive, space.node) for space in chosen]
 
     async def create_copies(self, slab: SlabId, copies: int) -> list[DriveSpace]:
         """Create the copies of a new slab in different fault domains, on other drives where one fails."""
@@ -184,7 +224,7 @@ class SlabManager:
             done: list[DriveSpace] = []
             try:
                 for place in places:
-                    await self._control.create_slab(slab, slab_state.EPOCH_FIRST, place, copies)
+                    await self._control.create_slab(slab, slab_state.EPOCH_FIRST, place.node, place.drive)
                     done.append(place)
                     self._take_slot(place)
                 return places
@@ -239,10 +279,11 @@ class SlabManager:
             by_domain[domain] = by_domain.get(domain, 0) + space.free_slots
         slots = sorted(by_domain.values())
         # With c copies, n slabs fit iff the domains' slots, each counted up to n, sum up to c * n.
-        low, high = 0, sum(slots) // self._copies
+        copies = self._copies_now()
+        low, high = 0, sum(slots) // copies
         while low < high:
             middle = (low + high + 1) // 2
-            if sum(min(count, middle) for count in slots) >= self._copies * middle:
+            if sum(min(count, middle) for count in slots) >= copies * middle:
                 low = middle
             else:
                 high = middle - 1

@@ -116,7 +116,7 @@ async def _create_slabs(
                 break  # what there is will do to begin with
             raise
         for place in places:
-            await control.create_slab(slab, slab_state.EPOCH_FIRST, place, copies)
+            await control.create_slab(slab, slab_state.EPOCH_FIRST, place.node, place.drive)
         taken = {place.drive for place in places}
         spaces = [DriveSpace(s.drive, s.node, s.free_slots - 1) if s.drive in taken else s for s in spaces]
         descriptors.append(slab_state.new_slab(slab, [(place.drive, place.node) for place in places]))

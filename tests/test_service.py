@@ -262,3 +262,20 @@ async def test_a_volume_moves_to_the_node_that_is_preferred(tmp_path):
         await cluster.wait(lambda: NAME in cluster.hosts[other].owned)
         await mount.make(b"another")
         assert len((await mount.call("readdir", ino=1, cookie=0, limit=9))["entries"]) == 2
+
+
+async def test_a_volume_grows_while_a_node_is_away_and_the_node_gets_its_copies_later(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        mount = await cluster.mount("n1")
+        await cluster.kill_server("n3")
+        ino = await mount.make(b"file")
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: len(service.slabs.pool_spaces) == 2)
+        with trio.fail_after(10):
+            await mount.write(ino, block_of("two copies"))
+        slab = next(iter(service.changes.book.all()))
+        assert [member.role for member in slab.members].count(1) == 2 and len(slab.members) == 3
+        await cluster.start_server("n3")
+        await cluster.wait(lambda: len(service.changes.book.current(slab.slab).in_sync) == 3)
+        extent = (await mount.acquire(ino, READ, 1))["extents"][0]
+        assert cluster.copy("n3", slab.slab).read_blocks(extent[3], 1)[1] == block_of("two copies")

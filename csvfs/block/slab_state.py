@@ -20,12 +20,19 @@ EPOCH_MAX = (1 << 32) - 1
 SINCE_UNKNOWN = Epoch(0)  # a full copy
 
 
-def new_slab(slab: SlabId, places: Sequence[tuple[DriveId, NodeName]]) -> SlabDescriptor:
-    """A slab nobody has written to: all its members are in sync, at the first epoch."""
-    assert len({drive for drive, _ in places}) == len(places) > 0
-    return SlabDescriptor(
-        slab, EPOCH_FIRST, tuple(Member(drive, node, ROLE_IN_SYNC, SINCE_UNKNOWN) for drive, node in places)
-    )
+def new_slab(
+    slab: SlabId,
+    places: Sequence[tuple[DriveId, NodeName]],
+    later: Sequence[tuple[DriveId, NodeName]] = (),
+) -> SlabDescriptor:
+    """A slab nobody has written to, at the first epoch: the members on `places` are in sync.
+
+    later   members that are away: they get their copies, in full, when they are back.
+    """
+    assert places and len({drive for drive, _ in [*places, *later]}) == len(places) + len(later)
+    members = [Member(drive, node, ROLE_IN_SYNC, SINCE_UNKNOWN) for drive, node in places]
+    members += [Member(drive, node, ROLE_ABSENT, SINCE_UNKNOWN) for drive, node in later]
+    return SlabDescriptor(slab, EPOCH_FIRST, tuple(members))
 
 
 def bump(descriptor: SlabDescriptor) -> SlabDescriptor:
