@@ -113,7 +113,7 @@ class DriveControl:
     async def create_slab(
         self, slab: SlabId, epoch: Epoch, node: NodeName, drive: DriveId, role: int = ROLE_IN_SYNC
     ) -> None:
-        """Raises NoSpace, DriveFailed, Unavailable, Fenced. Idempotent: a copy that is there stays as it is."""
+        """A copy that is there stays as it is. Raises NoSpace, DriveFailed, Unavailable, Fenced."""
         args = {"drive": drive, "slab": slab, "epoch": epoch, "term": self.term, "role": role}
         await self.call(node, "create_slab", args)
 

@@ -188,8 +188,8 @@ class SlabManager:
     def _copies_now(self) -> int:
         """How many copies a new slab begins with: all, or one less while a fault domain is down.
 
-        Its place is kept (`_places_later`); else a volume with as many copies as there are nodes could not grow
-        for as long as one of them is away.
+        Its place is kept (`_places_later`); else a volume with as many copies as there are nodes could not
+        grow for as long as one of them is away.
         """
         live = self._live_domains()
         away = {self._facts.domain_of(node) for node in self._nodes_away()}
