@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -58,7 +59,7 @@ class LabCluster:
 
     def start_command(self, node: str, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command on a node and go on; `options` are those of Popen."""
-        command = ["csvfs", "lab", "exec", "--dir", str(self.directory), node, "--", *argv]
+        command = [sys.executable, "-m", "csvfs.admin.cli", "lab", "exec", "--dir", str(self.directory), node, "--", *argv]
         return subprocess.Popen(command, **options)
 
     def store(self, work: Callable[[ClusterStore], Awaitable[T]]) -> T:

@@ -262,7 +262,7 @@ def counters(lab: LabCluster, node: str) -> dict[str, int]:
     """Bad and healed blocks of a node's drives, summed."""
     rows = json.loads(lab.run(node, "csvfs", "drive", "list", "--json"))
     mine = [row for row in rows if row["node"] == node]
-    return {name: sum(row[name] for row in mine) for name in ("checksum_errors", "healed")}
+    return {name: sum(row["counters"][name] for row in mine) for name in ("checksum_errors", "healed")}
 
 
 def flip_bytes(lab: LabCluster, node: str, count: int) -> int:
