@@ -105,14 +105,19 @@ async def serve_volume(
     links = VolumeLinks(engine, facts, cluster, setup)
     book = MetadataBook(store, setup.name, setup.term)
     changes = SlabChanges(book, links.control)
-    bus = Bus(links.writes, MetadataSlabOwner(changes), volume=setup.volume, local_node=setup.node)
+    bus = Bus(
+        links.writes,
+        MetadataSlabOwner(changes),
+        volume=setup.volume,
+        local_node=setup.node,
+        silence_ms_max=write_timeout_ms,
+    )
     changes.on_settled = bus.learn
     reader = (make_reader or block_reader(facts, cluster, setup))(book, bus)
     metadata = None
     started = trio.current_time()
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(links.writes.watch_forever, write_timeout_ms)
             nursery.start_soon(bus.run_forever)
             await secure_metadata_slabs(book, changes, links.control, facts, setup.volume)
             read: ReadBlocks = reader.read

@@ -280,3 +280,41 @@ async def test_a_writer_that_connects_anew_closes_its_earlier_link(cluster):
     with pytest.raises(Fenced):
         await cluster.links("mount/n3", incarnation=3).connected("n1")
     assert Incarnation(4) == 4
+
+
+async def test_a_server_that_hangs_is_given_up_though_its_connection_stands(cluster, monkeypatch):
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    cluster.nursery.start_soon(bus.links.watch_forever, 300)
+    hung = cluster.servers[2].service
+    for client in list(hung.clients):
+        client.link.on_frame = lambda link, frame: None  # it takes everything and answers nothing
+    with trio.fail_after(10):
+        await write(bus, 0, block_of(2))
+    assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n2"]
+
+
+async def test_a_slow_flush_is_waited_for_as_long_as_the_server_answers_pings(cluster):
+    bus = cluster.bus("mount/n2")
+    cluster.nursery.start_soon(bus.links.watch_forever, 1_200)
+    await write(bus, 0, block_of(1))
+    service = cluster.servers[1].service
+    flush = service.flush
+
+    async def slow(served):
+        await trio.sleep(2.5)
+        await flush(served)
+
+    service.flush = slow
+    await bus.flush([SLAB])
+    assert len(cluster.owner.descriptors[SLAB].in_sync) == 3
+
+
+async def test_links_to_a_server_that_the_store_no_longer_lists_are_dropped_at_once(cluster):
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    server = bus.links.ready("n3")
+    service, cluster.servers[2].service = cluster.servers[2].service, None
+    bus.links.check_servers()
+    cluster.servers[2].service = service
+    assert server.link.closed is not None and bus.links.ready("n3") is None

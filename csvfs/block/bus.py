@@ -37,6 +37,7 @@ from csvfs.wire.frames import Frame, Kind
 
 log = logging.getLogger(__name__)
 
+SILENCE_MS_MAX = 5_000
 FLUSH_TIMEOUT_S = 30.0
 TRIM_TIMEOUT_S = 10.0
 COMPLETED_INTERVAL_S = 1.0
@@ -63,9 +64,17 @@ class Bus:
     """Reads, writes, flushes and trims blocks of slabs. Run `run_forever` in a nursery of the process."""
 
     def __init__(
-        self, links: ServerLinks, owner: SlabOwner, *, volume: VolumeId, local_node: NodeName
+        self,
+        links: ServerLinks,
+        owner: SlabOwner,
+        *,
+        volume: VolumeId,
+        local_node: NodeName,
+        silence_ms_max: int = SILENCE_MS_MAX,
     ) -> None:
+        """`silence_ms_max`: a server that owes answers and gives none for so long is given up."""
         self.links = links
+        self._silence_ms_max = silence_ms_max
         self.on_fenced: Callable[[Fenced], None] = lambda error: None
         self._owner = owner
         self._volume = volume
@@ -184,6 +193,7 @@ class Bus:
         """Repair slabs whose writes wait, until cancelled; each in a task of its own."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._local.run_forever)
+            nursery.start_soon(self.links.watch_forever, self._silence_ms_max)
             nursery.start_soon(self._tell_completed_forever)
             while True:
                 await self._repair_wanted.wait()

@@ -39,6 +39,7 @@ class DriveCalls:
         service.calls = CallTable(
             {
                 "hello": self.hello,
+                "ping": lambda link, args: None,
                 "create_slab": self.create_slab,
                 "delete_slab": self.delete_slab,
                 "install": self.install,

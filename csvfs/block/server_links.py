@@ -21,6 +21,7 @@ from csvfs.wire.frames import Kind
 
 CONNECT_TIMEOUT_S = 2.0
 WATCH_INTERVAL_S = 0.5
+_PING = pack_call("ping", {})
 
 
 @dataclass(slots=True, frozen=True)
@@ -161,15 +162,31 @@ class ServerLinks:
         if server is not None:
             server.link.close(Disconnected(f"gave up the drive server of node {node}: {reason}"))
 
+    def check_servers(self) -> None:
+        """Drop links to servers that the cluster store no longer lists, or lists anew: call when it changes."""
+        for node, server in list(self._links.items()):
+            listed = self._directory(node)
+            if listed is None or listed.incarnation != server.incarnation:
+                self.drop(node, "its drive server is gone, says the cluster store")
+
     async def watch_forever(self, silence_ms_max: int) -> None:
-        """Drop links whose server answers nothing for `silence_ms_max` though requests wait."""
+        """Drop links whose server answers nothing for `silence_ms_max` though requests wait.
+
+        A flush may take longer than that on a busy disk: so a server that owes an answer is pinged, and only one
+        that does not answer even this is given up.
+        """
         while True:
             await trio.sleep(WATCH_INTERVAL_S)
+            self.check_servers()
             now_ns = monotonic_ns()
             for node, server in list(self._links.items()):
                 silent_ms = (now_ns - server.link.progress_ns) // 1_000_000
-                if server.link.waiting_count and silent_ms > silence_ms_max:
+                if not server.link.waiting_count:
+                    continue
+                if silent_ms > silence_ms_max:
                     self.drop(node, f"no answer for {silent_ms} ms")
+                elif silent_ms > silence_ms_max // 4:
+                    server.link.request(Kind.CALL, _PING, None, lambda frame, error: None)
 
     def close(self) -> None:
         for server in list(self._links.values()):

@@ -162,7 +162,14 @@ class MountProcess:
             incarnation=self._incarnation,
             local_node=node,
         )
-        bus = Bus(links, CoordinatorOfSlabs(session), volume=volume, local_node=node)
+        self._view.on_change(links.check_servers)  # a node without power breaks no connection
+        bus = Bus(
+            links,
+            CoordinatorOfSlabs(session),
+            volume=volume,
+            local_node=node,
+            silence_ms_max=options.write_timeout_ms,
+        )
         bus.on_fenced = self._fail
         fd = device.open_device()
         notifier = KernelNotifier(fd)
