@@ -1,4 +1,4 @@
-"""The bus: the client of all drive servers, for one volume and one writer (DESIGN section 5).
+"""The bus: the client of all drive servers, for one volume and one writer (ARCHITECTURE.md, "Write path").
 
 Place      block floor. The mount uses it for data slabs, the coordinator for metadata slabs.
 Owns       the slab descriptors it has learned, and every write until it is answered.

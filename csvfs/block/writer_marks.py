@@ -2,7 +2,7 @@
 
 Place      block floor, under the drive server. No I/O: it says what may be unmarked, the server does it.
 Why        A chunk with a write that may not be on all members must be found after its writer died. The drive keeps
-           the bit (FORMAT.md, "Active map"); here stands whose it is, so that the writer's word that it is
+           the bit (FORMAT.md, "Slot metadata"); here stands whose it is, so that the writer's word that it is
            complete on all members (`completed_below`) can take it away again.
 Rule       A bit goes only after the write is complete *and* the drive has been flushed since.
 """
