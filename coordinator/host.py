@@ -380,7 +380,7 @@ class Host:
             if name == "hello":
                 self._nursery.start_soon(self._hello, service, link, frame.request_id, args)
             elif name == "statfs":
-                link.reply(frame.request_id, service.statfs())
+                self._nursery.start_soon(self._statfs, service, link, frame.request_id)
             elif name == "volume_status":
                 link.reply(frame.request_id, service.volume_status())
             else:
@@ -405,6 +405,10 @@ class Host:
             return
         self._service_of[link] = service
         link.reply(request_id, reply)
+
+    async def _statfs(self, service: Service, link: Link, request_id: int) -> None:
+        await service.slabs.wait_spaces()
+        link.reply(request_id, service.statfs())
 
 
 def _wants_coordinator(value: dict[str, Any]) -> bool:

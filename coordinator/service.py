@@ -219,6 +219,8 @@ class Service:
         """The value of a call that needs no wait; None: a task has to serve it."""
         if not self.desk.is_open and name not in _EARLY_CALLS:
             return None
+        if name == "statfs" and not self.slabs.spaces_known:
+            return None
         plain = self._plain_calls.get(name)
         if plain is not None:
             return plain(session, args)
@@ -253,6 +255,8 @@ class Service:
             if isinstance(result, Reply):
                 return await self.dispatch.finish_answer(session, result)
             return result
+        if name == "statfs":
+            await self.slabs.wait_spaces()
         plain = self._plain_calls.get(name)
         if plain is not None:
             return plain(session, args)

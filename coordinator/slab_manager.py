@@ -38,6 +38,7 @@ TRIMS_AT_ONCE = 512
 TRIM_INTERVAL_S = 0.5
 SPACE_INTERVAL_S = 5.0
 EMPTY_SLABS_KEPT = 4
+SPACES_WAIT_S_MAX = 1.0  # the first question for space waits so long for drive servers that hang
 RETRY_S = 1.0
 CREATE_TRIES = 4
 
@@ -77,6 +78,8 @@ class SlabManager:
         self._grown = trio.Event()  # replaced at the end of every round
         self._shortage: NoSpace | None = None  # why the last round could not give more
         self.pool_spaces: list[DriveSpace] = []
+        self._silent: set[NodeName] = set()  # did not answer when last asked
+        self._spaces_known = trio.Event()  # every drive server was asked once
         self.creating: set[SlabId] = set()
         self.on_trimmed: Callable[[], None] = lambda: None
 
@@ -180,7 +183,8 @@ class SlabManager:
             self.creating.discard(slab)
 
     def _nodes_away(self) -> list[NodeName]:
-        return [node for node in self._facts.drive_nodes() if self._facts.server(node) is None]
+        nodes = self._facts.drive_nodes()
+        return [node for node in nodes if self._facts.server(node) is None or node in self._silent]
 
     def _live_domains(self) -> set[str]:
         return {self._facts.domain_of(space.node) for space in self.pool_spaces if space.free_slots > 0}
@@ -255,12 +259,14 @@ class SlabManager:
     async def refresh_spaces(self) -> None:
         """Ask every drive server for its free slots."""
         spaces: list[DriveSpace] = []
+        silent: set[NodeName] = set()
 
         async def ask(node: NodeName) -> None:
             try:
                 found = await self._control.spaces(node)
             except CsvfsError as error:
                 log.info("node %s is not asked for space: %s", node, error)
+                silent.add(node)
                 return
             spaces.extend(space for space in found if self._facts.takes_slabs(space.drive))
 
@@ -268,7 +274,21 @@ class SlabManager:
             for node in self._facts.drive_nodes():
                 if self._facts.server(node) is not None:
                     nursery.start_soon(ask, node)
-        self.pool_spaces = spaces
+            if not self._spaces_known.is_set():
+                # Growing as they answer: who has waited long enough sees what there is.
+                self.pool_spaces, self._silent = spaces, silent
+        self.pool_spaces, self._silent = spaces, silent
+        self._spaces_known.set()
+
+    @property
+    def spaces_known(self) -> bool:
+        """False: `free_slabs_in_pool` does not count all yet; see wait_spaces."""
+        return self._spaces_known.is_set()
+
+    async def wait_spaces(self) -> None:
+        """Until the drive servers were asked for their space once, or long enough. Cancel safe."""
+        with trio.move_on_after(SPACES_WAIT_S_MAX):
+            await self._spaces_known.wait()
 
     def free_slabs_in_pool(self) -> int:
         """How many slabs of this volume the pool has room for: a bound, from the free slots of each fault

@@ -5,11 +5,13 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from coordinator.slab_manager import SlabManager
 from csvfs.errors import Exists, Fenced, NotFound
+from csvfs.net.link import connect
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import block_checksum, slab_seed
 from csvfs.wire.control import pack_value
-from tests.coordinator_cluster import NAME, VOLUME, TestCluster
+from tests.coordinator_cluster import DRIVE_SIZE, NAME, VOLUME, TestCluster
 
 READ, WRITE = 2, 3
 
@@ -279,3 +281,48 @@ async def test_a_volume_grows_while_a_node_is_away_and_the_node_gets_its_copies_
         await cluster.wait(lambda: len(service.changes.book.current(slab.slab).in_sync) == 3)
         extent = (await mount.acquire(ino, READ, 1))["extents"][0]
         assert cluster.copy("n3", slab.slab).read_blocks(extent[3], 1)[1] == block_of("two copies")
+
+
+async def ask_without_hello(cluster, host, call, **args):
+    mount = await cluster.mount("n1")
+    link = await connect(mount.engine, ("127.0.0.1", cluster.hosts[host]._port), timeout_s=1)
+    try:
+        return await link.call(call, args, timeout_s=5)
+    finally:
+        link.close()
+
+
+async def test_the_first_answer_about_space_counts_the_whole_pool(tmp_path, monkeypatch):
+    asked, may_answer, refresh = trio.Event(), trio.Event(), SlabManager.refresh_spaces
+
+    async def slow_refresh(slabs):
+        asked.set()
+        await may_answer.wait()
+        await refresh(slabs)
+
+    monkeypatch.setattr(SlabManager, "refresh_spaces", slow_refresh)
+    async with cluster_of(tmp_path) as cluster:
+        await asked.wait()
+        figures = []
+
+        async def ask():
+            figures.append(await ask_without_hello(cluster, "n1", "statfs", volume=NAME))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            mount = await cluster.mount("n2")
+            may_answer.set()
+            figures.append(await mount.call("statfs"))
+        assert figures[0] == figures[1]
+        assert figures[0]["size"] > DRIVE_SIZE // 2
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_the_first_answer_about_space_is_right_while_a_node_is_down(tmp_path, noticed):
+    async with cluster_of(tmp_path) as cluster:
+        figures = await ask_without_hello(cluster, "n1", "statfs", volume=NAME)
+        await cluster.kill_host("n1")
+        await cluster.kill_server("n3", noticed=noticed)
+        await cluster.start_host("n1")
+        await cluster.wait_serving()
+        assert await ask_without_hello(cluster, "n1", "statfs", volume=NAME) == figures
