@@ -44,7 +44,7 @@ class Server:
 
     async def _run(self, task_status=trio.TASK_STATUS_IGNORED) -> None:
         engine = Engine()
-        service = BlockService(self.node, CLUSTER, Incarnation(self.incarnation), lambda: self.may_serve)
+        service = BlockService(engine, self.node, CLUSTER, Incarnation(self.incarnation), lambda: self.may_serve)
         DriveCalls(service, engine)
         self.service = service
         with trio.CancelScope() as self._scope:

@@ -33,6 +33,7 @@ from csvfs.errors import (
 )
 from csvfs.ids import Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable
+from csvfs.net.engine import Engine
 from csvfs.net.link import Link
 from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK
 from csvfs.wire.block_messages import (
@@ -70,8 +71,14 @@ class BlockService:
     """State of a drive server: its drives, clients, fences and terms."""
 
     def __init__(
-        self, node: NodeName, cluster: bytes, incarnation: Incarnation, may_serve: Callable[[], bool]
+        self,
+        engine: Engine,
+        node: NodeName,
+        cluster: bytes,
+        incarnation: Incarnation,
+        may_serve: Callable[[], bool],
     ) -> None:
+        self.engine = engine
         self.node = node
         self.cluster = cluster
         self.incarnation = incarnation
@@ -156,6 +163,7 @@ class BlockService:
 
     def _resolve(self, link: Link, index: int, slab: int) -> tuple[Client, SlabCopy]:
         client: Client | None = link.owner
+        self.engine.hot()
         if client is None:
             raise ProtocolError(f"{link.peer} reads or writes before its hello")
         if client.fenced:
@@ -212,7 +220,7 @@ class BlockService:
     async def _read_cold(self, link: Link, request_id: int, copy: SlabCopy, block: int, count: int) -> None:
         """Bring the blocks into memory in a thread, then read them in the engine's thread like all others."""
         try:
-            await trio.to_thread.run_sync(copy.warm_blocks, block, count)
+            await self._in_thread(copy.warm_blocks, block, count)
             packed, data = copy.read_blocks(block, count)
             link.send(Kind.READ_DATA, request_id, packed, data)
         except CsvfsError as error:
@@ -260,12 +268,20 @@ class BlockService:
         drive = served.opened()
         covered = self.marks.begin_flush(drive)
         try:
-            await trio.to_thread.run_sync(drive.flush)
+            await self._in_thread(drive.flush)
         except CsvfsError:
             self.marks.flush_failed(drive, covered)
             raise
         for copy, chunks in self.marks.flushed(covered).items():
             copy.clear_active(chunks)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run what may wait for a disk in a thread; its end is seen at once, by trio."""
+        self.engine.trio_awaited += 1
+        try:
+            return await trio.to_thread.run_sync(function, *args)
+        finally:
+            self.engine.trio_awaited -= 1
 
     # -- slabs -----------------------------------------------------------------------------------
 

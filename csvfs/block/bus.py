@@ -75,6 +75,7 @@ class Bus:
         """`silence_ms_max`: a server that owes answers and gives none for so long is given up."""
         self.links = links
         self._silence_ms_max = silence_ms_max
+        self._engine = links.engine
         self.on_fenced: Callable[[Fenced], None] = lambda error: None
         self._owner = owner
         self._volume = volume
@@ -138,6 +139,7 @@ class Bus:
             if targets is None:
                 self._park(write)
                 return
+        self._engine.hot()
         write.attempt += 1
         write.remaining = len(targets)
         write.failed = False

@@ -46,7 +46,7 @@ class DriveServer:
         self.store = store
         self.engine = Engine()
         self.liveness = Liveness(config.liveness_path, Incarnation(int(os.environ["CSVFS_NODE_INCARNATION"])))
-        self.service = BlockService(config.node, cluster, incarnation, self.liveness.may_serve)
+        self.service = BlockService(self.engine, config.node, cluster, incarnation, self.liveness.may_serve)
         self.calls = DriveCalls(self.service, self.engine)
         self._pool: bytes | None = None
         self._rows: dict[str, dict[str, Any]] = {}

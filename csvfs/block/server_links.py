@@ -85,7 +85,7 @@ class ServerLinks:
         incarnation: Incarnation,
         local_node: NodeName,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._directory = directory
         self._hello = {"cluster": cluster, "volume": volume, "writer": writer, "incarnation": incarnation}
         self._local_node = local_node
@@ -123,7 +123,7 @@ class ServerLinks:
         address: Address = (server.address, server.port)
         if node == self._local_node and server.unix_path:
             address = server.unix_path
-        link = await connect(self._engine, address, timeout_s=CONNECT_TIMEOUT_S)
+        link = await connect(self.engine, address, timeout_s=CONNECT_TIMEOUT_S)
         try:
             answer = await link.call("hello", self._hello, timeout_s=CONNECT_TIMEOUT_S)
             opened = _parse_hello(node, link, answer)

@@ -158,6 +158,7 @@ class Relay:
         if self._unsent:
             self._unsent.append(bytes(request))
             return
+        self._engine.trio_due = True  # pyfuse3 waits for its end of the socket there
         try:
             self._socket.send(request)
         except BlockingIOError:
@@ -302,7 +303,7 @@ class Relay:
         if open_flags & os.O_DIRECT:
             # Without it the kernel takes the inode's lock around each direct write: an eighth of the speed.
             flags |= abi.FOPEN_DIRECT_IO
-        if open_flags & os.O_ACCMODE == os.O_RDONLY:
+        if not abi.may_write(open_flags):
             flags |= abi.FOPEN_NOFLUSH  # nothing to flush at close
         abi.OPEN_OUT.pack_into(reply, at, fh, flags, 0)
 

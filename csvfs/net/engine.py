@@ -4,6 +4,10 @@ Place      net floor. One engine per process, in its one thread.
 Why        A trio task, await and wake-up per I/O costs 30 us and more; a 4 KiB write has a budget of about that
            for everything. So hot descriptors (links, /dev/fuse) share one epoll; trio sees a single readable
            descriptor, and one wake-up handles all that is ready, synchronously, until nothing is.
+Hot waits  A trio wake-up costs about 20 us, several times per write. While I/O is hot (`hot`: some was handled within
+           the last HOT_NS) and trio has nothing to run, the engine waits in its own epoll instead, 1 ms at most, and
+           then lets trio look. Who needs trio to notice something that is not in this epoll at once (a thread that
+           ends, pyfuse3's socket) says so: `trio_due`, `trio_awaited`.
 Batches    Within a batch, links only collect what they send; it leaves in one sendmsg per link at the batch's
            end (`at_batch_end`). Outside of a batch it leaves at once.
 """
@@ -19,6 +23,10 @@ EventHandler = Callable[[int], None]
 EVENTS_PER_POLL = 64
 # Other trio tasks (timers, slow operations) get the thread at least this often under load.
 CHECKPOINT_INTERVAL_NS = 500_000
+HOT_NS = 2_000_000
+HOT_WAIT_S = 0.001  # the shortest that epoll_wait can
+# A trio deadline nearer than this is not kept waiting by a hot wait.
+DEADLINE_S_MIN = 0.002
 
 
 class Engine:
@@ -29,6 +37,13 @@ class Engine:
         self._handlers: dict[int, EventHandler] = {}
         self._at_batch_end: list[Callable[[], None]] = []
         self.in_batch = False
+        self.trio_due = False  # trio has something to see now that is not in this epoll
+        self.trio_awaited = 0  # operations under way that end in trio, not in this epoll
+        self._hot_until_ns = 0
+
+    def hot(self) -> None:
+        """More I/O of this kind is likely within a millisecond. Call from handlers of hot I/O."""
+        self._hot_until_ns = time.monotonic_ns() + HOT_NS
 
     def register(self, fd: int, events: int, handler: EventHandler) -> None:
         """Call `handler(events)` in the engine's task whenever `fd` has one of `events` (select.EPOLL*)."""
@@ -55,7 +70,10 @@ class Engine:
         checkpoint_due_ns = time.monotonic_ns() + CHECKPOINT_INTERVAL_NS
         while True:
             events = poll(0, EVENTS_PER_POLL)
+            if not events and self._may_wait_hot():
+                events = poll(HOT_WAIT_S, EVENTS_PER_POLL)
             if not events:
+                self.trio_due = False
                 await trio.lowlevel.wait_readable(fd)
                 checkpoint_due_ns = time.monotonic_ns() + CHECKPOINT_INTERVAL_NS
                 continue
@@ -71,6 +89,12 @@ class Engine:
             if time.monotonic_ns() >= checkpoint_due_ns:
                 await trio.lowlevel.checkpoint()
                 checkpoint_due_ns = time.monotonic_ns() + CHECKPOINT_INTERVAL_NS
+
+    def _may_wait_hot(self) -> bool:
+        if self.trio_due or self.trio_awaited or time.monotonic_ns() >= self._hot_until_ns:
+            return False
+        statistics = trio.lowlevel.current_statistics()
+        return statistics.tasks_runnable == 0 and statistics.seconds_to_next_deadline > DEADLINE_S_MIN
 
     def _finish_batch(self) -> None:
         while self._at_batch_end:
