@@ -13,6 +13,7 @@ Invariants
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import trio
 from crc32c import crc32c
