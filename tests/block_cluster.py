@@ -61,9 +61,7 @@ class Server:
                     listener.close()
         for client in list(service.clients):
             client.link.close()
-        for served in service.drives:
-            if served.drive is not None:
-                served.drive.close(clean=False)
+        service.close(clean=False)
         engine.close()
         self.service = None
 

@@ -13,15 +13,16 @@ Invariants
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import trio
 from crc32c import crc32c
 
-from csvfs.block.flush_group import FlushGroup
+from csvfs.block.drive import Drive
+from csvfs.block.flusher import Flushed, Flusher
 from csvfs.block.served_drives import ServedDrive, ServedDrives
 from csvfs.block.slab_copy import SlabCopy
-from csvfs.block.writer_marks import MarkBook, WriterMarks
+from csvfs.block.writer_marks import Chunk, MarkBook, WriterMarks
 from csvfs.errors import (
     BadRequest,
     Corrupt,
@@ -40,8 +41,10 @@ from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK
 from csvfs.wire.block_messages import (
     BLOCK_COUNT_MAX,
     BLOCK_HEAD,
+    FLUSH_HEAD,
     ROLE_IN_SYNC,
     unpack_checksums,
+    unpack_drive_indexes,
 )
 from csvfs.wire.frames import Frame, Kind
 
@@ -91,7 +94,7 @@ class BlockService:
         self._may_serve = may_serve
         self._fences: dict[tuple[VolumeId, str], Incarnation] = {}
         self._terms: dict[VolumeId, int] = {}
-        self._flushes: dict[int, FlushGroup] = {}
+        self._flushers: dict[int, Flusher] = {}
         self.refused = 0  # frames and links refused, for status
 
     # -- links -----------------------------------------------------------------------------------
@@ -153,6 +156,8 @@ class BlockService:
                 self._write(link, frame)
             elif kind == Kind.READ:
                 self._read(link, frame)
+            elif kind == Kind.FLUSH:
+                self._flush(link, frame)
             elif kind == Kind.HEAL:
                 self._heal(link, frame)
             else:
@@ -257,24 +262,77 @@ class BlockService:
 
     # -- flush -----------------------------------------------------------------------------------
 
-    async def flush(self, served: ServedDrive) -> None:
-        """Everything taken before is on the medium (I8). Raises DriveFailed."""
-        group = self._flushes.get(served.index)
-        if group is None:
-            assert self.nursery is not None
-            group = self._flushes[served.index] = FlushGroup(self.nursery, lambda: self._flush_once(served))
-        await group.flush()
-
-    async def _flush_once(self, served: ServedDrive) -> None:
+    def request_flush(self, served: ServedDrive, flushed: Flushed) -> None:
+        """Call `flushed(error)` when everything taken before is on the medium (I8). Raises DriveFailed."""
         drive = served.opened()
-        covered = self.marks.begin_flush(drive)
-        try:
-            await self._in_thread(drive.flush)
-        except CsvfsError:
+        flusher = self._flushers.get(served.index)
+        if flusher is None:
+            flusher = self._flushers[served.index] = Flusher(
+                self.engine,
+                served.path,
+                lambda: self.marks.begin_flush(drive),
+                drive.flush,
+                lambda covered, error: self._after_flush(drive, cast(set[Chunk], covered), error),
+            )
+        flusher.request(flushed)
+
+    def _after_flush(self, drive: Drive, covered: set[Chunk], error: CsvfsError | None) -> None:
+        if error is not None:
             self.marks.flush_failed(drive, covered)
-            raise
+            return
         for copy, chunks in self.marks.flushed(covered).items():
             copy.clear_active(chunks)
+
+    async def flush(self, served: ServedDrive) -> None:
+        """As request_flush, awaited. Raises DriveFailed. Cancel safe."""
+        done = trio.Event()
+        errors: list[CsvfsError] = []
+
+        def flushed(error: CsvfsError | None) -> None:
+            if error is not None:
+                errors.append(error)
+            done.set()
+
+        self.request_flush(served, flushed)
+        await done.wait()
+        if errors:
+            raise errors[0]
+
+    def _flush(self, link: Link, frame: Frame) -> None:
+        """FLUSH: answered when all its drives are flushed, with the first error if there is one."""
+        client: Client | None = link.owner
+        if client is None or len(frame.head) < FLUSH_HEAD.size:
+            raise ProtocolError(f"{link.peer} sent a FLUSH that is cut short, or before its hello")
+        (below,) = FLUSH_HEAD.unpack_from(frame.head)
+        self.engine.hot()
+        client.marks.below = max(client.marks.below, below)
+        indexes = unpack_drive_indexes(frame.head[FLUSH_HEAD.size :])
+        request_id = frame.request_id
+        errors: list[CsvfsError] = []
+        remaining = len(indexes)
+
+        def flushed(error: CsvfsError | None) -> None:
+            nonlocal remaining
+            remaining -= 1
+            if error is not None:
+                errors.append(error)
+            if not remaining and errors:
+                link.reply_error(request_id, errors[0])
+            elif not remaining:
+                link.send(Kind.WRITTEN, request_id)
+
+        for served in [self.drives.by_index(index) for index in indexes]:
+            try:
+                self.request_flush(served, flushed)
+            except CsvfsError as error:
+                flushed(error)
+
+    def close(self, *, clean: bool = True) -> None:
+        """End the flush threads, then flush and close the drives; `clean=False`: as a kill would."""
+        for flusher in self._flushers.values():
+            flusher.close()
+        self._flushers.clear()
+        self.drives.close(clean=clean)
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run what may wait for a disk in a thread; its end is seen at once, by trio."""

@@ -16,6 +16,7 @@ Invariants
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -24,13 +25,14 @@ from csvfs.block.bus_reads import Reader
 from csvfs.block.bus_writes import PendingWrite, SlabState
 from csvfs.block.local_reader import LocalReader
 from csvfs.block.server_links import ServerLinks
-from csvfs.errors import CsvfsError, DriveFailed, Fenced, StaleEpoch, Unavailable
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, StaleEpoch, TimedOut, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId, VolumeId
 from csvfs.wire.block_messages import (
     BLOCK_HEAD,
     SlabDescriptor,
     block_checksums,
     pack_checksums,
+    pack_flush,
     slab_seed,
 )
 from csvfs.wire.frames import Frame, Kind
@@ -310,32 +312,48 @@ class Bus:
                         due.setdefault(member.node, {})[member.drive] = slab
             if not due:
                 return
-            failures: dict[DriveId, CsvfsError] = {}
-            if len(due) == 1:
-                (node, drives), *_ = due.items()
-                await self._flush_node(node, list(drives), flushed, failures)
-            else:
-                async with trio.open_nursery() as nursery:
-                    for node, drives in due.items():
-                        nursery.start_soon(self._flush_node, node, list(drives), flushed, failures)
+            failures = await self._flush_nodes(due, flushed)
             if failures:
                 await self._report_failed_flush(wanted, failures)
 
-    async def _flush_node(
-        self,
-        node: NodeName,
-        drives: list[DriveId],
-        flushed: set[DriveId],
-        failures: dict[DriveId, CsvfsError],
-    ) -> None:
-        try:
-            server = await self.links.connected(node)
-            indexes = [server.drive_index(drive) for drive in drives]
-            args = {"drives": indexes, "completed_below": self.completed_below()}
-            await server.link.call("flush", args, timeout_s=FLUSH_TIMEOUT_S)
-            flushed.update(drives)
-        except CsvfsError as error:
-            failures.update(dict.fromkeys(drives, error))
+    async def _flush_nodes(
+        self, due: dict[NodeName, dict[DriveId, SlabId]], flushed: set[DriveId]
+    ) -> dict[DriveId, CsvfsError]:
+        """One FLUSH to each node, all at once; adds to `flushed`, returns what failed."""
+        failures: dict[DriveId, CsvfsError] = {}
+        targets = []
+        for node, drives in due.items():
+            try:
+                server = self.links.ready(node) or await self.links.connected(node)
+                targets.append((server, drives, [server.drive_index(drive) for drive in drives]))
+            except CsvfsError as error:
+                failures.update(dict.fromkeys(drives, error))
+        remaining = len(targets)
+        done = trio.Event()
+
+        def answer(drives: Iterable[DriveId], frame: Frame | None, error: CsvfsError | None) -> None:
+            nonlocal remaining
+            remaining -= 1
+            if error is None:
+                flushed.update(drives)
+            else:
+                failures.update(dict.fromkeys(drives, error))
+            if not remaining:
+                done.set()
+
+        below = self.completed_below()
+        self._engine.hot()
+        for server, drives, indexes in targets:
+            server.link.request(Kind.FLUSH, pack_flush(below, indexes), None, partial(answer, list(drives)))
+        if targets:
+            with trio.move_on_after(FLUSH_TIMEOUT_S):
+                await done.wait()
+        late = TimedOut(f"no answer to a flush within {FLUSH_TIMEOUT_S:g} s")
+        for _, drives, _ in targets:
+            failures.update(
+                {drive: late for drive in drives if drive not in flushed and drive not in failures}
+            )
+        return failures
 
     async def _report_failed_flush(self, slabs: set[SlabId], failures: dict[DriveId, CsvfsError]) -> None:
         """Have the owner take the failed members out; raises when one of them cannot be missed."""

@@ -30,7 +30,7 @@ def _client(link: Link) -> Client:
 
 
 class DriveCalls:
-    """Handlers by name. All but flush and pull are answered at once."""
+    """Handlers by name. All but install and pull are answered at once."""
 
     def __init__(self, service: BlockService, engine: Engine) -> None:
         self._service = service
@@ -46,7 +46,6 @@ class DriveCalls:
                 "fence": self.fence,
                 "settle": self.settle,
                 "register_term": self.register_term,
-                "flush": self.flush,
                 "completed": self.completed,
                 "trim": self.trim,
                 "active": self.active,
@@ -247,13 +246,6 @@ class DriveCalls:
         return {"bytes": pull.bytes_done, "chunks": pull.chunk_count}
 
     # -- the rest --------------------------------------------------------------------------------
-
-    async def flush(self, link: Link, args: dict[str, Any]) -> None:
-        indexes = field(args, "drives", list)
-        marks = _client(link).marks
-        marks.below = max(marks.below, optional_field(args, "completed_below", int) or 0)
-        for index in indexes:
-            await self._service.flush(self._service.drives.by_index(index))
 
     def status(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         service = self._service

@@ -67,7 +67,7 @@ class DriveServer:
                 nursery.start_soon(self._sweep_forever)
                 nursery.start_soon(self._retry_forever)
         finally:
-            self.service.drives.close()
+            self.service.close()
 
     def _accept(self, link: Link) -> None:
         self.service.accept(link)

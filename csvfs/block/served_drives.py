@@ -101,12 +101,12 @@ class ServedDrives:
             )
         return copy
 
-    def close(self) -> None:
+    def close(self, *, clean: bool = True) -> None:
         """Flush and close every drive cleanly; one that fails is logged and stays marked as not clean."""
         for served in self._by_index:
             if served.drive is not None:
                 try:
-                    served.drive.close(clean=True)
+                    served.drive.close(clean=clean)
                 except (CsvfsError, OSError) as error:
                     log.error("drive %s was not closed cleanly: %s", served.path, error)
                 served.drive = None

@@ -17,6 +17,8 @@ from csvfs.units import BLOCK_SIZE
 BLOCK_HEAD = struct.Struct("<QQQIIIHH")  # slab, sequence, completed_below, epoch, block, count, drive, flags
 assert BLOCK_HEAD.size == 40  # PROTOCOL.md
 BLOCK_COUNT_MAX = 256  # 1 MiB
+FLUSH_HEAD = struct.Struct("<Q")  # completed_below; u16 drive indexes follow
+FLUSH_DRIVES_MAX = 1_024
 _CHECKSUMS = [struct.Struct(f"<{count}I") for count in range(BLOCK_COUNT_MAX + 1)]
 _SLAB = struct.Struct("<Q")
 NEVER_WRITTEN = 0
@@ -58,6 +60,19 @@ def unpack_checksums(packed: memoryview | bytes, count: int) -> tuple[int, ...]:
     if not 0 < count <= BLOCK_COUNT_MAX or len(packed) != 4 * count:
         raise ProtocolError(f"{len(packed)} bytes of checksums for {count} blocks")
     return _CHECKSUMS[count].unpack(packed)
+
+
+def pack_flush(completed_below: int, indexes: list[int]) -> bytes:
+    """Head of a FLUSH."""
+    return FLUSH_HEAD.pack(completed_below) + struct.pack(f"<{len(indexes)}H", *indexes)
+
+
+def unpack_drive_indexes(packed: memoryview | bytes) -> tuple[int, ...]:
+    """Raises ProtocolError unless there are 1 to FLUSH_DRIVES_MAX whole indexes."""
+    count, rest = divmod(len(packed), 2)
+    if rest or not 0 < count <= FLUSH_DRIVES_MAX:
+        raise ProtocolError(f"{len(packed)} bytes of drive indexes in a FLUSH")
+    return struct.unpack(f"<{count}H", packed)
 
 
 @dataclass(slots=True, frozen=True)

@@ -36,6 +36,7 @@ class Kind(IntEnum):
     READ = 18
     READ_DATA = 19
     HEAL = 20
+    FLUSH = 21
 
 
 KINDS = frozenset(int(kind) for kind in Kind)
