@@ -84,10 +84,11 @@ def test_each_node_has_its_own_address_cluster_root_and_configuration(cluster: L
         assert f"10.77.0.{index}/24" in addresses
         config = cluster.run(f"n{index}", "sh", "-c", "cat $CSVFS_CONFIG").decode()
         assert f'node = "n{index}"' in config
-    cluster.run("n1", "touch", "/clusterstorage/only-on-n1")
-    assert b"only-on-n1" not in cluster.run("n2", "ls", "/clusterstorage")
-    assert not Path("/clusterstorage/only-on-n1").exists()
-    cluster.run("n1", "rm", "/clusterstorage/only-on-n1")
+    devices = [cluster.run(node, "stat", "-c", "%d", "/clusterstorage") for node in ("n1", "n2")]
+    assert devices[0] != devices[1]
+    assert int(devices[0]) != os.stat("/clusterstorage").st_dev
+    refused = "touch /clusterstorage/beside 2>&1; true"  # no volume is mounted: it would fill the node's disk
+    assert b"Read-only" in cluster.run("n1", "sh", "-c", refused)
     assert cluster.states() == {"n1": "up", "n2": "up"}
 
 
@@ -199,8 +200,8 @@ def test_two_labs_run_side_by_side_and_end_apart(cluster: LabCluster, directory:
     up(directory)
     other = LabCluster(directory)
     assert "10.77.0.1" in other.run("n1", "ip", "address").decode()
-    other.run("n1", "touch", "/clusterstorage/other")
-    assert cluster.run("n1", "ls", "/clusterstorage") == b""
+    devices = [lab.run("n1", "stat", "-c", "%d", "/clusterstorage") for lab in (cluster, other)]
+    assert devices[0] != devices[1]
     assert cluster.store(lambda store: store.get("cluster")) != other.store(
         lambda store: store.get("cluster")
     )

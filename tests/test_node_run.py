@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from csvfs.admin.child import bound_log
+from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.mount_points import mounted_paths
 from csvfs.admin.node_run import next_incarnation
 from csvfs.cluster.liveness import Liveness
@@ -101,6 +102,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     yield node
     with contextlib.suppress(ProcessLookupError):
         node.end(signal.SIGKILL)
+    subprocess.run(["umount", "-l", str(node.directory / "root")], check=False, capture_output=True)
 
 
 @pytest.fixture
@@ -290,3 +292,22 @@ def test_a_long_log_is_rolled_over_and_its_end_is_kept(tmp_path: Path) -> None:
 def test_mount_points_with_odd_names_are_read_right() -> None:
     line = rb"36 35 98:0 / /clusterstorage/My\040Volume\134 rw,noatime master:1 - fuse csvfs rw"
     assert mounted_paths(line + b"\n") == [b"/clusterstorage/My Volume\\"]
+
+
+def test_a_mount_point_without_its_mount_takes_no_files(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    root = ClusterRoot(tmp_path / "clusterstorage")
+    root.open()
+    try:
+        point = root.make_point("Volume1")
+        with pytest.raises(OSError, match="Read-only"):
+            (point / "file").write_bytes(b"lost under the mount that comes back")
+        again = ClusterRoot(root.path)
+        again.open()  # as after a kill of node run: taken over, not stacked
+        assert again.make_point("Volume1") == point
+        again.remove_point("Volume1")
+        assert os.listdir(root.path) == []
+    finally:
+        root.close()
+    assert mounted_paths().count(os.fsencode(root.path)) == 0

@@ -28,6 +28,7 @@ from pathlib import Path
 import trio
 
 from csvfs.admin.child import Child, ChildPlan, bound_log
+from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.mount_points import unmount_lazily
 from csvfs.clock import monotonic_ns
 from csvfs.cluster.election import release_host
@@ -81,16 +82,22 @@ async def run_node(config: NodeConfig, commands: Commands | None = None) -> None
                 nursery.start_soon(_bound_logs_forever, config)
                 view = View()
                 nursery.start_soon(keep_view_forever, store, view)
+                root = ClusterRoot(config.cluster_root)
+                root.open()
                 while not stopping.is_set():
-                    await _NodeLease(config, store, view, commands or Commands()).run(stopping)
+                    await _NodeLease(config, store, view, commands or Commands(), root).run(stopping)
+                root.close()
                 nursery.cancel_scope.cancel()
 
 
 class _NodeLease:
     """One lease of the node and everything that runs under it."""
 
-    def __init__(self, config: NodeConfig, store: ClusterStore, view: View, commands: Commands) -> None:
+    def __init__(
+        self, config: NodeConfig, store: ClusterStore, view: View, commands: Commands, root: ClusterRoot
+    ) -> None:
         self._config = config
+        self._root = root
         self._store = store
         self._view = view
         self._commands = commands
@@ -271,11 +278,11 @@ class _NodeLease:
         self._poked.set()
 
     def _mount_plan(self, volume_name: str) -> ChildPlan:
-        point = self._config.cluster_root / volume_name
+        point = self._root.path / volume_name
 
         async def before(incarnation: Incarnation) -> None:
             unmount_lazily(point)
-            point.mkdir(parents=True, exist_ok=True)
+            self._root.make_point(volume_name)
 
         async def after(incarnation: Incarnation) -> None:
             unmount_lazily(point)
@@ -288,8 +295,7 @@ class _NodeLease:
         await child.stop(self._config.options.stop_timeout_ms / 1000)
         if self._mounts.get(volume_name, (None, None))[1] is child:
             del self._mounts[volume_name]
-            with contextlib.suppress(OSError):  # somebody put something there: it is theirs
-                (self._config.cluster_root / volume_name).rmdir()
+            self._root.remove_point(volume_name)
         self._poke()
 
     async def _stop_in_order(self) -> None:
