@@ -2,8 +2,9 @@
 members.
 
 Place      coordinator floor; above metadata.py and metadata_log.py, below everything that changes metadata.
-Writer     `run_forever` alone runs transactions. A batch takes whatever waits; while its log is on the way
-           the next one is executed (group commit), up to BATCHES_IN_FLIGHT_MAX.
+Writer     `_execute_waiting` alone runs transactions: from the engine's task when changes have arrived or the
+           log has room again, from `run_forever` for changes of other tasks. A batch takes whatever waits; while its
+           log is on the way the next one is executed (group commit), up to BATCHES_IN_FLIGHT_MAX.
 
 Invariants
   I11  A change is executed once, or not at all if its caller gave up before that.
@@ -14,6 +15,7 @@ Invariants
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import trio
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZE_MAX = 256  # changes: about 300 KiB of log, a few ms of execution
 BATCHES_IN_FLIGHT_MAX = 8
+CHECKPOINT_IDLE_S = 0.05
 CHANGES_WAITING_MAX = 16_384
 
 T = TypeVar("T")
@@ -50,44 +53,78 @@ class BatchMetadata(Protocol):
 class BatchLog(Protocol):
     """Of MetadataLog."""
 
+    on_room: Callable[[], None]
+
     @property
-    def position(self) -> int: ...
+    def batches_in_flight(self) -> int: ...
     def append(self, entries: list[LogEntry]) -> int: ...
-    async def wait(self, position: int) -> None: ...
-    async def wait_room(self, batches_max: int) -> None: ...
+    def when_durable(self, position: int, done: Callable[[CsvfsError | None], None]) -> None: ...
+
+
+Told = Callable[[Any, CsvfsError | None], None]  # exactly one of value and error counts
 
 
 class _Change:
     """One change on its way. `executed` is told once, synchronously, when the change is decided."""
 
-    __slots__ = ("abandoned", "apply", "done", "error", "executed", "value")
+    __slots__ = ("apply", "done", "error", "executed", "value")
 
-    def __init__(
-        self, apply: Callable[[], Any], executed: Callable[[Any, CsvfsError | None], None] | None
-    ) -> None:
+    def __init__(self, apply: Callable[[], Any], executed: Told | None, done: Told) -> None:
         self.apply = apply
         self.executed = executed
-        self.done = trio.Event()
+        self.done = done
         self.value: Any = None
         self.error: CsvfsError | None = None
-        self.abandoned = False
 
 
 class Batches:
-    """The queue of changes and the task that executes them."""
+    """The queue of changes and their execution.
+
+    soon   runs a function once all that has arrived together has been looked at, so that it shares a batch.
+    """
 
     def __init__(
-        self, metadata: BatchMetadata, metadata_log: BatchLog, may_serve: Callable[[], bool]
+        self,
+        metadata: BatchMetadata,
+        metadata_log: BatchLog,
+        may_serve: Callable[[], bool],
+        soon: Callable[[Callable[[], None]], None] = lambda function: function(),
     ) -> None:
         self._metadata = metadata
         self._log = metadata_log
         self._may_serve = may_serve
+        self._soon = soon
+        self._execution_due = False
         self._waiting: deque[_Change] = deque()
         self._wanted = trio.Event()
         self._closed: CsvfsError | None = None
+        self._failure: Exception | None = None  # a bug, or metadata that cannot be read: for run_forever
         self._unanswered: set[_Change] = set()
+        self._executed_at = 0.0  # when a batch was executed last
+        self._checkpoint_awaited = False  # run_forever looks for an idle moment
+        metadata_log.on_room = self._room
         self.batch_count = 0
         self.change_count = 0
+
+    def submit(self, apply: Callable[[], Any], executed: Told | None, done: Told) -> None:
+        """As `run`, without a task: `done` is called once with what `run` would return or raise.
+
+        It is called from the engine's task when the log is durable, or at once when nothing can be executed.
+        """
+        if self._closed is not None:
+            self._refuse(executed, done, self._closed)
+        elif len(self._waiting) >= CHANGES_WAITING_MAX:
+            text = f"{CHANGES_WAITING_MAX} changes of metadata wait already; try again"
+            self._refuse(executed, done, Unavailable(text))
+        else:
+            self._waiting.append(_Change(apply, executed, done))
+            self._execute_soon()
+
+    @staticmethod
+    def _refuse(executed: Told | None, done: Told, error: CsvfsError) -> None:
+        if executed is not None:
+            executed(None, error)
+        done(None, error)
 
     async def run(
         self,
@@ -109,11 +146,12 @@ class Batches:
             raise self._closed
         if len(self._waiting) >= CHANGES_WAITING_MAX:
             raise Unavailable(f"{CHANGES_WAITING_MAX} changes of metadata wait already; try again")
-        change = _Change(apply, executed)
+        answered = trio.Event()
+        change = _Change(apply, executed, lambda value, error: answered.set())
         self._waiting.append(change)
-        self._wanted.set()
+        self._wanted.set()  # by the task, so that what other tasks want in this moment shares the batch
         try:
-            await change.done.wait()
+            await answered.wait()
         except trio.Cancelled:
             if change in self._waiting:
                 self._waiting.remove(change)
@@ -124,47 +162,78 @@ class Batches:
         return change.value  # type: ignore[no-any-return]
 
     async def run_forever(self) -> None:
-        """Execute batches until cancelled. Raises what ended the log, and bugs."""
+        """Execute what `run` is given, and checkpoints. Raises what made execution impossible."""
         try:
-            async with trio.open_nursery() as nursery:
-                while True:
-                    if not self._waiting:
-                        if self._metadata.checkpoint_due:
-                            self._checkpoint()
-                        self._wanted = trio.Event()
+            while True:
+                self._execute_waiting()
+                if self._failure is not None:
+                    raise self._failure
+                self._wanted = trio.Event()
+                self._checkpoint_awaited = self._metadata.checkpoint_due
+                if not self._checkpoint_awaited:
+                    await self._wanted.wait()
+                elif self._is_idle():
+                    self._checkpoint()
+                else:
+                    with trio.move_on_after(CHECKPOINT_IDLE_S):
                         await self._wanted.wait()
-                    await self._log.wait_room(BATCHES_IN_FLIGHT_MAX)
-                    batch = [self._waiting.popleft() for _ in range(min(BATCH_SIZE_MAX, len(self._waiting)))]
-                    if not batch:
-                        continue
-                    self._unanswered.update(batch)
-                    position = self._execute(batch)
-                    nursery.start_soon(self._answer, batch, position)
         finally:
             self.close(Unavailable("the coordinator of this volume has stopped here"))
-
-    async def _answer(self, batch: list[_Change], position: int) -> None:
-        await self._log.wait(position)
-        for change in batch:
-            self._unanswered.discard(change)
-            if not self._may_serve():
-                # B1 holds, but another coordinator may be at work already: what this one knows is history
-                # (I5).
-                change.error = LeaseLost("this node has lost its lease in the cluster store")
-            change.done.set()
 
     def close(self, error: CsvfsError) -> None:
         """Nothing is executed any more; whoever waits gets `error`."""
         self._closed = self._closed or error
         waiting, self._waiting = self._waiting, deque()
+        unanswered, self._unanswered = self._unanswered, set()
         for change in waiting:
             self._tell(change, None, error)
-        for change in [*waiting, *self._unanswered]:
+        for change in [*waiting, *unanswered]:
             change.error = error
-            change.done.set()
-        self._unanswered.clear()
+            change.done(None, error)
+
+    # -- when ------------------------------------------------------------------------------------
+
+    def _execute_soon(self) -> None:
+        if not self._execution_due:
+            self._execution_due = True
+            self._soon(self._execute_waiting)
+
+    def _room(self) -> None:
+        if self._waiting:
+            self._execute_soon()
+
+    def _execute_waiting(self) -> None:
+        """As much as the log has room for. What goes wrong beyond single changes ends `run_forever`."""
+        self._execution_due = False
+        try:
+            while self._waiting and self._closed is None and self._failure is None:
+                if self._log.batches_in_flight >= BATCHES_IN_FLIGHT_MAX:
+                    return
+                batch = [self._waiting.popleft() for _ in range(min(BATCH_SIZE_MAX, len(self._waiting)))]
+                self._unanswered.update(batch)
+                position = self._execute(batch)
+                self._log.when_durable(position, partial(self._answer, batch))
+        except Exception as error:
+            self._failure = error
+            self._wanted.set()
+
+    def _answer(self, batch: list[_Change], error: CsvfsError | None) -> None:
+        if error is None and not self._may_serve():
+            # B1 holds, but another coordinator may be at work already: what this one knows is history (I5).
+            error = LeaseLost("this node has lost its lease in the cluster store")
+        for change in batch:
+            if change in self._unanswered:  # else `close` has answered
+                self._unanswered.discard(change)
+                if error is not None:
+                    change.error = error
+                change.done(change.value, change.error)
 
     # -- one batch, synchronously ----------------------------------------------------------------
+
+    def _is_idle(self) -> bool:
+        """Changes behind a checkpoint wait for its barriers, two flushes: better when there are none."""
+        rested = trio.current_time() - self._executed_at >= CHECKPOINT_IDLE_S
+        return rested and not self._waiting and self._log.batches_in_flight == 0
 
     def _checkpoint(self) -> None:
         self._metadata.checkpoint()
@@ -177,6 +246,10 @@ class Batches:
         if not self._try_together(batch):
             for change in batch:
                 self._execute_alone(change)
+        self._executed_at = trio.current_time()
+        if not self._checkpoint_awaited and self._metadata.checkpoint_due:
+            self._checkpoint_awaited = True
+            self._wanted.set()
         return self._log.append(self._metadata.image.take_log())
 
     def _try_together(self, batch: list[_Change]) -> bool:

@@ -46,13 +46,13 @@ class LogImage(Protocol):
 class _Part:
     """One appended batch: durable when nothing of it is unsent or unanswered, and the parts before it are."""
 
-    __slots__ = ("done", "entries", "position", "remaining")
+    __slots__ = ("entries", "position", "remaining", "waiting")
 
     def __init__(self, position: int, entries: list[LogEntry]) -> None:
         self.position = position
         self.entries = entries
         self.remaining = len(entries)
-        self.done: trio.Event | None = None  # made by the first who waits
+        self.waiting: list[Done] = []
 
 
 class MetadataLog:
@@ -69,6 +69,7 @@ class MetadataLog:
         self._barrier_due = trio.Event()
         self._flushing = False
         self._failure: CsvfsError | None = None
+        self.on_room: Callable[[], None] = lambda: None  # fewer batches are in flight than before
         self.position = 0  # of the last batch appended
         self.durable = 0
 
@@ -93,24 +94,24 @@ class MetadataLog:
     def batches_in_flight(self) -> int:
         return len(self._parts)
 
+    def when_durable(self, position: int, done: Done) -> None:
+        """Call `done(None)` once `position` is durable, now if it is; `done(error)` if the log has ended."""
+        if position <= self.durable:
+            done(None)
+        elif self._failure is not None:
+            done(self._failure)
+        else:
+            self._parts[position - self._parts[0].position].waiting.append(done)
+
     async def wait(self, position: int) -> None:
         """Until `position` is durable. Raises what ended the log. Cancel safe."""
         if position <= self.durable:
             return
-        if self._failure is None:
-            part = self._parts[position - self._parts[0].position]
-            if part.done is None:
-                part.done = trio.Event()
-            await part.done.wait()
+        event = trio.Event()
+        self.when_durable(position, lambda error: event.set())
+        await event.wait()
         if position > self.durable:
             assert self._failure is not None
-            raise self._failure
-
-    async def wait_room(self, batches_max: int) -> None:
-        """Until fewer than `batches_max` batches are under way. Raises what ended the log."""
-        while len(self._parts) >= batches_max:
-            await self.wait(self._parts[0].position)
-        if self._failure is not None:
             raise self._failure
 
     async def flush(self) -> None:
@@ -164,12 +165,18 @@ class MetadataLog:
             self._barrier_due.set()
 
     def _advance(self) -> None:
+        before = len(self._parts)
+        waiting: list[Done] = []
         while self._parts and self._parts[0].remaining == 0 and self._failure is None:
             part = self._parts.popleft()
             self.durable = part.position
             self._image.written(part.entries)
-            if part.done is not None:
-                part.done.set()
+            waiting += part.waiting
+        has_advanced = len(self._parts) < before
+        for done in waiting:
+            done(None)
+        if has_advanced:
+            self.on_room()
 
     def fail(self, error: CsvfsError) -> None:
         """The log cannot go on (this term is fenced): whoever waits is told so."""
@@ -177,8 +184,9 @@ class MetadataLog:
             self._failure = error
         self._unsent.clear()
         for part in self._parts:
-            if part.done is not None:
-                part.done.set()
+            waiting, part.waiting = part.waiting, []
+            for done in waiting:
+                done(self._failure)
         self._barrier_due.set()
 
     async def run_forever(self) -> None:

@@ -125,17 +125,24 @@ async def test_waiters_hear_that_the_term_is_over(log, bus):
         await log.run_forever()
 
 
-async def test_only_so_many_batches_are_under_way(log, bus, nursery):
-    for block in range(3):
-        log.append([write(block * 2)])
-    room = trio.Event()
-
-    async def wait():
-        await log.wait_room(3)
-        room.set()
-
-    nursery.start_soon(wait)
-    await trio.testing.wait_all_tasks_blocked()
-    assert not room.is_set()
+async def test_whoever_asks_is_called_when_a_position_is_durable_and_at_once_when_it_is(log, bus):
+    calls: list[tuple[str, CsvfsError | None]] = []
+    log.on_room = lambda: calls.append(("room", None))
+    first, second = log.append([write(0)]), log.append([write(2)])
+    log.when_durable(second, lambda error: calls.append(("second", error)))
+    log.when_durable(first, lambda error: calls.append(("first", error)))
+    bus.answer(1)
+    assert calls == [] and log.batches_in_flight == 2
     bus.answer()
-    await room.wait()
+    assert calls == [("first", None), ("second", None), ("room", None)]
+    log.when_durable(first, lambda error: calls.append(("again", error)))
+    assert calls[-1] == ("again", None)
+
+
+async def test_whoever_asks_is_told_that_the_log_has_ended(log, bus):
+    answers: list[CsvfsError | None] = []
+    position = log.append([write(0)])
+    log.when_durable(position, answers.append)
+    bus.answer(0, Fenced("a later term"))
+    log.when_durable(position, answers.append)
+    assert [type(answer) for answer in answers] == [Fenced, Fenced]
