@@ -40,6 +40,7 @@ class Inode:
     mtime_ns: int = field(default_factory=time.time_ns)
     ctime_ns: int = field(default_factory=time.time_ns)
     opens: int = 0
+    write_opens: int = 0
 
     def attr(self) -> list:
         size = len(self.data) if stat.S_ISREG(self.mode) else len(self.target) or len(self.entries)
@@ -121,6 +122,12 @@ class MemoryVolume:
         done(None)
         return True
 
+    def buffered_write(self, ino: int, offset: int, size: int) -> "MemoryVolume":
+        return self
+
+    def ended(self) -> None:
+        """See buffered_write: nothing is kept of it."""
+
     async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None:
         self._write(ino, offset, data, write_flags)
 
@@ -140,12 +147,18 @@ class MemoryVolume:
     async def flush(self, ino: int) -> None:
         self._inode(ino)
 
-    def opened(self, ino: int) -> None:
-        self._inode(ino).opens += 1
+    async def open(self, ino: int, writing: bool) -> None:
+        if self.holds(ino) == 0:
+            reply = await self.call("acquire", {"ino": ino, "kind": 1, "block": 0, "count": 0})
+            self.granted(ino, reply["lease"], reply["attr"])
+        inode = self._inode(ino)
+        inode.opens += 1
+        inode.write_opens += writing
 
-    def closed(self, ino: int) -> None:
+    def closed(self, ino: int, writing: bool) -> None:
         inode = self._inode(ino)
         inode.opens -= 1
+        inode.write_opens -= writing
         self._drop_if_orphan(inode)
 
     def forget(self, ino: int) -> None:

@@ -89,7 +89,7 @@ class CachingKernel(FakeKernel):
             self.pages[ino, page] = data
             if (ino, page) in self.dirty:
                 self.dirty[ino, page] = data
-            await self.node.write(ino, page * PAGE, data)
+            await self.node.buffered_write(ino, page * PAGE, data)
 
     async def map_page(self, ino: int, page: int, data: bytes) -> None:
         """A store through mmap: the page becomes dirty; msync or an invalidation writes it."""
@@ -99,6 +99,40 @@ class CachingKernel(FakeKernel):
                 if (ino, page) in self.pages:  # else taken back meanwhile: another fault
                     self.pages[ino, page] = self.dirty[ino, page] = data
                     return
+
+    async def write_part(self, ino: int, page: int, at: int, data: bytes) -> None:
+        """write(2) of less than a page: a page that is there is unlocked before the WRITE, one that is not is
+        kept locked and does not become uptodate."""
+        async with self.inode_lock:
+            async with self._lock(ino, page):
+                cached = self._store(ino, page, at, data)
+                if not cached:
+                    await self.node.buffered_write(ino, page * PAGE + at, data)
+            if cached:
+                await self.node.buffered_write(ino, page * PAGE + at, data)
+
+    async def map_part(self, ino: int, page: int, at: int, data: bytes) -> None:
+        """As map_page, of some bytes of it."""
+        while True:
+            await self.read_page(ino, page)
+            async with self._lock(ino, page):
+                if self._store(ino, page, at, data):
+                    self.dirty[ino, page] = self.pages[ino, page]
+                    return
+
+    def _store(self, ino: int, page: int, at: int, data: bytes) -> bool:
+        old = self.pages.get((ino, page))
+        if old is None:
+            return False
+        self.pages[ino, page] = old[:at] + data + old[at + len(data) :]
+        if (ino, page) in self.dirty:
+            self.dirty[ino, page] = self.pages[ino, page]
+        return True
+
+    async def close_mapping(self, ino: int) -> None:
+        """munmap(2) or the end of a program: all dirty pages are written, then the file is closed."""
+        for _, page in [key for key in self.dirty if key[0] == ino]:
+            await self.sync_page(ino, page)
 
     async def sync_page(self, ino: int, page: int) -> None:
         async with self._lock(ino, page):
@@ -135,6 +169,14 @@ class Node:
         )
         coordinator.holders[self.session.key] = self.table
         nursery.start_soon(self.bus.run_forever)
+
+    async def buffered_write(self, ino: int, offset: int, data: bytes) -> None:
+        """As the channel does with a WRITE of the page cache."""
+        write = self.table.buffered_write(ino, offset, len(data))
+        try:
+            await self.write(ino, offset, data)
+        finally:
+            write.ended()
 
     async def write(self, ino: int, offset: int, data: bytes, flags: int = 0) -> None:
         """As the channel does it: at once if it can be, else with waiting."""

@@ -264,12 +264,16 @@ async def test_what_the_file_system_has_not_is_refused_in_the_kernels_words(sett
 
 
 async def test_syncs_statfs_and_releases_are_answered_here(setting: Setting) -> None:
-    setting.volume.opened(FILE)
+    for writing in (False, True):
+        await setting.volume.open(FILE, writing)
     for opcode in (abi.FLUSH, abi.FSYNC, abi.FSYNCDIR):
         assert await setting.ask(opcode, FILE, bytes(24)) == 0
     assert setting.volume.fsync_count == 1
-    assert await setting.ask(abi.RELEASE, FILE, bytes(24)) == 0
-    assert setting.volume.inodes[FILE].opens == 0
+    file = setting.volume.inodes[FILE]
+    assert await setting.ask(abi.RELEASE, FILE, abi.RELEASE_IN.pack(0, os.O_RDWR | os.O_APPEND, 0, 0)) == 0
+    assert (file.opens, file.write_opens) == (1, 0)
+    assert await setting.ask(abi.RELEASE, FILE, abi.RELEASE_IN.pack(0, os.O_RDONLY | os.O_DIRECT, 0, 0)) == 0
+    assert (file.opens, file.write_opens) == (0, 0)
     assert await setting.ask(abi.RELEASEDIR, DIRECTORY, abi.RELEASE_IN.pack(33, 0, 0, 0)) == 0
     assert setting.names.closed_directories == [33]
     setting.send(abi.STATFS, 1, DIRECTORY)

@@ -357,13 +357,13 @@ async def test_fsync_of_a_file_that_did_not_change_asks_nobody() -> None:
 async def test_I8_a_failed_flush_is_reported_until_the_file_is_closed() -> None:
     async with cluster() as c:
         node = await prepared(c)
-        node.table.opened(FILE)
+        await node.table.open(FILE, writing=False)
         node.bus.flush_errors = [DriveFailed("medium error")]
         for _ in range(3):
             with pytest.raises(DriveFailed):
                 await node.table.fsync(FILE)
         assert node.bus.flushed == []  # not retried into silence
-        node.table.closed(FILE)
+        node.table.closed(FILE, writing=False)
         await node.table.fsync(FILE)
 
 
@@ -448,7 +448,7 @@ async def test_what_the_kernel_forgot_is_given_back_in_batches() -> None:
             c.coordinator.add_file(ino)
             await node.table.getattr(ino)
             node.table.forget(ino)
-        node.table.opened(12)
+        await node.table.open(12, writing=False)
         reply = c.coordinator.lookup(node.session.key, 13)
         node.table.granted(13, reply["lease"], reply["attr"])  # looked up again
         await node.table.release_unused()
@@ -477,7 +477,7 @@ async def test_inodes_beyond_the_limit_are_emptied_and_given_back_the_longest_kn
         for ino in range(10, 20):
             c.coordinator.add_file(ino)
             await node.table.getattr(ino)
-        node.table.opened(10)
+        await node.table.open(10, writing=False)
         await node.table.release_unused()
         assert sorted(node.table.leases.states) == [10, 17, 18, 19]
         assert ("pages", 11, 0, 0) in node.kernel.log
@@ -488,20 +488,21 @@ async def test_the_last_close_of_a_file_held_only_as_open_gives_it_back() -> Non
     async with cluster() as c:
         node = await prepared(c)
         other = c.node("n2")
-        node.table.opened(FILE)
+        await node.table.open(FILE, writing=False)
         await other.write(FILE, 0, b"x")
         assert node.table.holds(FILE) == 1
-        node.table.closed(FILE)
+        node.table.closed(FILE, writing=False)
         await node.table.release_unused()
         assert c.coordinator.table.held(node.session.key, FILE) == 0
 
 
-async def test_a_file_opened_after_its_lease_was_recalled_is_held_open_after_all() -> None:
+async def test_a_file_that_is_open_is_held_at_least_as_open() -> None:
     async with cluster() as c:
         c.coordinator.add_file(FILE)
         node = c.node("n1")
-        node.table.opened(FILE)
-        await settle()
+        for _ in range(2):
+            await node.table.open(FILE, writing=False)
+        assert c.coordinator.names() == ["acquire"]
         assert c.coordinator.table.held(node.session.key, FILE) == 1
 
 

@@ -155,7 +155,7 @@ async def test_a_recall_of_attributes_alone_leaves_the_lease() -> None:
 async def test_an_open_file_is_kept_as_open() -> None:
     async with cluster() as c:
         node = await prepared(c)
-        node.table.opened(FILE)
+        await node.table.open(FILE, writing=False)
         assert (await node.table.recall(FILE, 0, False))["kind"] == 1
         assert node.table.holds(FILE) == 1
 

@@ -38,6 +38,10 @@ Buffers = Buffer | list[Buffer] | list[bytes] | list[bytes | memoryview]
 Done = Callable[[Exception | None], None]
 
 
+class Ending(Protocol):
+    def ended(self) -> None: ...
+
+
 class Files(Leases, Protocol):
     """What the channel needs of the file table (csvfs/mount/file_table.py)."""
 
@@ -45,9 +49,10 @@ class Files(Leases, Protocol):
     async def read(self, ino: int, offset: int, size: int) -> Buffers: ...
     def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: Done) -> bool: ...
     async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None: ...
+    def buffered_write(self, ino: int, offset: int, size: int) -> "Ending": ...
     async def fsync(self, ino: int) -> None: ...
     async def flush(self, ino: int) -> None: ...
-    def closed(self, ino: int) -> None: ...
+    def closed(self, ino: int, writing: bool) -> None: ...
     def forget(self, ino: int) -> None: ...
     async def statfs(self) -> dict[str, int]: ...
 
@@ -126,6 +131,7 @@ class Channel:
                         self._start(unique, self._read, node, offset, want)
                     else:
                         self.inline_count += 1
+                        self._engine.hot()
                         self._reply_data(unique, data)
                 except Exception as error:
                     self._reply_failure(unique, error)
@@ -219,7 +225,10 @@ class Channel:
         keeps_buffer = size > COPY_SIZE_MAX and self._hand_out_buffer()
         if not keeps_buffer:
             data = memoryview(bytes(data))
-        done = partial(self._written, unique, size, data if keeps_buffer else None)
+        buffered = None
+        if not (flags & os.O_DIRECT or write_flags & abi.WRITE_CACHE):
+            buffered = self._files.buffered_write(node, offset, size)
+        done = partial(self._written, unique, size, data if keeps_buffer else None, buffered)
         if self._files.write_nowait(node, offset, data, write_flags, done):
             self.inline_count += 1
         else:
@@ -236,8 +245,15 @@ class Channel:
             done(None)
 
     def _written(
-        self, unique: int, size: int, lent: memoryview | None, error: Exception | None = None
+        self,
+        unique: int,
+        size: int,
+        lent: memoryview | None,
+        buffered: Ending | None,
+        error: Exception | None = None,
     ) -> None:
+        if buffered is not None:
+            buffered.ended()
         if lent is not None:
             self._buffers_out -= 1
         if error is not None:
@@ -275,8 +291,9 @@ class Channel:
         if self._relay.forget(node, lookups):
             self._files.forget(node)
 
-    def _on_release(self, unique: int, node: int, _body: memoryview) -> None:
-        self._files.closed(node)
+    def _on_release(self, unique: int, node: int, body: memoryview) -> None:
+        # The flags are those of the open: fcntl(2) does not change the access mode.
+        self._files.closed(node, abi.may_write(abi.RELEASE_IN.unpack_from(body)[1]))
         self._reply_errno(unique, 0)
 
     def _on_release_directory(self, unique: int, _node: int, body: memoryview) -> None:

@@ -9,11 +9,15 @@ Invariants
       they are made of, in the same synchronous step.
   M3  Whoever does I/O has raised `reads` or `writers`, or stands in `writes`, without an await since it
       looked at the lease. None of them waits for a lease meanwhile: a recall waits for them.
+  M4  An inode that is open for writing here is also read under the write lease only, and never keeps pages
+      under a lesser one: the kernel does not say when a mapped page is dirtied, and one dirtied under a read
+      lease would be written back over what another node has written since.
 """
 
 import trio
 
 from csvfs.errors import CsvfsError
+from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import ExtentMap
 from csvfs.volume.file_io import WriteDone
 
@@ -59,6 +63,26 @@ class InFlight:
         self.done(self.error)
 
 
+class BufferedWrite:
+    """A WRITE from the page cache, from its arrival until just before its answer.
+
+    The kernel does not keep its pages locked when they were cached: an invalidation may drop them meanwhile. A
+    READ that filled them anew with old bytes would leave these there for good, so it waits for the answer.
+    """
+
+    __slots__ = ("end", "offset", "state")
+
+    def __init__(self, state: "FileState", offset: int, end: int) -> None:
+        self.state = state
+        self.offset = offset
+        self.end = end
+        state.buffered[self] = None
+
+    def ended(self) -> None:
+        del self.state.buffered[self]
+        self.state.notify()
+
+
 class Claim:
     """Blocks that a write which reads, allocates or extends has for itself."""
 
@@ -89,6 +113,7 @@ class FileState:
         "allocated_upto",
         "asking",
         "attr",
+        "buffered",
         "claims",
         "committed",
         "directory",
@@ -118,6 +143,7 @@ class FileState:
         "waiting",
         "writable",
         "write_holds",
+        "write_opens",
         "writers",
         "writes",
     )
@@ -137,10 +163,12 @@ class FileState:
         self.tail_zero = -1  # the size for which the rest of its last block is known to be zeros
         self.allocated_upto = 0  # block: beyond the end of the file, up to here, blocks may hold old bytes
         self.open_count = 0
+        self.write_opens = 0  # of open_count, those that may write
         self.reads: dict[object, None] = {}
         self.writers = 0
         self.writes: dict[InFlight, None] = {}
         self.claims: dict[Claim, None] = {}
+        self.buffered: dict[BufferedWrite, None] = {}
         self.dirty_slabs: dict[int, None] = {}
         self.metadata_dirty = True  # changed since the coordinator's last fsync, as far as we can tell
         self.failure: CsvfsError | None = None  # of a flush; reported until the file is closed (I8)
@@ -151,7 +179,7 @@ class FileState:
         self.waiting = 0  # reads and writes that are with us, in whatever phase
         self.stuck: dict[
             object, tuple[int, int]
-        ] = {}  # writes without the write lease: (offset, end) of pages
+        ] = {}  # writes and reads without the lease they need: (offset, end) of pages
         self.recall: Recall | None = None
         self.report: dict | None = None  # what the last recall answered, until the next grant
         self.taint: list[tuple[int, int]] | None = None  # (offset, length) of pages filled during a pass
@@ -162,10 +190,15 @@ class FileState:
         self._locks: dict[str, trio.Lock] | None = None
 
     def regate(self) -> None:
-        """Call after every change of lease, holds or truncating (M2); wakes who waits for it."""
-        self.readable = self.lease >= LEASE_READ and not self.read_holds
+        """Call after every change of lease, write_opens, holds or truncating (M2); wakes who waits for it."""
+        self.readable = self.lease >= self.lease_to_read and not self.read_holds
         self.writable = self.lease == LEASE_WRITE and not self.write_holds and not self.truncating
         self.notify()
+
+    @property
+    def lease_to_read(self) -> int:
+        """M4: the lease under which its pages may be filled."""
+        return LEASE_WRITE if self.write_opens else LEASE_READ
 
     def notify(self) -> None:
         event = self.waiters
@@ -193,13 +226,16 @@ class FileState:
     def is_claimed(self, first: int, end: int) -> bool:
         return any(claim.first < end and first < claim.end for claim in self.claims)
 
+    def is_buffered(self, offset: int, end: int) -> bool:
+        return any(write.offset < end and offset < write.end for write in self.buffered)
+
     def is_written(self, first: int, end: int) -> bool:
         return any(write.first < end and first < write.end for write in self.writes)
 
     def is_busy(self) -> bool:
         """Something is under way, or the kernel has it open: not to be released."""
         return bool(
-            self.open_count or self.waiting or self.writes or self.recall or self.truncations
+            self.open_count or self.waiting or self.writes or self.buffered or self.recall or self.truncations
             or (self._locks and any(lock.locked() for lock in self._locks.values()))
         )  # fmt: skip
 
@@ -223,6 +259,15 @@ class FileState:
     def tail(self) -> trio.Lock:
         """Held by the write that moves the end of the file."""
         return self._lock("tail")
+
+    def note_stuck(self, token: object, offset: int, end: int) -> None:
+        """A READ or WRITE of bytes `offset..end` has to get a lease first; a recall under way must not wait for
+        its pages. Taken out of `stuck` by its `token`."""
+        if token in self.stuck:
+            return
+        self.stuck[token] = (offset & -BLOCK_SIZE, (end + BLOCK_SIZE - 1) & -BLOCK_SIZE)
+        if self.recall is not None:
+            self.recall.signal.set()
 
     async def claim(self, first: int, end: int) -> Claim:
         """Have blocks `first..end` for oneself: no other write is or gets under way there until `unclaim`."""

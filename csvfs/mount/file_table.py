@@ -17,7 +17,14 @@ from typing import Any
 import trio
 
 from csvfs.errors import CsvfsError, Fenced
-from csvfs.mount.file_state import LEASE_NONE, LEASE_OPEN, LEASE_READ, FileState
+from csvfs.mount.file_state import (
+    LEASE_NONE,
+    LEASE_OPEN,
+    LEASE_READ,
+    LEASE_WRITE,
+    BufferedWrite,
+    FileState,
+)
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Coordinator, Leases
 from csvfs.mount.read_path import ReadPath
@@ -150,26 +157,36 @@ class FileTable:
 
     # -- open files ------------------------------------------------------------------------------
 
-    def opened(self, ino: int) -> None:
+    async def open(self, ino: int, writing: bool) -> None:
+        """The kernel opens the inode: from now on, until `closed`, it is held at least as OPEN.
+
+        Writing: returns once no page is cached under a read lease (M4); one call where there was one.
+        Raises  NotFound, Unavailable ... of the call; then it is not open. Cancel: as for errors.
+        """
         state = self.leases.state(ino)
         state.open_count += 1
+        state.write_opens += writing
+        state.regate()
         self._forgotten.pop(ino, None)
-        if state.lease == LEASE_NONE:
-            # Recalled since the caller looked: an unlink elsewhere must still find the file open here.
-            self._nursery.start_soon(self._hold_open, state)
-
-    async def _hold_open(self, state: FileState) -> None:
         try:
-            while state.lease == LEASE_NONE and state.open_count:
-                await self.leases.acquire(state, LEASE_OPEN, 0, 0)
-        except CsvfsError as error:
-            log.warning("inode %d is open without a lease: %s", state.ino, error)
+            while state.lease == LEASE_NONE or (writing and state.lease == LEASE_READ):
+                if state.lease == LEASE_NONE:
+                    await self.leases.acquire(state, LEASE_OPEN, 0, 0)
+                else:
+                    count = 0 if state.extents.covers(0, 1) else 1  # it will be read or written next
+                    await self.leases.acquire(state, LEASE_WRITE, 0, count)
+        except BaseException:
+            self.closed(ino, writing)
+            raise
 
-    def closed(self, ino: int) -> None:
+    def closed(self, ino: int, writing: bool) -> None:
+        """The end of an `open`; writing: as it was opened."""
         state = self.leases.states.get(ino)
         if state is None or not state.open_count:
             return
         state.open_count -= 1
+        state.write_opens -= writing
+        state.regate()
         if not state.open_count:
             state.failure = None
             if state.lease <= LEASE_OPEN:
@@ -179,6 +196,10 @@ class FileTable:
         """The kernel knows the inode no more, and caches nothing of it."""
         if ino in self.leases.states:
             self._forgotten[ino] = None
+
+    def buffered_write(self, ino: int, offset: int, size: int) -> BufferedWrite:
+        """A WRITE of the page cache has arrived; its `ended` is to be called just before it is answered."""
+        return BufferedWrite(self.leases.state(ino), offset, offset + size)
 
     # -- fsync -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Rule       sizes are asserted against the kernel's structs; a request is unpacke
            checked.
 """
 
+import os
 import struct
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ FOPEN_CACHE_DIR = 1 << 3
 FOPEN_NOFLUSH = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
+WRITE_CACHE = 1 << 0  # in write_flags: write-back of dirty mmapped pages
 FSYNC_FDATASYNC = 1 << 0
 
 NOTIFY_INVAL_INODE = 2
@@ -156,6 +158,11 @@ def pack_inval_inode(ino: int, offset: int, length: int) -> bytes:
 
 def pack_inc_epoch() -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0)
+
+
+def may_write(open_flags: int) -> bool:
+    """Whether a file opened with these flags may be written to, through mmap too. Odd modes may, for all we know."""
+    return open_flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def entry_offsets(reply: memoryview) -> list[int]:

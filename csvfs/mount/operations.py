@@ -21,8 +21,9 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields
 
 from csvfs.errors import Exists
+from csvfs.mount import fuse_abi
 from csvfs.mount.errno_border import fuse_errors
-from csvfs.mount.relay import LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE
+from csvfs.mount.relay import LEASE_READ, LEASE_WRITE
 
 READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
 # Attributes of the kernel or of other layers, which the volume does not keep: file capabilities (the mount is
@@ -41,8 +42,7 @@ class Table(Protocol):
     def holds(self, ino: int) -> int: ...
     def granted(self, ino: int, kind: int, attr: Attr) -> None: ...
     def granted_directory(self, ino: int, kind: int) -> None: ...
-    def opened(self, ino: int) -> None: ...
-    def closed(self, ino: int) -> None: ...
+    async def open(self, ino: int, writing: bool) -> None: ...
     async def getattr(self, ino: int) -> Attr: ...
     async def truncate(self, ino: int, changes: dict[str, Any]) -> Attr: ...
     async def flush(self, ino: int) -> None: ...
@@ -192,8 +192,7 @@ class VolumeOperations(pyfuse3.Operations):
             # Another node was faster. After CREATE the kernel neither checks the mode of what it opens nor
             # truncates it; on ESTALE it looks the name up again and opens the file in the ordinary way.
             raise FUSEError(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-        await self._ensure_lease(entry.st_ino)
-        self._table.opened(entry.st_ino)
+        await self._table.open(entry.st_ino, fuse_abi.may_write(flags))
         return FileInfo(fh=entry.st_ino), entry
 
     @fuse_errors
@@ -243,17 +242,9 @@ class VolumeOperations(pyfuse3.Operations):
 
     # ---- open files
 
-    async def _ensure_lease(self, ino: int) -> None:
-        """An open file is held at least by an `open` lease, so that its inode outlives its last name."""
-        if self._table.holds(ino) == LEASE_NONE:
-            args = {"ino": ino, "kind": LEASE_OPEN, "block": 0, "count": 0}
-            reply = await self._session.call("acquire", args)
-            self._table.granted(ino, reply["lease"], reply["attr"])
-
     @fuse_errors
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        await self._ensure_lease(inode)
-        self._table.opened(inode)
+        await self._table.open(inode, fuse_abi.may_write(flags))
         return FileInfo(fh=inode)
 
     # ---- directories

@@ -1,8 +1,8 @@
 """Reads: at once where lease, layout and a local copy are at hand, else after asking for what is missing.
 
 Place      mount floor. `read_nowait` is the hot path: no await, no task, attributes looked up once.
-Invariant  A byte is returned only under a lease of READ or more, from the layout learned under it, below the
-           size that this lease vouches for (I5); holes are zeros.
+Invariant  A byte is returned only under a lease of READ or more (M4: WRITE, where the file is open for writing),
+           from the layout learned under it, below the size that this lease vouches for (I5); holes are zeros.
 """
 
 import time
@@ -11,7 +11,7 @@ from bisect import bisect_right
 import trio
 
 from csvfs.errors import TimedOut
-from csvfs.mount.file_state import LEASE_READ, FileState
+from csvfs.mount.file_state import FileState
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Leases
 from csvfs.units import BLOCK_SIZE
@@ -44,6 +44,8 @@ class ReadPath:
             if size <= 0:
                 return b""
         end = offset + size
+        if state.buffered and state.is_buffered(offset, end):
+            return None
         first = offset >> _BLOCK_SHIFT
         last = (end + _BLOCK_MASK) >> _BLOCK_SHIFT
         index = bisect_right(state.starts, first) - 1
@@ -84,23 +86,30 @@ class ReadPath:
         """
         deadline = time.monotonic() + self._io_timeout_s
         state = self._leases.state(ino)
+        token = object()
         state.waiting += 1
         try:
             while True:
-                await self._wait_readable(state, deadline)
-                wanted = size if state.lease < LEASE_READ else min(size, state.size - offset)
+                if state.lease < state.lease_to_read:
+                    # The kernel keeps these pages locked until our answer: no recall may wait for them.
+                    state.note_stuck(token, offset, offset + size)
+                await self._wait_readable(state, offset, offset + size, deadline)
+                leased = state.lease >= state.lease_to_read
+                wanted = min(size, state.size - offset) if leased else size
                 if wanted <= 0:
                     return []
                 first = offset >> _BLOCK_SHIFT
                 count = ((offset + wanted + _BLOCK_MASK) >> _BLOCK_SHIFT) - first
-                pieces = state.extents.pieces(first, count) if state.lease >= LEASE_READ else None
+                pieces = state.extents.pieces(first, count) if leased else None
                 if pieces is not None:
+                    state.stuck.pop(token, None)
                     return await self._read_leased(state, offset, wanted, pieces)
                 if first + count > FILE_BLOCKS_MAX:
                     first = count = 0  # of no file; the lease will say where this one ends
-                await self._leases.acquire(state, LEASE_READ, first, count)
+                await self._leases.acquire(state, state.lease_to_read, first, count)
         finally:
             state.waiting -= 1
+            state.stuck.pop(token, None)
 
     async def _read_leased(self, state: FileState, offset: int, size: int, pieces: list[Piece]) -> list[Data]:
         token = object()
@@ -114,17 +123,25 @@ class ReadPath:
             state.taint.append((offset, size))
         return file_io.clip(buffers, offset & _BLOCK_MASK, size)
 
-    async def _wait_readable(self, state: FileState, deadline: float) -> None:
-        """Until nothing parks reads and this node may serve; then no await until the lease is looked at."""
-        while state.read_holds or not self._guard.serving():
+    async def _wait_readable(self, state: FileState, offset: int, end: int, deadline: float) -> None:
+        """Until nothing parks this read and this node may serve; then no await until the lease is looked at."""
+        while (parked := self._is_parked(state, offset, end)) or not self._guard.serving():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise TimedOut(f"inode {state.ino} could not be read within {self._io_timeout_s:g} s")
-            if state.read_holds:
+            if parked:
                 with trio.move_on_after(left_s):
                     await state.wait_change()
             else:
                 await self._guard.wait_serving(left_s)
+
+    def _is_parked(self, state: FileState, offset: int, end: int) -> bool:
+        # Without the lease: whoever gets it next comes after the recall under way.
+        return (
+            bool(state.read_holds)
+            or (state.recall is not None and state.lease < state.lease_to_read)
+            or state.is_buffered(offset, end)
+        )
 
 
 assert len(ZEROS) == BLOCK_COUNT_MAX * BLOCK_SIZE  # a piece that is a hole is one slice of it

@@ -14,12 +14,13 @@ READs during an invalidation can deadlock, and answering them can fill pages beh
                   In the same synchronous step the lease is lowered; what was parked goes and asks for it
                   anew.
 
-A recall to READ lets pages stay: one pass, which writes dirty pages back, then no more writes.
+A recall to READ lets pages stay: one pass, which writes dirty pages back, then no more writes. Of a file that
+is open for writing here nothing stays (M4).
 
-Stuck      A WRITE to a file that is only held for reading (write-back of mmapped pages, too) needs the write
-           lease, which the coordinator gives nobody before this recall is answered; the kernel may keep its
-           pages locked meanwhile. The pass begins anew without them, and they are invalidated behind the
-           WRITE.
+Stuck      A WRITE to a file that is only held for reading (and a READ, where it is open for writing) needs the
+           write lease, which the coordinator gives nobody before this recall is answered; the kernel may keep
+           its pages locked meanwhile. The pass begins anew without them, and they are invalidated behind the
+           WRITE or READ. None of them is dirty: that needs the write lease (M4).
 Yielding   Where that does not help (too many of them; or a truncation that waits at the coordinator, during
            which the kernel writes nothing back) the recall is answered at once and the invalidation goes on
            behind it: for a moment programs on this node may still see old pages, but every write of theirs
@@ -46,6 +47,8 @@ from csvfs.mount.leases import Leases
 log = logging.getLogger(__name__)
 
 PARKED_MS_MAX = 500
+# Of PARKED_MS_MAX; then a recall yields to a truncation, although mmapped stores may then be written back late.
+TRUNCATION_WAITS = 4
 REPLANS_MAX = 4  # passes begun anew for stuck WRITEs; each left behind keeps a thread
 
 Range = tuple[int, int]  # offset, length in bytes
@@ -113,9 +116,11 @@ class Recaller:
         recall = state.recall = Recall()
         held = _Holds(state)
         try:
-            if kind == LEASE_READ:
+            if kind == LEASE_READ and not state.write_opens:
                 await self._stop_writing(state, recall, held)
-            elif state.lease >= LEASE_READ:
+            if state.lease >= LEASE_READ and (kind < LEASE_READ or state.write_opens):
+                kind = LEASE_NONE  # opened for writing, maybe only during `_stop_writing`
+                held.release()
                 await self._empty(state, recall, held)
             self._lower(state, kind)
             # Pages may have been filled behind a pass that is still under way.
@@ -160,6 +165,7 @@ class Recaller:
     ) -> bool:
         """One pass over `ranges`. True: it took so long that what `held` parked was served meanwhile."""
         overdue = False
+        waits = 0
         for attempt in range(REPLANS_MAX):
             done = trio.Event()
             recall.signal = trio.Event()
@@ -168,12 +174,17 @@ class Recaller:
             while not (done.is_set() or recall.signal.is_set()):
                 with trio.move_on_after(self._parked_s_max) as patience:
                     await _either(done, recall.signal)
-                if patience.cancelled_caught and (state.truncations or attempt):
-                    recall.yielding = True
-                    recall.signal.set()
-                elif patience.cancelled_caught and held is not None:
+                if not patience.cancelled_caught:
+                    continue
+                waits += 1
+                if held is not None and not overdue:
                     overdue = True
                     held.release()
+                elif (attempt and state.lease < LEASE_WRITE) or (
+                    state.truncations and waits >= TRUNCATION_WAITS
+                ):
+                    recall.yielding = True
+                    recall.signal.set()
             if done.is_set() or recall.yielding:
                 return overdue
         recall.yielding = True

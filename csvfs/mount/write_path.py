@@ -24,6 +24,7 @@ from typing import Any
 import trio
 
 from csvfs.errors import CsvfsError, LeaseLost, NoSpace, TimedOut
+from csvfs.mount import fuse_abi
 from csvfs.mount.file_state import BLOCKS, LEASE_WRITE, MTIME, WHOLE_FILE, FileState, InFlight
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Coordinator, Leases
@@ -34,7 +35,7 @@ from csvfs.volume.extents import Piece
 from csvfs.volume.file_io import BlockBus, Delivery, WriteDone
 from csvfs.wire.block_messages import BLOCK_COUNT_MAX
 
-FUSE_WRITE_CACHE = 1 << 0  # <linux/fuse.h>: write-back of dirty mmapped pages
+FUSE_WRITE_CACHE = fuse_abi.WRITE_CACHE
 WRITE_APPEND = (
     1 << 31
 )  # of the channel: write at the end of the file, wherever the kernel believes that to be
@@ -183,9 +184,7 @@ class WritePath:
             await self._prepare(request)
             if request.append or (not request.cached and request.end > state.size):
                 break
-            if await self._counted(
-                state, self._overwrite(state, request.offset, request.within(), request.cached)
-            ):
+            if await self._counted(state, self._overwrite(state, request.offset, request.within())):
                 return
         # The lock comes before lease and count: who waits for it keeps neither a recall nor a truncation
         # waiting.
@@ -194,7 +193,7 @@ class WritePath:
                 await self._prepare(request)
                 at = state.size if request.append else request.offset
                 if at + len(request.data) <= state.size:  # another writer was here first
-                    work = self._overwrite(state, at, request.data, cached=False)
+                    work = self._overwrite(state, at, request.data)
                 else:
                     work = self._extend(state, at, request.data, request.offset)
                 if await self._counted(state, work, retries=not request.append):
@@ -205,8 +204,8 @@ class WritePath:
         return."""
         state = request.state
         while True:
-            if state.lease < LEASE_WRITE and request.token not in state.stuck:
-                self._stuck(request)
+            if state.lease < LEASE_WRITE:
+                state.note_stuck(request.token, request.offset, request.end)
             await self.wait_writable(state, request.cached, request.deadline)
             at = state.size if request.append and state.lease == LEASE_WRITE else request.offset
             missing = self._missing(state, at, len(request.data))
@@ -214,16 +213,6 @@ class WritePath:
                 state.stuck.pop(request.token, None)
                 return
             await self._leases.acquire(state, LEASE_WRITE, *missing)
-
-    def _stuck(self, request: "_Request") -> None:
-        """Note that this write needs a lease first; a recall under way must not wait for its pages."""
-        state = request.state
-        state.stuck[request.token] = (
-            request.offset & ~_BLOCK_MASK,
-            (request.end + _BLOCK_MASK) & ~_BLOCK_MASK,
-        )
-        if state.recall is not None:
-            state.recall.signal.set()
 
     async def _counted(self, state: FileState, work: Coroutine[Any, Any, None], retries: bool = True) -> bool:
         """Do it while recalls and truncations wait for it. False: the lease was lost, try again."""
@@ -280,7 +269,7 @@ class WritePath:
         # Behind our answer, which unlocks these pages.
         self._nursery.start_soon(self._notifier.invalidate_pages, state.ino, *WHOLE_FILE)
 
-    async def _overwrite(self, state: FileState, offset: int, data: memoryview, cached: bool) -> None:
+    async def _overwrite(self, state: FileState, offset: int, data: memoryview) -> None:
         """Within the file."""
         if not data:
             return
@@ -288,7 +277,8 @@ class WritePath:
         claim = await state.claim(first, last)
         try:
             blocks = await self._whole_blocks(state, offset, data)
-            self._touched(state, offset, len(data), FUSE_WRITE_CACHE if cached else 0)
+            # Write-back counts as filling its pages, too: a pass may have left them out while it was stuck.
+            self._touched(state, offset, len(data), 0)
             await self._allocate(state, first, last, 0)
             error = await self._deliver(state, first, last, blocks).wait()
             self._mark_dirty(state, first, last)
