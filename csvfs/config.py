@@ -61,16 +61,6 @@ class Options:
         "longer than the longest pause of a healthy disk; a dead connection is seen sooner",
         "a drive that has not answered a write for this long drops out of the slab's in-sync set",
     )  # fmt: skip
-    read_timeout_ms: int = _option(
-        5000, "ms", 100, 120_000,
-        "as for writes; another copy is read meanwhile",
-        "a drive that has not answered a read for this long is passed over",
-    )  # fmt: skip
-    rpc_timeout_ms: int = _option(
-        5000, "ms", 500, 120_000,
-        "a coordinator answers within milliseconds; the rest is for one that recalls leases first",
-        "how long a call to another process may take before it is tried again",
-    )  # fmt: skip
     connect_timeout_ms: int = _option(
         1000, "ms", 50, 60_000,
         "a connection inside a rack takes less than a millisecond, one lost SYN a second",
@@ -86,25 +76,10 @@ class Options:
         "mounts reconnect within 100 ms of a takeover",
         "how long a new coordinator waits for mounts to reclaim their leases",
     )  # fmt: skip
-    session_timeout_ms: int = _option(
-        5000, "ms", 500, 300_000,
-        "longer than the node lease, so that a dead node is seen by its lease first",
-        "a mount that has been disconnected for this long is evicted when its leases are in the way",
-    )  # fmt: skip
     attribute_report_ms: int = _option(
         5000, "ms", 100, 600_000,
         "times may lag a crash by this much, as with lazytime of local file systems",
         "how often a mount reports the times of files it is writing",
-    )  # fmt: skip
-    flush_interval_ms: int = _option(
-        1000, "ms", 50, 60_000,
-        "bounds what a restarted drive has to be told again",
-        "how often a drive server flushes and unmarks active chunks when nobody asks for it",
-    )  # fmt: skip
-    resync_rate_mib_s: int = _option(
-        100, "MiB/s", 1, 10_000,
-        "about what a disk can spare beside its guests",
-        "how fast each drive is copied to at most while it catches up",
     )  # fmt: skip
     restart_backoff_max_ms: int = _option(
         5000, "ms", 0, 600_000,

@@ -17,7 +17,7 @@ import trio
 from csvfs.clock import MonotonicNs, monotonic_ns
 from csvfs.errors import LeaseLost
 
-CONTACT_S_MAX = 4.0  # below Options.session_timeout_ms and recall_timeout_ms (5 s)
+CONTACT_S_MAX = 4.0  # below Options.recall_timeout_ms (5 s) and eviction's CONTACT_S_MAX
 POLL_S = 0.02
 
 
