@@ -103,6 +103,7 @@ class Batches:
         self._executed_at = 0.0  # when a batch was executed last
         self._checkpoint_awaited = False  # run_forever looks for an idle moment
         metadata_log.on_room = self._room
+        self.applied_count = 0  # of changes: grows before each of them, and is the same while nothing changes
         self.batch_count = 0
         self.change_count = 0
 
@@ -259,6 +260,7 @@ class Batches:
         try:
             for change in batch:
                 change.value, change.error = None, None
+                self.applied_count += 1
                 try:
                     change.value = change.apply()
                 except NoSpace:
@@ -278,6 +280,7 @@ class Batches:
     def _execute_alone(self, change: _Change) -> None:
         metadata = self._metadata
         change.value, change.error = None, None
+        self.applied_count += 1
         metadata.begin()
         try:
             change.value = change.apply()

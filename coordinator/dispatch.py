@@ -7,6 +7,7 @@ Order      A reply leaves only when the log is durable up to the moment it was c
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from coordinator import arguments
@@ -34,6 +35,22 @@ class NeedsChangedError(Conflict):
     """A name leads elsewhere than when leases were taken: the operation begins anew."""
 
 
+@dataclass(slots=True, eq=False)
+class Change:
+    """A call that changes metadata, on its way. `looked_at`: applied_count of the batches, as of `needs`."""
+
+    session: Session
+    op: int
+    op_done: int
+    operation: Operation
+    needs: Needs
+    ticket: Ticket
+    looked_at: int
+
+
+ChangeDone = Callable[[Reply | None, CsvfsError | None], None]  # exactly one of both
+
+
 class Dispatch:
     """Carries out calls of sessions. `orphaned(ino)`: an inode may have lost its last name."""
 
@@ -57,27 +74,23 @@ class Dispatch:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def answer_now(self, session: Session, name: str, args: Args) -> dict[str, Any] | Reply | None:
-        """A question's value when it can be sent at once; a Reply that has to wait; None: not a question."""
+    def question(self, session: Session, name: str, args: Args) -> Reply | None:
+        """The answer to a question; None: `name` is not one. Raises CsvfsError."""
         question = self._questions.by_name.get(name)
         if question is None:
             return None
         reply = question(session, args)
-        if reply.writer is None and self._log.durable >= self._log.position:
-            return self.sealed(session, reply)
+        reply.position = self._log.position
         return reply
 
-    async def finish_answer(self, session: Session, reply: Reply) -> dict[str, Any]:
-        """The value of a question whose reply had to wait."""
-        position = self._log.position
+    async def complete(self, reply: Reply) -> None:
+        """Ask the writer of the file, if there is another one, and wait until nothing of it can un-happen."""
         if reply.writer is not None:
             attr = reply.value["attr"]
-            told = await self._leases.query(reply.writer, InodeNo(attr[0]))
-            _merge(attr, told)
-        await self._log.wait(position)
-        return self.sealed(session, reply)
+            _merge(attr, await self._leases.query(reply.writer, InodeNo(attr[0])))
+        await self._log.wait(reply.position)
 
-    def sealed(self, session: Session, reply: Reply) -> dict[str, Any]:
+    def sealed(self, session: Session, reply: Reply) -> Any:
         """The value with the leases as they are now: to be sent without another await."""
         for field, (ino, serial) in reply.leases.items():
             reply.value[field] = self._leases.table.lease_at_send(session.key, ino, serial)
@@ -88,27 +101,27 @@ class Dispatch:
     def is_change(self, name: str) -> bool:
         return name in self._operations.by_name
 
-    async def change(self, session: Session, name: str, args: Args) -> Reply:
-        """One operation that changes metadata, exactly once (I11). Raises what it raises."""
+    def begin_change(self, session: Session, name: str, args: Args) -> Change:
+        """One operation that changes metadata; its ticket may have to wait. Raises BadRequest and as
+        Leases.begin."""
         op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
         operation = self._operations.by_name[name](session.key, args)
-        while True:
-            needs = operation.needs()
-            ticket = await self._leases.take(session, needs)
-            try:
-                return await self._change_under(session, op, op_done, operation, needs, ticket)
-            except NeedsChangedError:
-                continue
-            finally:
-                self._leases.finish(ticket)
+        needs = operation.needs()
+        ticket = self._leases.begin(session, needs)
+        return Change(session, op, op_done, operation, needs, ticket, self._batches.applied_count)
 
-    async def _change_under(
-        self, session: Session, op: int, op_done: int, operation: Operation, needs: Needs, ticket: Ticket
-    ) -> Reply:
-        leases: dict[str, tuple[InodeNo, int | None]] = {}
+    def renew_change(self, change: Change) -> None:
+        """After NeedsChangedError: new needs, a new ticket."""
+        change.needs = change.operation.needs()
+        change.ticket = self._leases.begin(change.session, change.needs)
+        change.looked_at = self._batches.applied_count
+
+    def carry_out(self, change: Change, done: ChangeDone) -> None:
+        """Execute, exactly once (I11), what has been granted; `done` is called when that is durable."""
 
         def apply() -> Value | None:
-            if operation.needs() != needs:
+            # Nothing was changed since the needs were looked up if this is the next change of all.
+            if self._batches.applied_count != change.looked_at + 1 and operation.needs() != change.needs:
                 raise NeedsChangedError("names have changed meanwhile")
             reply = operation.apply()
             return None if operation.again(reply) else reply
@@ -118,19 +131,28 @@ class Dispatch:
                 return  # not finished: the ticket stays
             # Right after the transaction: the ticket has kept others off, now the session may cache the new
             # state.
-            self._leases.finish(ticket)
+            self._leases.finish(change.ticket)
             if outcome is not None and outcome.reply is not None and not outcome.stored:
-                leases.update(self._leases_after(session, operation, outcome.reply))
+                leases.update(self._leases_after(change.session, operation, outcome.reply))
 
-        while True:
-            outcome = await self._batches.run(once(self._metadata, session, op, op_done, apply), executed)
-            if outcome.reply is not None:
-                break
-        for field in operation.leases(outcome.reply):
-            leases.setdefault(
-                field, (InodeNo(0), None)
-            )  # a stored reply may be history: it carries no leases
-        return Reply(outcome.reply, leases)
+        def durable(outcome: Outcome, error: CsvfsError | None) -> None:
+            if error is None and outcome.reply is None:
+                self._batches.submit(transaction, executed, durable)
+                return
+            self._leases.finish(change.ticket)
+            if error is not None:
+                done(None, error)
+                return
+            assert outcome.reply is not None
+            for field in operation.leases(outcome.reply):
+                # A stored reply may be history: it carries no leases.
+                leases.setdefault(field, (InodeNo(0), None))
+            done(Reply(outcome.reply, leases), None)
+
+        operation = change.operation
+        leases: dict[str, tuple[InodeNo, int | None]] = {}
+        transaction = once(self._metadata, change.session, change.op, change.op_done, apply)
+        self._batches.submit(transaction, executed, durable)
 
     def _leases_after(
         self, session: Session, operation: Operation, reply: Value
@@ -161,7 +183,8 @@ class Dispatch:
         finally:
             self._leases.finish(ticket)
         serial = self._leases.table.serial(session.key, ino)
-        return Reply(value, {"lease": (ino, serial)}, self._leases.other_writer(session, ino))
+        leases: dict[str, tuple[InodeNo, int | None]] = {"lease": (ino, serial)}
+        return Reply(value, leases, self._leases.other_writer(session, ino), self._log.position)
 
     def _add_layout(self, value: dict[str, Any], ino: InodeNo, block: int, count: int) -> None:
         extents = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)
@@ -210,12 +233,12 @@ class Dispatch:
             if missing:
                 await self._slabs.ensure_free(self._metadata.statfs().free_blocks + missing)
 
-    def release(self, session: Session, args: Args) -> dict[str, Any]:
+    def release(self, session: Session, args: Args) -> Reply:
         for ino, kind in arguments.rows(args, "items", 2, RELEASE_ITEMS_MAX):
             if not isinstance(ino, int) or not isinstance(kind, int) or not NONE <= kind <= WRITE:
                 raise BadRequest("items must be [ino, kind]")
             self._leases.release(session, InodeNo(ino), kind)
-        return {}
+        return Reply({})
 
     def reclaim(
         self, session: Session, args: Args
@@ -240,10 +263,10 @@ class Dispatch:
             return False
         return True
 
-    async def flush(self) -> dict[str, Any]:
+    async def flush(self) -> Reply:
         """All metadata that anybody was told of is on the media of all members (I8)."""
         await self._log.flush()
-        return {}
+        return Reply({})
 
 
 def _merge(attr: list[int], told: dict[str, Any] | None) -> None:

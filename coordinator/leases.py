@@ -8,7 +8,6 @@ Limits     a recall is answered within `recall_timeout_s`, or its session is evi
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
@@ -65,46 +64,50 @@ class Leases:
 
     # -- requests --------------------------------------------------------------------------------
 
-    async def take(self, session: Session, needs: Mapping[InodeNo, Need]) -> Ticket:
-        """A granted ticket; the caller finishes it.
+    def begin(self, session: Session, needs: Mapping[InodeNo, Need]) -> Ticket:
+        """A ticket, maybe granted; else `wait` for it. The caller finishes it.
 
-        Raises  TimedOut, Fenced: the session was evicted meanwhile. Cancel safe.
+        Raises  Fenced: the session was evicted. Unavailable: too many requests wait.
         """
         if session.ended:
             raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
         ticket, actions = self.table.begin(session.key, needs)
-        if ticket.granted:
-            self.perform(actions)
-            return ticket
-        event = self._granted[ticket] = trio.Event()
+        if not ticket.granted:
+            self._granted[ticket] = trio.Event()
         self.perform(actions)
+        return ticket
+
+    async def wait(self, session: Session, ticket: Ticket) -> None:
+        """Until the ticket of `begin` is granted. When this raises, it is finished.
+
+        Raises  TimedOut, Fenced: the session was evicted meanwhile. Cancel safe.
+        """
+        event = self._granted.get(ticket)
+        if event is None:
+            return
         try:
             with trio.move_on_after(WAIT_S_MAX):
                 await event.wait()
         except BaseException:
             self.finish(ticket)
             raise
-        finally:
-            self._granted.pop(ticket, None)
         if ticket.granted and not session.ended:
-            return ticket
+            self._granted.pop(ticket, None)
+            return
         self.finish(ticket)
         if session.ended:
             raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
-        raise TimedOut(
-            f"leases on inodes {sorted(needs)} were not given back within {WAIT_S_MAX:g} s; try again"
-        )
+        inodes = sorted(ticket.needs)
+        raise TimedOut(f"leases on inodes {inodes} were not given back within {WAIT_S_MAX:g} s; try again")
 
-    @asynccontextmanager
-    async def taken(self, session: Session, needs: Mapping[InodeNo, Need]) -> Any:
-        """`take`, finished at the end of the context."""
-        ticket = await self.take(session, needs)
-        try:
-            yield ticket
-        finally:
-            self.finish(ticket)
+    async def take(self, session: Session, needs: Mapping[InodeNo, Need]) -> Ticket:
+        """A granted ticket; the caller finishes it. Raises as `begin` and `wait`. Cancel safe."""
+        ticket = self.begin(session, needs)
+        await self.wait(session, ticket)
+        return ticket
 
     def finish(self, ticket: Ticket) -> None:
+        self._granted.pop(ticket, None)
         self.perform(self.table.finish(ticket))
 
     def release(self, session: Session, ino: InodeNo, kind: int) -> None:

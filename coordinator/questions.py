@@ -25,12 +25,14 @@ _ENTRY_SIZE = 120  # bytes of an attr with its numbers, at most
 class Reply:
     """`leases`: field -> (inode, serial of the lease when this was computed); filled in when it is sent.
 
+    `position`: of the log, when this was computed: sent once that is durable. 0: it depends on no change in flight.
     `writer`: the session to be asked for the size and times in `value["attr"]` first.
     """
 
-    value: dict[str, Any]
+    value: Any
     leases: dict[str, tuple[InodeNo, int | None]] = field(default_factory=dict)
     writer: Session | None = None
+    position: int = 0
 
 
 class Questions:

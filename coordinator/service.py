@@ -13,8 +13,9 @@ Invariants
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -22,7 +23,7 @@ from coordinator import arguments
 from coordinator.arguments import Args
 from coordinator.batches import Batches
 from coordinator.cluster_facts import ClusterFacts
-from coordinator.dispatch import Dispatch
+from coordinator.dispatch import Change, Dispatch, NeedsChangedError
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
 from coordinator.health import Health
@@ -77,6 +78,15 @@ class VolumeSetup:
         return self.slab_size // BLOCK_SIZE
 
 
+class Caller(NamedTuple):
+    """Whom to answer."""
+
+    link: Link
+    session: Session
+    request_id: int
+    name: str  # of the call
+
+
 class Service:
     """One volume's calls and jobs, over metadata that takeover.py has opened."""
 
@@ -91,12 +101,14 @@ class Service:
         facts: ClusterFacts,
         may_serve: Callable[[], bool],
         rng: Random,
+        soon: Callable[[Callable[[], None]], None],
     ) -> None:
+        """soon: see Batches."""
         self.setup = setup
         self._metadata = metadata
         self._may_serve = may_serve
         self.log = MetadataLog(bus, metadata.image, book.slabs, setup.slab_blocks)
-        self.batches = Batches(metadata, self.log, may_serve)
+        self.batches = Batches(metadata, self.log, may_serve, soon)
         data_book = DataBook(metadata, self.batches.run, self._wait_durable)
         self.changes = SlabChanges(data_book, control)
         self.resync = Resync(setup.slab_size)
@@ -128,18 +140,18 @@ class Service:
         self._health = Health([book, data_book])
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
-        self._async_calls: dict[str, Callable[[Session, Args], Awaitable[Any]]] = {
+        self._async_calls: dict[str, Callable[[Session, Args], Awaitable[Reply]]] = {
             "reclaim": self._reclaim,
             "acquire": self.dispatch.acquire,
             "allocate": self.dispatch.allocate,
             "slab_failed": self._slab_failed,
             "fsync": self._fsync,
         }
-        self._plain_calls: dict[str, Callable[[Session, Args], Any]] = {
+        self._plain_calls: dict[str, Callable[[Session, Args], Reply]] = {
             "release": self.dispatch.release,
             "slabs": self._slabs,
-            "statfs": lambda session, args: self.statfs(),
-            "volume_status": lambda session, args: self.volume_status(),
+            "statfs": self._statfs,
+            "volume_status": self._status,
         }
 
     def _lowered(self, ino: InodeNo) -> None:
@@ -195,88 +207,136 @@ class Service:
             link.reply_error(frame.request_id, BadRequest(f"frames of kind {frame.kind} are not served here"))
             return
         name, args = unpack_call(frame.head)
+        caller = Caller(link, session, frame.request_id, name)
+        if self._nursery is None or self._call_count >= CALLS_MAX:
+            error = NotCoordinator(f"volume {self.setup.name} takes no more calls now")
+            link.reply_error(frame.request_id, error)
+            return
+        self._call_count += 1
         try:
             self._check_session(session)
             self._check_serving()
-            value = self._answer_now(session, name, args)
-        except CsvfsError as error:
-            self._reply_error(link, session, frame.request_id, error)
+        except CsvfsError as refusal:
+            self._answer(caller, None, refusal)
             return
+        try:
+            if not self._serve_now(caller, args):
+                self._nursery.start_soon(self._serve, caller, args)
+        except CsvfsError as failure:
+            self._answer_when_durable(caller, None, failure)
         except Exception:
-            self._report_bug(link, frame.request_id, name)
-            return
-        if value is not None:
-            self._reply(link, session, frame.request_id, value)
-        elif self._nursery is None or self._call_count >= CALLS_MAX:
-            link.reply_error(
-                frame.request_id, NotCoordinator(f"volume {self.setup.name} takes no more calls now")
-            )
-        else:
-            self._call_count += 1
-            self._nursery.start_soon(self._serve, link, session, frame.request_id, name, args)
+            self._report_bug(caller)
 
-    def _answer_now(self, session: Session, name: str, args: Args) -> Any:
-        """The value of a call that needs no wait; None: a task has to serve it."""
+    def _serve_now(self, caller: Caller, args: Args) -> bool:
+        """Serve a call that need not wait for anything but the log; False: a task has to do it."""
+        name, session = caller.name, caller.session
         if not self.desk.is_open and name not in _EARLY_CALLS:
-            return None
-        if name == "statfs" and not self.slabs.spaces_known:
-            return None
-        plain = self._plain_calls.get(name)
-        if plain is not None:
-            return plain(session, args)
-        if self.log.durable < self.log.position:
-            return None  # what is true now could still un-happen
-        reply = self.dispatch.answer_now(session, name, args)
-        return None if isinstance(reply, Reply) else reply
-
-    async def _serve(self, link: Link, session: Session, request_id: int, name: str, args: Args) -> None:
-        try:
-            if name not in _EARLY_CALLS:
-                await self.desk.wait_open()
-            result = await self._call(session, name, args)
-            self._check_serving()
-            value = self.dispatch.sealed(session, result) if isinstance(result, Reply) else result
-            self._check_session(session)
-            self._reply(link, session, request_id, value)
-        except CsvfsError as error:
-            self._reply_error(link, session, request_id, error)
-        except Exception:
-            self._report_bug(link, request_id, name)
-        finally:
-            self._call_count -= 1
-
-    async def _call(self, session: Session, name: str, args: Args) -> Any:
-        self._check_session(session)
+            return False
         if self.dispatch.is_change(name):
-            return await self.dispatch.change(session, name, args)
+            self._start_change(caller, self.dispatch.begin_change(session, name, args))
+            return True
+        if name == "statfs" and not self.slabs.spaces_known:
+            return False
+        plain = self._plain_calls.get(name)
+        reply = plain(session, args) if plain is not None else self.dispatch.question(session, name, args)
+        if reply is None or reply.writer is not None:
+            return False
+        self._answer_when_durable(caller, reply, None)
+        return True
+
+    def _answer_when_durable(self, caller: Caller, reply: Reply | None, error: CsvfsError | None) -> None:
+        """B1: what is true now may be what a batch in flight has made so, errors included."""
+        position = self.log.position if reply is None else reply.position
+        self.log.when_durable(position, lambda failure: self._answer(caller, reply, failure or error))
+
+    async def _serve(self, caller: Caller, args: Args) -> None:
+        """A call that has to wait."""
+        try:
+            if caller.name not in _EARLY_CALLS:
+                await self.desk.wait_open()
+            self._check_session(caller.session)
+            if self.dispatch.is_change(caller.name):
+                change = self.dispatch.begin_change(caller.session, caller.name, args)
+                self._start_change(caller, change)
+                return
+            reply = await self._call(caller.session, caller.name, args)
+            await self.dispatch.complete(reply)
+            self._answer(caller, reply, None)
+        except CsvfsError as error:
+            self._answer_when_durable(caller, None, error)
+        except Exception:
+            self._report_bug(caller)
+
+    async def _call(self, session: Session, name: str, args: Args) -> Reply:
         handler = self._async_calls.get(name)
         if handler is not None:
-            result = await handler(session, args)
-            if isinstance(result, Reply):
-                return await self.dispatch.finish_answer(session, result)
-            return result
+            return await handler(session, args)
         if name == "statfs":
             await self.slabs.wait_spaces()
         plain = self._plain_calls.get(name)
-        if plain is not None:
-            return plain(session, args)
-        reply = self.dispatch.answer_now(session, name, args)
+        reply = plain(session, args) if plain is not None else self.dispatch.question(session, name, args)
         if reply is None:
             raise BadRequest(f"call {name!r} is not served here")
-        return await self.dispatch.finish_answer(session, reply) if isinstance(reply, Reply) else reply
+        return reply
 
-    def _reply(self, link: Link, session: Session, request_id: int, value: Any) -> None:
-        session.last_answer = trio.current_time()
-        link.reply(request_id, value)
+    def _start_change(self, caller: Caller, change: Change) -> None:
+        if change.ticket.granted:
+            self.dispatch.carry_out(change, partial(self._changed, caller, change))
+        elif self._nursery is None:
+            self._answer(caller, None, NotCoordinator(f"volume {self.setup.name} takes no more calls now"))
+        else:
+            self._nursery.start_soon(self._wait_for_leases, caller, change)
 
-    def _reply_error(self, link: Link, session: Session, request_id: int, error: CsvfsError) -> None:
-        if not isinstance(error, Fenced):
-            session.last_answer = trio.current_time()
-        link.reply_error(request_id, error)
+    async def _wait_for_leases(self, caller: Caller, change: Change) -> None:
+        try:
+            await self.leases.wait(caller.session, change.ticket)
+            self._start_change(caller, change)
+        except CsvfsError as error:
+            self._answer(caller, None, error)
+        except Exception:
+            self._report_bug(caller)
 
-    def _report_bug(self, link: Link, request_id: int, name: str) -> None:
-        log.exception("call %r of %s failed in a way nobody planned for", name, link.peer)
-        link.reply_error(request_id, CsvfsError(f"call {name!r} failed; the log of the coordinator says how"))
+    def _changed(
+        self, caller: Caller, change: Change, reply: Reply | None, error: CsvfsError | None
+    ) -> None:
+        """A change is durable, or was not done."""
+        try:
+            if isinstance(error, NeedsChangedError):
+                self.dispatch.renew_change(change)
+                self._start_change(caller, change)
+            else:
+                self._answer(caller, reply, error)
+        except CsvfsError as failure:
+            self._answer(caller, None, failure)
+        except Exception:
+            self._report_bug(caller)
+
+    def _answer(self, caller: Caller, reply: Reply | None, error: CsvfsError | None) -> None:
+        """The end of every call but those with a bug: nothing it says can un-happen any more."""
+        try:
+            if error is not None:
+                raise error
+            assert reply is not None
+            self._check_serving()
+            self._check_session(caller.session)
+            value = self.dispatch.sealed(caller.session, reply)
+            caller.session.last_answer = trio.current_time()
+            caller.link.reply(caller.request_id, value)
+        except CsvfsError as failure:
+            if not isinstance(failure, Fenced):
+                caller.session.last_answer = trio.current_time()
+            caller.link.reply_error(caller.request_id, failure)
+        except Exception:
+            self._report_bug(caller)
+            return
+        self._call_count -= 1
+
+    def _report_bug(self, caller: Caller) -> None:
+        name = caller.name
+        log.exception("call %r of %s failed in a way nobody planned for", name, caller.link.peer)
+        error = CsvfsError(f"call {name!r} failed; the log of the coordinator says how")
+        caller.link.reply_error(caller.request_id, error)
+        self._call_count -= 1
 
     def _check_session(self, session: Session) -> None:
         if session.ended:
@@ -292,33 +352,41 @@ class Service:
 
     # -- calls that are not of one file ----------------------------------------------------------
 
-    async def _reclaim(self, session: Session, args: Args) -> dict[str, Any]:
+    async def _reclaim(self, session: Session, args: Args) -> Reply:
         refused, reports = self.dispatch.reclaim(session, args)
         for ino, size, mtime_ns in reports:
             if size or mtime_ns:
                 await self.desk.report(ino, size, mtime_ns, None)
         if arguments.flag(args, "last"):
             self.desk.claimed(session)
-        return {"refused": refused}
+        return Reply({"refused": refused}, position=self.log.position)
 
-    async def _slab_failed(self, session: Session, args: Args) -> list[Any]:
+    async def _slab_failed(self, session: Session, args: Args) -> Reply:
         slab, epoch = SlabId(arguments.number(args, "slab")), Epoch(arguments.number_or_zero(args, "epoch"))
         drives = [DriveId(drive) for drive in field(args, "drives", list) if isinstance(drive, bytes)]
         reason = f"{session.writer}: {args.get('reason')}"[:500]
         descriptor = await self.changes.failed(slab, epoch, drives, reason)
         if drives:
             self.members.look_into(drives)
-        await self._wait_durable()
-        return descriptor.to_wire()
+        return Reply(descriptor.to_wire(), position=self.log.position)
 
-    def _slabs(self, session: Session, args: Args) -> list[Any]:
+    def _slabs(self, session: Session, args: Args) -> Reply:
+        """Without ids it asks whether we are there, which must not depend on the log going on."""
         ids = field(args, "ids", list)
         if len(ids) > SLABS_ASKED_MAX:
             raise BadRequest(f"{len(ids)} slabs asked for at once; at most {SLABS_ASKED_MAX}")
-        return [self._metadata.slab(int(slab)).to_wire() for slab in ids]
+        descriptors = [self._metadata.slab(int(slab)).to_wire() for slab in ids]
+        return Reply(descriptors, position=self.log.position if ids else 0)
 
-    async def _fsync(self, session: Session, args: Args) -> dict[str, Any]:
+    async def _fsync(self, session: Session, args: Args) -> Reply:
         return await self.dispatch.flush()
+
+    def _statfs(self, session: Session, args: Args) -> Reply:
+        return Reply(self.statfs(), position=self.log.position)
+
+    def _status(self, session: Session, args: Args) -> Reply:
+        """Figures for people, who need them most when the log does not go on."""
+        return Reply(self.volume_status())
 
     def statfs(self) -> dict[str, int]:
         """Sizes in bytes of one copy."""

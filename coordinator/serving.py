@@ -5,6 +5,7 @@ Place      coordinator floor; above takeover.py and service.py, below host.py.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Protocol
 
@@ -84,6 +85,14 @@ def block_reader(facts: ClusterFacts, cluster: bytes, setup: VolumeSetup) -> Mak
     return make
 
 
+def _soon(engine: Engine, function: Callable[[], None]) -> None:
+    """When what has arrived together has been handled: a batch of the engine, if there is one."""
+    if engine.in_batch:
+        engine.at_batch_end(function)
+    else:
+        function()
+
+
 async def serve_volume(
     setup: VolumeSetup,
     *,
@@ -123,8 +132,9 @@ async def serve_volume(
             read: ReadBlocks = reader.read
             metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)
             service = Service(
-                setup, metadata, bus, book, changes, links.control, facts, may_serve, rng or Random()
-            )
+                setup, metadata, bus, book, changes, links.control, facts, may_serve, rng or Random(),
+                partial(_soon, engine),
+            )  # fmt: skip
             await nursery.start(service.run)
             log.info(
                 "volume %s: term %d serves after %.0f ms",

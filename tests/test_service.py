@@ -1,9 +1,11 @@
 """The coordinator as a whole, over real drive servers in one process: names, leases, failures, takeovers."""
 
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from coordinator.slab_manager import SlabManager
 from csvfs.errors import Exists, Fenced, NotFound
@@ -326,3 +328,83 @@ async def test_the_first_answer_about_space_is_right_while_a_node_is_down(tmp_pa
         await cluster.start_host("n1")
         await cluster.wait_serving()
         assert await ask_without_hello(cluster, "n1", "statfs", volume=NAME) == figures
+
+
+class HeldBus:
+    """Keeps the metadata log's writes from the members until they are let go."""
+
+    def __init__(self, service) -> None:
+        self.bus = service.log._bus
+        self.held = []
+        service.log._bus = self
+
+    def write(self, *args):
+        self.held.append(args)
+
+    async def flush(self, slabs):
+        await self.bus.flush(slabs)
+
+    def let_go(self) -> None:
+        for args in self.held:
+            self.bus.write(*args)
+        self.held.clear()
+        self.write = self.bus.write
+
+
+@pytest.mark.parametrize(
+    ("call", "args", "want"),
+    [
+        ("lookup", {"parent": 1, "name": b"file"}, lambda reply: reply["attr"] is not None),
+        ("readdir", {"ino": 1, "cookie": 0, "limit": 9}, lambda reply: len(reply["entries"]) == 1),
+        ("getattr", {"ino": 2}, lambda reply: reply["attr"][0] == 2),
+        ("acquire", {"ino": 2, "kind": 1, "block": 0, "count": 0}, lambda reply: reply["attr"][0] == 2),
+        ("statfs", {}, lambda reply: reply["files"] - reply["files_free"] == 2),
+    ],
+)
+async def test_B1_nobody_is_told_what_could_still_un_happen(tmp_path, call, args, want):
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        await second.call("statfs")
+        bus = HeldBus(await cluster.wait_serving())
+        answered, replies = [], []
+
+        async def make():
+            await first.make(b"file")
+            answered.append("make")
+
+        async def ask():
+            replies.append(await second.call(call, **args))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make)
+            await cluster.wait(lambda: bus.held)
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await second.call("slabs", ids=[])  # handled behind the question, answered all the same
+            await second.call("release", items=[[99, 0]])
+            assert (answered, replies) == ([], [])
+            bus.let_go()
+        assert answered == ["make"] and want(replies[0])
+
+
+async def test_B1_errors_wait_too(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        bus = HeldBus(await cluster.wait_serving())
+        errors = []
+
+        async def ask():
+            with pytest.raises(NotFound):
+                await second.call("lookup", parent=ino + 1, name=b"x")
+            errors.append("told")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(first.change, "unlink", parent=1, name=b"file", directory=False))
+            await cluster.wait(lambda: bus.held)
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await second.call("slabs", ids=[])
+            assert errors == []
+            bus.let_go()
+        assert errors == ["told"]
