@@ -60,6 +60,8 @@ class MemoryVolume:
         self.next_ino = 2
         self.next_cookie = 1
         self.calls: list[str] = []
+        self.changes: list[tuple] = []  # of attributes, as the table was told
+        self.changed_inodes: set[int] = set()  # whose attributes count as changed since any stamp
         self.forgotten: list[int] = []
         self.nowait = True
         self.fsync_count = 0
@@ -85,8 +87,16 @@ class MemoryVolume:
     def holds(self, ino: int) -> int:
         return self.leases.get(ino, 0)
 
-    def granted(self, ino: int, kind: int, attr: list) -> None:
+    def granted(self, ino: int, kind: int, attr: list, asked: int, changed: bool = False) -> None:
         self.leases[ino] = kind
+
+    def changed(
+        self, ino: int, asked: int, time_ns: int | None, *, entries: bool = False, links: int | None = 0
+    ) -> None:
+        self.changes.append((ino, time_ns, entries, links))
+
+    def changed_since(self, ino: int, stamp: int) -> bool:
+        return ino in self.changed_inodes
 
     def granted_directory(self, ino: int, kind: int) -> None:
         self.leases[ino] = kind
@@ -150,7 +160,7 @@ class MemoryVolume:
     async def open(self, ino: int, writing: bool) -> None:
         if self.holds(ino) == 0:
             reply = await self.call("acquire", {"ino": ino, "kind": 1, "block": 0, "count": 0})
-            self.granted(ino, reply["lease"], reply["attr"])
+            self.granted(ino, reply["lease"], reply["attr"], self.stamp())
         inode = self._inode(ino)
         inode.opens += 1
         inode.write_opens += writing

@@ -401,6 +401,17 @@ async def test_k1_attributes_are_cached_iff_leased(setting: Setting, opcode: int
         assert reply[32:] == ATTR
 
 
+async def test_k1_attributes_that_we_changed_meanwhile_are_not_cached(setting: Setting) -> None:
+    await setting.negotiate()
+    setting.volume.leases = {FILE: READ_LEASE, DIRECTORY: READ_LEASE}
+    setting.volume.changed_inodes = {FILE}
+    answer = abi.ATTR_VALID.pack(1, 0) + bytes(4) + ATTR
+    reply = await setting.pass_through(abi.GETATTR, FILE, bytes(88), answer)
+    assert abi.ATTR_VALID.unpack_from(reply, 16)[0] == 0
+    reply = await setting.pass_through(abi.LOOKUP, DIRECTORY, b"file\0", entry(FILE))
+    assert valid_s(reply) == (CACHE_VALID_S, 0), "the name still leads to it"
+
+
 async def test_opens_keep_pages_and_direct_ones_go_past_them(setting: Setting) -> None:
     always = abi.FOPEN_KEEP_CACHE | abi.FOPEN_PARALLEL_DIRECT_WRITES
     for flags, expected in [

@@ -404,7 +404,7 @@ async def test_a_time_set_by_hand_overrides_that_of_an_earlier_write() -> None:
         node = await prepared(c)
         await node.write(FILE, 0, b"n" * BLOCK)
         reply = await node.session.call("setattr", {"ino": FILE, "mtime_ns": 12345})
-        node.table.granted(FILE, reply["lease"], reply["attr"])
+        node.table.granted(FILE, reply["lease"], reply["attr"], 0)
         assert (await node.table.getattr(FILE))[9] == 12345
         await node.table.fsync(FILE)
         assert c.coordinator.files[FILE].mtime == 12345
@@ -429,7 +429,7 @@ async def test_a_file_just_made_is_written_without_asking_for_a_lease_or_layout(
         node = c.node("n1")
         ticket = await c.coordinator.take(node.session.key, FILE, Need.WRITE)
         c.coordinator.perform(c.coordinator.table.finish(ticket))
-        node.table.granted(FILE, 3, file.attr())
+        node.table.granted(FILE, 3, file.attr(), 0)
         await node.write(FILE, 0, b"x" * BLOCK)
         assert c.coordinator.names() == ["allocate"]
 
@@ -437,7 +437,7 @@ async def test_a_file_just_made_is_written_without_asking_for_a_lease_or_layout(
 async def test_a_reply_that_says_less_than_is_held_takes_nothing_away() -> None:
     async with cluster() as c:
         node = await prepared(c)
-        node.table.granted(FILE, 0, c.coordinator.files[FILE].attr())
+        node.table.granted(FILE, 0, c.coordinator.files[FILE].attr(), 0)
         assert node.table.holds(FILE) == 3
 
 
@@ -450,7 +450,7 @@ async def test_what_the_kernel_forgot_is_given_back_in_batches() -> None:
             node.table.forget(ino)
         await node.table.open(12, writing=False)
         reply = c.coordinator.lookup(node.session.key, 13)
-        node.table.granted(13, reply["lease"], reply["attr"])  # looked up again
+        node.table.granted(13, reply["lease"], reply["attr"], 0)  # looked up again
         await node.table.release_unused()
         assert [name for name in c.coordinator.names() if name == "release"] == ["release"]
         held = [ino for ino in range(10, 20) if c.coordinator.table.held(node.session.key, ino)]
@@ -465,7 +465,7 @@ async def test_nothing_learned_while_a_release_is_under_way_is_cached() -> None:
         while "release" not in c.coordinator.names():
             await trio.lowlevel.checkpoint()
         stamp = node.table.stamp()
-        node.table.granted(FILE, 2, c.coordinator.files[FILE].attr())
+        node.table.granted(FILE, 2, c.coordinator.files[FILE].attr(), 0)
         assert node.table.holds(FILE) == 0 and node.table.recalled_since(FILE, stamp)
         await settle()
         assert await node.read(FILE, 0, 2) == b"oo"

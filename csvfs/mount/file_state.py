@@ -114,6 +114,7 @@ class FileState:
         "asking",
         "attr",
         "buffered",
+        "changed_at",
         "claims",
         "committed",
         "directory",
@@ -121,6 +122,7 @@ class FileState:
         "extents",
         "failure",
         "ino",
+        "learned_at",
         "lease",
         "metadata_dirty",
         "mtime_ns",
@@ -132,6 +134,7 @@ class FileState:
         "report",
         "runs",
         "size",
+        "stale",
         "starts",
         "stuck",
         "tail_zero",
@@ -153,6 +156,9 @@ class FileState:
         self.lease = LEASE_NONE
         self.directory = False
         self.attr: list | None = None  # as the coordinator said last; see `attributes`
+        self.changed_at = 0  # stamp of our last own change of attributes; see Leases.changed
+        self.learned_at = 0  # stamp of the last reply that told them
+        self.stale = False  # `attr` does not show an own change
         self.size = 0
         self.committed = 0  # size the coordinator knows
         self.mtime_ns = 0

@@ -85,6 +85,8 @@ class FileTable:
         self.truncate = self._truncation.truncate
         self.stamp = self.leases.stamp
         self.recalled_since = self.leases.recalled_since
+        self.changed_since = self.leases.changed_since
+        self.changed = self.leases.changed
 
     # -- leases ----------------------------------------------------------------------------------
 
@@ -93,16 +95,19 @@ class FileTable:
         state = self.leases.states.get(ino)
         return LEASE_NONE if state is None else state.lease
 
-    def granted(self, ino: int, kind: int, attr: list | None) -> None:
-        """A reply of the coordinator said so. Call before the next await after the reply."""
+    def granted(self, ino: int, kind: int, attr: list | None, asked: int, changed: bool = False) -> None:
+        """A reply of the coordinator said so. Call before the next await after the reply.
+
+        asked: `stamp` before the call. changed: the call changed the attributes to these.
+        """
         self._forgotten.pop(ino, None)
-        self.leases.granted(ino, kind, attr)
+        self.leases.granted(ino, kind, attr, asked, changed)
 
     def granted_directory(self, ino: int, kind: int) -> None:
         """As granted, for a directory whose attributes the reply does not have."""
         self._forgotten.pop(ino, None)
         self.leases.state(ino).directory = True
-        self.leases.granted(ino, kind, None)
+        self.leases.granted(ino, kind, None, 0)
 
     def claims(self) -> list[list[int]]:
         """See session.LeaseHolder."""
@@ -142,11 +147,13 @@ class FileTable:
             state is not None
             and state.lease >= LEASE_READ
             and state.attr is not None
+            and not state.stale
             and self._guard.serving()
         ):
             return state.attributes()
+        asked = self.stamp()
         reply = await self._coordinator.call("getattr", {"ino": ino})
-        self.granted(ino, reply["lease"], reply["attr"])
+        self.granted(ino, reply["lease"], reply["attr"], asked)
         state = self.leases.states[ino]
         return state.attributes() if state.attr is not None else list(reply["attr"])
 

@@ -5,6 +5,9 @@ Order      A reply and a recall about one inode come over one link, so in the or
            made them. It gives nothing above OPEN on an inode while a recall of it is unanswered (its
            invariant T2). So a grant is applied by whoever waited for the reply, before its next await, and
            recall.py lets those go first: then what is held here is at most what the coordinator believes.
+Attributes Replies may overtake each other at the coordinator, and not every reply to a change of ours has the new
+           attributes. What was asked before such a change does not count as showing it: the attributes stay
+           marked as stale until an answer comes that was asked after it.
 Stamps     One counter; a recall moves it. "Recalled since" compares an inode's last recall with a stamp taken
            before a request. The inodes remembered are bounded; the forgotten ones count as recalled at
            `_floor`.
@@ -26,6 +29,7 @@ from csvfs.mount.file_state import (
     LEASE_WRITE,
     MODE,
     MTIME,
+    NLINK,
     SIZE,
     FileState,
 )
@@ -90,9 +94,10 @@ class Leases:
             state = self.states[ino] = FileState(ino)
         return state
 
-    def granted(self, ino: int, kind: int, attr: list | None) -> FileState:
+    def granted(self, ino: int, kind: int, attr: list | None, asked: int, changed: bool = False) -> FileState:
         """A reply said what is held on `ino`, and its attributes. Call before the next await after the reply.
 
+        asked: the stamp before the call. changed: the call changed the attributes to these.
         A reply may say less than is held (it was recalled and granted anew meanwhile); leases are lowered by
         recalls and releases only.
         """
@@ -100,14 +105,20 @@ class Leases:
         if ino in self.releasing:
             kind = LEASE_NONE
         if attr is not None:
-            self._take_attributes(state, attr, kind)
+            taken = self._take_attributes(state, attr, kind)
+            state.stale = not taken or asked < state.changed_at or self.recalled_since(ino, asked)
+            self._stamp += 1
+            state.learned_at = self._stamp
+            if changed:
+                state.changed_at = self._stamp
         elif state.lease < LEASE_READ and not state.directory:
             kind = min(kind, LEASE_OPEN)  # without its size there is nothing to do with it
         if kind > state.lease and (kind < LEASE_READ or state.recall is None):
             self._raise_lease(state, kind)
         return state
 
-    def _take_attributes(self, state: FileState, attr: list, kind: int) -> None:
+    def _take_attributes(self, state: FileState, attr: list, kind: int) -> bool:
+        """False: they are older than what is known."""
         if len(attr) != ATTR_LENGTH:
             raise ProtocolError(
                 f"attributes of inode {state.ino} with {len(attr)} fields, want {ATTR_LENGTH}"
@@ -119,12 +130,46 @@ class Leases:
         if state.lease == LEASE_WRITE:
             if known is not None and attr[MTIME] != known[MTIME]:
                 if attr[CTIME] <= known[CTIME]:
-                    return  # a reply that a report of ours has overtaken
+                    return False  # a reply that a report of ours has overtaken
                 state.times_dirty = False  # somebody set the time; nobody else's writing can have
                 state.mtime_ns = 0
         elif max(kind, state.lease) >= LEASE_READ:
             state.size = state.committed = attr[SIZE]
         state.attr = list(attr)
+        return True
+
+    def changed(
+        self, ino: int, asked: int, time_ns: int | None, *, entries: bool = False, links: int | None = 0
+    ) -> None:
+        """A call of ours, asked at stamp `asked`, changed attributes that its reply does not have.
+
+        Args    time_ns: of the change; None: unknown. entries: it was a directory's entries that changed.
+                links: what the link count grew by; None: unknown.
+        """
+        state = self.states.get(ino)
+        if state is None:
+            self.mark_recalled(ino)
+            return
+        known = state.attr
+        if (
+            known is None
+            or time_ns is None
+            or links is None
+            or asked < max(state.learned_at, state.changed_at)
+        ):
+            state.stale = True
+        else:
+            known[CTIME] = max(known[CTIME], time_ns)
+            known[NLINK] += links
+            if entries:
+                known[MTIME] = max(known[MTIME], time_ns)
+        self._stamp += 1
+        state.changed_at = self._stamp
+
+    def changed_since(self, ino: int, stamp: int) -> bool:
+        """Whether attributes asked for at `stamp` may lack a change of ours."""
+        state = self.states.get(ino)
+        return state is not None and state.changed_at > stamp
 
     def _raise_lease(self, state: FileState, kind: int) -> None:
         if kind >= LEASE_READ:
@@ -191,12 +236,14 @@ class Leases:
         of that other grant, which may have to wait for the page that whoever asks here keeps locked."""
         outcome: list[CsvfsError | None] = []
 
+        asked = self._stamp
+
         async def ask() -> None:
             try:
                 reply = await self._coordinator.call("acquire", args)
                 # Here, before any await (see "Order").
                 self.states.setdefault(state.ino, state)
-                self.granted(state.ino, reply["lease"], reply.get("attr"))
+                self.granted(state.ino, reply["lease"], reply.get("attr"), asked)
                 if reply["lease"] >= LEASE_READ:
                     self._take_answer(state, args, reply)
                 outcome.append(None)

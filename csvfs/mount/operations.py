@@ -23,6 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from csvfs.errors import Exists
 from csvfs.mount import fuse_abi
 from csvfs.mount.errno_border import fuse_errors
+from csvfs.mount.file_state import CTIME
 from csvfs.mount.relay import LEASE_READ, LEASE_WRITE
 
 READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
@@ -40,7 +41,10 @@ class Table(Protocol):
     def stamp(self) -> int: ...
     def recalled_since(self, ino: int, stamp: int) -> bool: ...
     def holds(self, ino: int) -> int: ...
-    def granted(self, ino: int, kind: int, attr: Attr) -> None: ...
+    def granted(self, ino: int, kind: int, attr: Attr, asked: int, changed: bool = False) -> None: ...
+    def changed(
+        self, ino: int, asked: int, time_ns: int | None, *, entries: bool = False, links: int | None = 0
+    ) -> None: ...
     def granted_directory(self, ino: int, kind: int) -> None: ...
     async def open(self, ino: int, writing: bool) -> None: ...
     async def getattr(self, ino: int) -> Attr: ...
@@ -90,11 +94,16 @@ class VolumeOperations(pyfuse3.Operations):
         self._directories: dict[int, OpenDirectory] = {}
         self._next_handle = 1
 
-    async def _entry(self, reply: dict[str, Any], directory: int | None = None) -> EntryAttributes:
-        """Tell the table what a reply with attr, lease (and dir_lease) granted; what pyfuse3 is told."""
+    async def _entry(
+        self, reply: dict[str, Any], asked: int, directory: int | None = None, *, changed: bool = False
+    ) -> EntryAttributes:
+        """Tell the table what a reply with attr, lease (and dir_lease) granted; what pyfuse3 is told.
+
+        asked, changed: see FileTable.granted.
+        """
         attr: Attr = reply["attr"]
         ino: int = attr[0]
-        self._table.granted(ino, reply["lease"], attr)
+        self._table.granted(ino, reply["lease"], attr, asked, changed)
         name_leased = False
         if directory is not None:
             self._table.granted_directory(directory, reply["dir_lease"])
@@ -111,6 +120,7 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        asked = self._table.stamp()
         reply = await self._session.call("lookup", {"parent": parent_inode, "name": name})
         if reply["attr"] is None:
             self._table.granted_directory(parent_inode, reply["dir_lease"])
@@ -118,7 +128,7 @@ class VolumeOperations(pyfuse3.Operations):
             absent.attr_timeout = 0
             absent.entry_timeout = int(reply["dir_lease"] >= LEASE_READ)
             return absent
-        return await self._entry(reply, parent_inode)
+        return await self._entry(reply, asked, parent_inode)
 
     @fuse_errors
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -145,8 +155,9 @@ class VolumeOperations(pyfuse3.Operations):
             # A time set by hand must not be overwritten by that of an earlier write, which is reported
             # lazily.
             await self._table.flush(inode)
+        asked = self._table.stamp()
         reply = await self._session.call("setattr", {"ino": inode, **changes})
-        return await self._entry(reply)
+        return await self._entry(reply, asked, changed=True)
 
     # ---- names
 
@@ -161,8 +172,12 @@ class VolumeOperations(pyfuse3.Operations):
         target: bytes | None = None,
     ) -> EntryAttributes:
         args = {"parent": parent, "name": name, "mode": mode, "uid": ctx.uid, "gid": ctx.gid}
+        asked = self._table.stamp()
         reply = await self._session.call("make", {**args, "rdev": rdev, "target": target})
-        return await self._entry(reply, parent)
+        # The directory got the time of what was made in it.
+        made_ns = reply["attr"][CTIME]
+        self._table.changed(parent, asked, made_ns, entries=True, links=int(stat.S_ISDIR(mode)))
+        return await self._entry(reply, asked, parent)
 
     @fuse_errors
     async def mknod(
@@ -200,8 +215,10 @@ class VolumeOperations(pyfuse3.Operations):
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         args = {"ino": inode, "parent": new_parent_inode, "name": new_name}
+        asked = self._table.stamp()
         reply = await self._session.call("link", args)
-        return await self._entry(reply, new_parent_inode)
+        self._table.changed(new_parent_inode, asked, reply["attr"][CTIME], entries=True)
+        return await self._entry(reply, asked, new_parent_inode, changed=True)
 
     @fuse_errors
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -213,7 +230,11 @@ class VolumeOperations(pyfuse3.Operations):
 
     async def _remove(self, parent: int, name: bytes, *, directory: bool) -> None:
         args = {"parent": parent, "name": name, "directory": directory}
+        asked = self._table.stamp()
         reply = await self._session.call("unlink", args)
+        time_ns = reply.get("time_ns")
+        self._table.changed(reply["ino"], asked, time_ns, links=-2 if directory else -1)
+        self._table.changed(parent, asked, time_ns, entries=True, links=-int(directory))
         self._table.granted_directory(parent, reply["dir_lease"])
 
     @fuse_errors
@@ -231,7 +252,16 @@ class VolumeOperations(pyfuse3.Operations):
             raise FUSEError(errno.EINVAL)
         args = {"parent": parent_inode_old, "name": name_old}
         args |= {"new_parent": parent_inode_new, "new_name": name_new, "flags": flags}
+        asked = self._table.stamp()
         reply = await self._session.call("rename", args)
+        time_ns = reply.get("time_ns")
+        self._table.changed(reply["ino"], asked, time_ns)
+        if reply["replaced"]:
+            self._table.changed(reply["replaced"], asked, time_ns, links=None)
+        # Whether a directory came or went is not known here.
+        links = 0 if parent_inode_old == parent_inode_new and not reply["replaced"] else None
+        for parent in {parent_inode_old, parent_inode_new}:
+            self._table.changed(parent, asked, time_ns, entries=True, links=links)
         self._table.granted_directory(parent_inode_old, reply["dir_lease"])
         self._table.granted_directory(parent_inode_new, reply["new_dir_lease"])
 
@@ -312,13 +342,19 @@ class VolumeOperations(pyfuse3.Operations):
         """setxattr(2) with XATTR_CREATE or XATTR_REPLACE in `flags`: one step at the coordinator."""
         _check_namespace(name)
         args = {"ino": ino, "name": name, "value": value, "flags": flags}
-        await self._session.call("setxattr", args)
+        await self._change(ino, "setxattr", args)
 
     @fuse_errors
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         _check_namespace(name)
         args = {"ino": inode, "name": name, "value": b"", "flags": 0}
-        await self._session.call("removexattr", args)
+        await self._change(inode, "removexattr", args)
+
+    async def _change(self, ino: int, name: str, args: dict[str, Any]) -> None:
+        """A call that changes the inode's ctime, of which the reply says nothing."""
+        asked = self._table.stamp()
+        await self._session.call(name, args)
+        self._table.changed(ino, asked, None)
 
 
 def _check_namespace(name: bytes) -> None:

@@ -8,7 +8,7 @@ Edits      INIT replies carry our flags, OPEN and CREATE replies ours too, and e
 Invariant
   K1  The kernel caches a name or attributes for long iff what the reply says was learned under the lease
       (operations.py says so by a time-out above 0), this lease is held when the reply is written, and nothing
-      was recalled since the request was read. Deciding and writing is one synchronous step, so a recall comes
+      was recalled since the request was read; attributes iff we did not change them ourselves since. Deciding and writing is one synchronous step, so a recall comes
       either before (time-out 0) or after (its notification takes the cached thing back).
 
 No READDIRPLUS with the kernel: the attributes of a listing are not covered by leases, and stale ones must not
@@ -73,6 +73,7 @@ class Leases(Protocol):
 
     def stamp(self) -> int: ...
     def recalled_since(self, ino: int, stamp: int) -> bool: ...
+    def changed_since(self, ino: int, stamp: int) -> bool: ...
     def holds(self, ino: int) -> int: ...
 
 
@@ -261,6 +262,9 @@ class Relay:
         held = table.holds(ino) >= LEASE_READ and not table.recalled_since(ino, stamp)
         return CACHE_VALID_S if held else 0
 
+    def _attr_valid_s(self, ino: int, stamp: int) -> int:
+        return 0 if self._table.changed_since(ino, stamp) else self._valid_s(ino, stamp)
+
     def _patch(self, pending: Pending, reply: memoryview, given: list[int]) -> memoryview | bytes:
         """The reply as the kernel gets it; raises ValueError when it is shorter than it must be."""
         opcode = pending.opcode
@@ -269,7 +273,7 @@ class Relay:
             if len(reply) < body + abi.ATTR_OUT_SIZE:
                 raise ValueError(f"{len(reply)} bytes with attributes")
             leased, _ = abi.ATTR_VALID.unpack_from(reply, body)
-            valid = self._valid_s(pending.node, pending.stamp) if leased else 0
+            valid = self._attr_valid_s(pending.node, pending.stamp) if leased else 0
             abi.ATTR_VALID.pack_into(reply, body, valid, 0)
         elif opcode in _ENTRY_REPLIES:
             if len(reply) < body + abi.ENTRY_OUT_SIZE:
@@ -292,7 +296,7 @@ class Relay:
         if entry_valid:
             entry_valid = self._valid_s(pending.node, pending.stamp) if self.can_cache_entries else 0
         if ino != 0:  # 0: the name does not exist, and the kernel may remember that
-            attr_valid = self._valid_s(ino, pending.stamp) if attr_valid else 0
+            attr_valid = self._attr_valid_s(ino, pending.stamp) if attr_valid else 0
             given.append(ino)
         abi.ENTRY_VALID.pack_into(reply, at, entry_valid, attr_valid, 0, 0)
 

@@ -109,7 +109,7 @@ class Truncation:
         attr: list = reply["attr"]
         state.metadata_dirty = True
         state.times_dirty = False
-        self._leases.granted(state.ino, reply["lease"], attr)
+        self._leases.granted(state.ino, reply["lease"], attr, stamp, changed=True)
         if state.lease == LEASE_WRITE:
             state.attr = list(attr)
             state.size = state.committed = attr[SIZE]
