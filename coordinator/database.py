@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import apsw
 
 from coordinator.schema import SCHEMA_VERSION, TABLES
-from coordinator.slab_image import SlabImage
+from coordinator.slab_image import PAGES_PER_BLOCK, SlabImage
 from coordinator.slab_vfs import connect
 from csvfs.errors import Corrupt, NoSpace
 from csvfs.ids import ROOT_INODE
@@ -202,7 +202,7 @@ class Database:
     def used_blocks(self) -> int:
         """Blocks of the address space up to the end of the database, with pages that only the WAL holds."""
         ((pages,),) = self.rows("PRAGMA page_count")
-        return self.image.database_block + int(pages)
+        return self.image.database_block + -(-int(pages) // PAGES_PER_BLOCK)
 
     def close(self) -> None:
         """Writes nothing: an open batch is dropped."""

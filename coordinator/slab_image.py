@@ -22,6 +22,10 @@ from csvfs.units import BLOCK_SIZE, MIB
 
 ReadBlocks = Callable[[int, int], bytes | memoryview]  # (block, count) -> count * 4,096 bytes, verified
 
+# Of the database, in bytes. A small change writes about six pages: small ones make its log, which goes to all members,
+# a third as long as pages of a block's size do.
+PAGE_SIZE = 1024
+PAGES_PER_BLOCK = BLOCK_SIZE // PAGE_SIZE
 WAL_BLOCKS_MAX = 16 * MIB // BLOCK_SIZE
 WAL_BLOCKS_MIN = 64
 WAL_FIRST_BLOCK = 1
@@ -34,6 +38,7 @@ _CHECKED_FROM = 16
 assert _HEADER.size == 52  # FORMAT.md, "Metadata slabs"
 _crc64 = crcmod.predefined.mkPredefinedCrcFun("crc-64-we")
 
+RECENT_BLOCKS_MAX = 256  # 1 MiB
 _LOAD_BLOCKS = 64  # the WAL region is read from the members in pieces of this size, when first touched
 _PAGE_COUNT_OFFSET = 28  # of a SQLite database header: its size in pages, big-endian
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
@@ -66,6 +71,7 @@ class SlabImage:
         self.wal_blocks = wal_blocks
         self.database_block = WAL_FIRST_BLOCK + wal_blocks
         self._overlay: dict[int, bytes] = {}  # header and database blocks that the members lack
+        self._recent: dict[int, bytes] = {}  # read from the members and not written since: a block has several pages
         self._log: list[LogEntry] = []
         self._behind_barrier = False  # something was written since the last barrier, taken or not
         # Writes since the last barrier or take_log. None: a WAL block; its bytes are taken at the end.
@@ -105,7 +111,7 @@ class SlabImage:
     def write_header(self, volume: VolumeId) -> None:
         """Make the image valid: the last write of its creation."""
         self.barrier()
-        fields = (FORMAT_VERSION, BLOCK_SIZE, WAL_FIRST_BLOCK, self.wal_blocks, self.database_block, volume)
+        fields = (FORMAT_VERSION, PAGE_SIZE, WAL_FIRST_BLOCK, self.wal_blocks, self.database_block, volume)
         block = bytearray(BLOCK_SIZE)
         _HEADER.pack_into(block, 0, _MAGIC, 0, *fields)
         _HEADER.pack_into(block, 0, _MAGIC, _crc64(block[_CHECKED_FROM:]), *fields)
@@ -156,7 +162,7 @@ class SlabImage:
 
     @property
     def database_pages_max(self) -> int:
-        return self.capacity_blocks - self.database_block
+        return (self.capacity_blocks - self.database_block) * PAGES_PER_BLOCK
 
     @property
     def wal_used(self) -> float:
@@ -241,12 +247,18 @@ class SlabImage:
         self.database_size = min(self.database_size, size)
 
     def _write_block(self, block: int, data: bytes) -> None:
+        self._recent.pop(block, None)
         self._overlay[block] = data
         self._stretch[block] = data
 
     def _block(self, block: int) -> bytes:
-        data = self._overlay.get(block)
-        return self._from_members(block, 1) if data is None else data
+        data = self._overlay.get(block) or self._recent.get(block)
+        if data is None:
+            data = self._from_members(block, 1)
+            if len(self._recent) >= RECENT_BLOCKS_MAX:
+                del self._recent[next(iter(self._recent))]
+            self._recent[block] = data
+        return data
 
     def _from_members(self, block: int, count: int) -> bytes:
         data = bytes(self._read_blocks(block, count))
@@ -263,7 +275,7 @@ class SlabImage:
                 f"metadata database says {pages} pages, its slabs have room for {self.database_pages_max};"
                 " check the volume's list of metadata slabs"
             )
-        return pages * BLOCK_SIZE
+        return pages * PAGE_SIZE
 
 
 def _parse_header(block: bytes, capacity_blocks: int, volume: VolumeId) -> int:
@@ -284,7 +296,7 @@ def _parse_header(block: bytes, capacity_blocks: int, volume: VolumeId) -> int:
     if owner != volume:
         raise Corrupt(f"metadata header: of volume {owner.hex()}, want {volume.hex()}")
     sane = (
-        page_size == BLOCK_SIZE
+        page_size == PAGE_SIZE
         and wal_block == WAL_FIRST_BLOCK
         and WAL_BLOCKS_MIN <= wal_blocks <= WAL_BLOCKS_MAX
         and database_block == wal_block + wal_blocks

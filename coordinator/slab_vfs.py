@@ -9,7 +9,7 @@ import itertools
 
 import apsw
 
-from coordinator.slab_image import SlabImage
+from coordinator.slab_image import PAGE_SIZE, SlabImage
 from csvfs.errors import NoSpace
 from csvfs.units import BLOCK_SIZE, MIB
 
@@ -162,7 +162,7 @@ def connect(image: SlabImage) -> tuple[apsw.Connection, SlabVfs]:
         # Closing must not checkpoint: a coordinator that has lost its volume writes nothing any more.
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         for pragma in (
-            f"page_size={BLOCK_SIZE}",
+            f"page_size={PAGE_SIZE}",
             "locking_mode=EXCLUSIVE",  # before the first access: then no shared memory is asked for
             "journal_mode=WAL",
             "synchronous=NORMAL",  # sync around checkpoints; the log orders commits without a sync each

@@ -3,7 +3,7 @@
 import pytest
 
 from coordinator.metadata import Metadata
-from coordinator.slab_image import LogBarrier, LogWrite, SlabImage
+from coordinator.slab_image import PAGE_SIZE, PAGES_PER_BLOCK, LogBarrier, LogWrite, SlabImage
 from coordinator.slab_vfs import connect
 from csvfs.errors import BadRequest, Corrupt, NoSpace, Unavailable
 from tests.metadata_members import SLAB_BLOCKS, VOLUME, Members, TestVolume
@@ -74,6 +74,31 @@ def test_a_barrier_is_kept_when_what_it_orders_was_taken_before():
     image.barrier()
     image.write_database(b"page" * 1024, 0)
     assert [type(entry) for entry in image.take_log()] == [LogBarrier, LogWrite]
+
+
+def test_pages_that_share_a_block_keep_each_other():
+    members = Members()
+    image = SlabImage.create(members.read_blocks, SLAB_BLOCKS, SLAB_BLOCKS)
+    for number in range(PAGES_PER_BLOCK):
+        image.write_database(bytes([65 + number]) * PAGE_SIZE, number * PAGE_SIZE)
+        log = image.take_log()
+        members.apply(log)
+        image.written(log)  # from here on the block is read from the members
+    image.write_database(b"z" * PAGE_SIZE, PAGE_SIZE)
+    assert image.read_database(4 * PAGE_SIZE, 0) == b"".join(c * PAGE_SIZE for c in (b"A", b"z", b"C", b"D"))
+    members.apply(image.take_log())
+    assert members.read_blocks(image.database_block, 1)[:3000:1024] == b"AzC"
+
+
+def test_the_log_of_one_small_change_is_short():
+    volume = TestVolume()
+    with volume.batch() as metadata:
+        make_files(metadata, 0, 500)
+    volume.log.clear()
+    for number in range(100):
+        with volume.batch() as metadata:
+            make_files(metadata, 1000 + number, 1)
+    assert len(volume.log) < 400, "blocks for 100 files, checkpoints included"
 
 
 def test_the_wal_never_leaves_its_region_however_many_batches_come():
