@@ -216,6 +216,41 @@ async def test_data_of_waiting_large_writes_is_never_overwritten_by_later_reques
     assert len(setting.channel._spare_buffers) == 1
 
 
+@pytest.mark.parametrize("failing", ["write_nowait", "write", "write after done"])
+async def test_a_lent_buffer_comes_back_however_its_write_ends(setting: Setting, failing: str) -> None:
+    def take(ino: int, offset: int, data: memoryview, flags: int, done: Callable) -> bool:
+        if failing == "write":
+            return False
+        if failing == "write after done":
+            done(NoSpace("full"))
+        raise RuntimeError("a bug")
+
+    async def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    setting.volume.write_nowait = take  # type: ignore[method-assign,assignment]
+    setting.volume.write = fail  # type: ignore[method-assign,assignment]
+    for _ in range(3):
+        error = await setting.ask(abi.WRITE, FILE, write_body(0, bytes(300_000)))
+        assert error == (errno.ENOSPC if failing == "write after done" else errno.EIO)
+        assert setting.channel._buffers_out == 0
+    with pytest.raises(BlockingIOError):
+        setting.kernel.recv(100)  # one answer each
+
+
+async def test_a_lent_buffer_comes_back_when_its_write_is_cancelled(setting: Setting) -> None:
+    setting.volume.write_nowait = lambda *_: False  # type: ignore[method-assign]
+    setting.volume.write = lambda *_: trio.sleep_forever()  # type: ignore[method-assign,assignment]
+    async with trio.open_nursery() as nursery:
+        setting.channel._nursery = nursery
+        setting.send(abi.WRITE, 1, FILE, write_body(0, bytes(300_000)))
+        while not setting.channel._buffers_out:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert setting.channel._buffers_out == 0
+    assert await setting.receive_error() == (1, errno.EAGAIN)
+
+
 async def test_when_too_many_requests_wait_the_kernels_queue_waits(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

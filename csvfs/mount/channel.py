@@ -12,11 +12,11 @@ import logging
 import os
 import select
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Protocol
 
 import trio
 
+from csvfs.errors import Unavailable
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount.errno_border import errno_of
 from csvfs.mount.relay import Leases, Relay
@@ -66,6 +66,26 @@ class Names(Protocol):
 
 
 Handler = Callable[[int, int, memoryview], None]  # unique, node, body of the request
+
+
+class _Write:
+    """A WRITE under way; called with its outcome. Its first outcome counts."""
+
+    __slots__ = ("buffered", "channel", "lent", "size", "unique")
+
+    def __init__(
+        self, channel: "Channel", unique: int, size: int, lent: memoryview | None, buffered: Ending | None
+    ) -> None:
+        self.channel: Channel | None = channel
+        self.unique = unique
+        self.size = size
+        self.lent = lent
+        self.buffered = buffered
+
+    def __call__(self, error: Exception | None) -> None:
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            channel.written(self, error)
 
 
 class Channel:
@@ -228,8 +248,13 @@ class Channel:
         buffered = None
         if not (flags & os.O_DIRECT or write_flags & abi.WRITE_CACHE):
             buffered = self._files.buffered_write(node, offset, size)
-        done = partial(self._written, unique, size, data if keeps_buffer else None, buffered)
-        if self._files.write_nowait(node, offset, data, write_flags, done):
+        done = _Write(self, unique, size, data if keeps_buffer else None, buffered)
+        try:
+            taken = self._files.write_nowait(node, offset, data, write_flags, done)
+        except Exception as error:
+            done(error)
+            return
+        if taken:
             self.inline_count += 1
         else:
             self._start(unique, self._write, node, offset, data, write_flags, done)
@@ -237,33 +262,29 @@ class Channel:
     async def _write(
         self, unique: int, node: int, offset: int, data: memoryview, write_flags: int, done: Done
     ) -> None:
+        outcome: Exception | None = Unavailable("the mount ended during a write")  # cancelled
         try:
             await self._files.write(node, offset, data, write_flags)
+            outcome = None
         except Exception as error:
-            done(error)
-        else:
-            done(None)
+            outcome = error
+        finally:
+            done(outcome)
 
-    def _written(
-        self,
-        unique: int,
-        size: int,
-        lent: memoryview | None,
-        buffered: Ending | None,
-        error: Exception | None = None,
-    ) -> None:
-        if buffered is not None:
-            buffered.ended()
-        if lent is not None:
+    def written(self, write: "_Write", error: Exception | None) -> None:
+        """The end of a WRITE, once each: its buffer comes back and the kernel gets its answer."""
+        if write.buffered is not None:
+            write.buffered.ended()
+        if write.lent is not None:
             self._buffers_out -= 1
         if error is not None:
             # Whatever still holds on to the data of a failed write: its buffer is not used for another
             # request.
-            self._reply_failure(unique, error)
+            self._reply_failure(write.unique, error)
             return
-        if lent is not None:
-            self._spare_buffers.append(memoryview(lent.obj))
-        self._reply(unique, (abi.pack_write_reply(unique, size),))
+        if write.lent is not None:
+            self._spare_buffers.append(memoryview(write.lent.obj))
+        self._reply(write.unique, (abi.pack_write_reply(write.unique, write.size),))
 
     def _hand_out_buffer(self) -> bool:
         """Leave the current request's buffer to its WRITE and read on into another; False: all are out."""
