@@ -6,14 +6,19 @@ Why two    attributes and names are taken back at once and never block. Pages ma
 """
 
 import errno
+import logging
 import os
 
 import trio
 
 from csvfs.mount import fuse_abi as abi
 
+log = logging.getLogger(__name__)
+
 # As many invalidations may wait for page locks at a time; more wait for a thread.
 INVALIDATE_THREADS_MAX = 16
+_NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+_UNMOUNTED = (errno.ENODEV, errno.ENOTCONN)  # all is gone
 
 
 class KernelNotifier:
@@ -23,6 +28,7 @@ class KernelNotifier:
         # Our own descriptor: a thread that still waits in write(2) must not see the number used for another
         # file.
         self._fd = os.dup(device_fd)
+        self._has_epoch = True
         self._threads = trio.CapacityLimiter(INVALIDATE_THREADS_MAX)
 
     def invalidate_attr(self, ino: int) -> None:
@@ -42,17 +48,27 @@ class KernelNotifier:
     def increment_epoch(self) -> None:
         """Have every cached name looked up again before its next use. Takes no lock, does not block.
 
-        Before protocol 7.44 the kernel does not know it and refuses; no names are cached then (relay.py).
+        Before protocol 7.44 the kernel does not know it, and refuses in one way or another; no names are cached
+        then (relay.py), so there is nothing to take back.
         """
-        self._write(abi.pack_inc_epoch(), errno.EINVAL)
+        if not self._has_epoch:
+            return
+        try:
+            os.write(self._fd, abi.pack_inc_epoch())
+        except OSError as error:
+            if error.errno in _UNMOUNTED:
+                return
+            if error.errno not in _NOT_KNOWN:
+                raise  # names may be cached that had to go
+            self._has_epoch = False
+            log.info("this kernel has no epoch of names (%s): they are not cached", error.strerror)
 
-    def _write(self, message: bytes, ignored: int = errno.ENOENT) -> None:
+    def _write(self, message: bytes) -> None:
         try:
             os.write(self._fd, message)
         except OSError as error:
-            # ENOENT: the kernel does not know the inode, so there is nothing to take back. ENODEV, ENOTCONN:
-            # unmounted, all is gone.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, ignored):
+            # ENOENT: the kernel does not know the inode, so there is nothing to take back.
+            if error.errno != errno.ENOENT and error.errno not in _UNMOUNTED:
                 raise
 
     def close(self) -> None:
