@@ -136,7 +136,7 @@ def test_pages_that_leave_the_cache_before_their_commit_do_not_count_without_it(
     """SQLite then writes frames early, and some of them twice in place."""
     history = History(21, 25, files_per_batch=60, cache_pages=10)
     volume = history.volume
-    assert any(next_length - length > 40 for (length, _), (next_length, _) in pairwise(history.commits))
+    assert any(next_length - length > 15 for (length, _), (next_length, _) in pairwise(history.commits))
     members = Members()
     first_commit = history.commits[0][0]
     members.apply(volume.log[:first_commit])
