@@ -77,6 +77,7 @@ def check_questions(extents: ExtentMap, model: dict[int, tuple[int, int]]) -> No
             span = range(block, block + count)
             known = all(b in model for b in span)
             assert extents.covers(block, count) == known
+            assert extents.first_unknown(block, count) == next((b for b in span if b not in model), block)
             pieces = extents.pieces(block, count)
             assert (pieces is not None) == known
             if pieces is not None:

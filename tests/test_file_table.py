@@ -506,6 +506,24 @@ async def test_a_file_that_is_open_is_held_at_least_as_open() -> None:
         assert c.coordinator.table.held(node.session.key, FILE) == 1
 
 
+async def test_a_layout_is_asked_for_in_answers_that_fit_into_a_frame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However large the range: a frame has room for so many slab descriptors only."""
+    monkeypatch.setattr("csvfs.mount.leases.LAYOUT_BLOCKS", 4)
+    async with cluster() as c:
+        writer = await prepared(c, blocks=2)
+        for block in range(2, 20):
+            c.coordinator.next_block += 1  # no two extents continue each other
+            await writer.write(FILE, block * BLOCK, bytes([block]) * BLOCK)
+        node = c.node("n2")
+        c.coordinator.calls.clear()
+        content = await node.read(FILE, 2 * BLOCK, 18 * BLOCK)
+        assert content == b"".join(bytes([block]) * BLOCK for block in range(2, 20))
+        asked = [(args["block"], args["count"]) for name, args in c.coordinator.calls if name == "acquire"]
+        assert asked == [(first, 4) for first in range(0, 20, 4)]
+
+
 async def test_what_is_not_there_is_not_found() -> None:
     async with cluster() as c:
         node = c.node("n1")

@@ -39,8 +39,9 @@ from csvfs.volume.file_io import BlockBus
 from csvfs.wire.block_messages import SlabDescriptor
 
 STAMPS_MAX = 65_536
-LAYOUT_EXTENTS_MAX = 16_384  # an answer with so many is cut behind the last one
-LAYOUT_BLOCKS = 65_536  # 256 MiB of a file per `acquire`: a whole image of 100 GiB in 400 calls
+# 16 MiB of a file per `acquire`: were every block of it an extent in a slab of its own, the answer with 4,096
+# descriptors of some 150 bytes would still fit into a frame (HEAD_SIZE_MAX).
+LAYOUT_BLOCKS = 4096
 
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 
@@ -193,19 +194,17 @@ class Leases:
         unknown = {extent[2] for extent in extents if self._bus.descriptor(extent[2]) is None}
         if unknown:
             raise ProtocolError(f"inode {state.ino} lies in slab {min(unknown)}, of which no descriptor came")
-        if len(extents) >= LAYOUT_EXTENTS_MAX:
-            count = min(count, extents[-1][0] + extents[-1][1] - block)
         state.extents.learn(block, count, extents)
 
     # -- asking ----------------------------------------------------------------------------------
 
     async def acquire(self, state: FileState, kind: int, block: int, count: int) -> None:
-        """Ask for a lease, and the layout around blocks `block..block+count` (count 0: none).
+        """Ask for a lease, and the layout around the first unknown of blocks `block..block+count` (count 0: none).
 
         Returns when there is reason to look at the state again; what was asked for may still be missing.
         Raises  NotFound, Unavailable ... of the call.
         """
-        first, end = _window(block, count) if count else (0, 0)
+        first, end = _window(state.extents.first_unknown(block, count)) if count else (0, 0)
         args = {"ino": state.ino, "kind": kind, "block": first, "count": end - first}
         if state.lease >= kind:
             async with state.mapping:
@@ -312,11 +311,10 @@ class Leases:
         ]
 
 
-def _window(block: int, count: int) -> tuple[int, int]:
-    """The aligned stretch of LAYOUT_BLOCKS, or of several, around the range."""
+def _window(block: int) -> tuple[int, int]:
+    """The aligned stretch of LAYOUT_BLOCKS around the block."""
     first = block - block % LAYOUT_BLOCKS
-    end = -(-(block + count) // LAYOUT_BLOCKS) * LAYOUT_BLOCKS
-    return first, max(block + count, min(end, FILE_BLOCKS_MAX))
+    return first, first + LAYOUT_BLOCKS
 
 
 def _allocated_end(state: FileState) -> int:

@@ -63,6 +63,16 @@ class ExtentMap:
             index += 1
         return True
 
+    def first_unknown(self, block: int, count: int) -> int:
+        """The first unknown block of the range; its first one when all are known."""
+        at, end = block, block + count
+        while at < end:
+            run = self.find(at)
+            if run is None:
+                return at
+            at = run[1]
+        return block
+
     def pieces(self, block: int, count: int) -> list[Piece] | None:
         """The range in order, cut where a run ends; None: some of it is unknown."""
         end = block + count
