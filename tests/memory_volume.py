@@ -58,7 +58,8 @@ class MemoryVolume:
     def __init__(self) -> None:
         self.inodes = {ROOT: Inode(ROOT, stat.S_IFDIR | 0o755, 0, 0, nlink=2)}
         self.next_ino = 2
-        self.next_cookie = 1
+        self.next_cookie = 16
+        self.parents: dict[int, int] = {}
         self.calls: list[str] = []
         self.changes: list[tuple] = []  # of attributes, as the table was told
         self.changed_inodes: set[int] = set()  # whose attributes count as changed since any stamp
@@ -71,6 +72,12 @@ class MemoryVolume:
         self.before_reply: Callable[[str, dict], None] = lambda name, args: None
 
     # ---- file table: leases
+
+    def set_parent(self, ino: int, parent: int) -> None:
+        self.parents[ino] = parent
+
+    def parent(self, ino: int) -> int:
+        return self.parents.get(ino, ino)
 
     def stamp(self) -> int:
         return self.clock

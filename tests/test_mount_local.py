@@ -246,6 +246,8 @@ async def test_a_directory_of_5000_names_is_listed_whole_each_time(mount: Mount)
             listed = os.listdir(mount.path)
             assert len(listed) == 5000
             assert set(listed) == names
+        dots = subprocess.run(["ls", "-fi", mount.path], capture_output=True, check=True).stdout.split()
+        assert dots[1:4:2] == [b".", b".."] and len(dots) == 2 * 5002
         with os.scandir(mount.path) as entries:
             assert all(entry.stat().st_ino == entry.inode() for entry in entries)
         for name in sorted(names)[::2]:

@@ -175,6 +175,7 @@ class Listing:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room = room
         self.reply: list[tuple[bytes, int]] = []
+        self.inodes: dict[bytes, int] = {}
         monkeypatch.setattr(operations_module.pyfuse3, "readdir_reply", self.take)
 
     def take(self, token: object, name: bytes, attr: pyfuse3.EntryAttributes, cookie: int) -> bool:
@@ -182,6 +183,8 @@ class Listing:
             return False
         assert (attr.entry_timeout, attr.attr_timeout) == (0, 0)
         self.reply.append((name, cookie))
+        self.inodes[name] = attr.st_ino
+        assert stat.S_ISDIR(attr.st_mode) or not name.startswith(b".")
         return True
 
     async def read(self, operations: VolumeOperations, handle: int, cookie: int) -> list[tuple[bytes, int]]:
@@ -208,13 +211,31 @@ async def test_a_listing_takes_one_call_per_page_and_starts_anew_at_0(
         volume.call_make(ROOT, name, stat.S_IFREG, 0, 0, 0, None)
     listing = Listing(monkeypatch, room=3)
     handle = await operations.opendir(ROOT, CONTEXT)
-    assert await listing.read_all(operations, handle) == names
+    assert await listing.read_all(operations, handle) == [b".", b"..", *names]
     assert volume.calls == ["readdir"] * 3
     volume.call_unlink(ROOT, b"f00", False)
-    assert await listing.read_all(operations, handle) == names[1:]
+    assert await listing.read_all(operations, handle) == [b".", b"..", *names[1:]]
     assert operations.listing_was_leased(handle)
     operations.close_directory(handle)
     assert not operations.listing_was_leased(handle)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 10])
+async def test_a_listing_begins_with_the_directory_itself_and_its_parent(
+    operations: VolumeOperations, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    listing = Listing(monkeypatch, room)
+    top = (await operations.mkdir(ROOT, b"top", 0o755, CONTEXT)).st_ino
+    inner = (await operations.mkdir(top, b"inner", 0o755, CONTEXT)).st_ino
+    await operations.mkdir(inner, b"last", 0o755, CONTEXT)
+    for ino, parent, rest in ((inner, top, [b"last"]), (top, ROOT, [b"inner"]), (ROOT, ROOT, [b"top"])):
+        handle = await operations.opendir(ino, CONTEXT)
+        assert await listing.read_all(operations, handle) == [b".", b"..", *rest]
+        assert (listing.inodes[b"."], listing.inodes[b".."]) == (ino, parent)
+    await operations.rename(top, b"inner", ROOT, b"moved", 0, CONTEXT)
+    handle = await operations.opendir(inner, CONTEXT)
+    await listing.read_all(operations, handle)
+    assert listing.inodes[b".."] == ROOT
 
 
 async def test_a_recalled_directory_is_not_listed_from_a_page_fetched_before(
@@ -224,7 +245,7 @@ async def test_a_recalled_directory_is_not_listed_from_a_page_fetched_before(
         volume.call_make(ROOT, name, stat.S_IFREG, 0, 0, 0, None)
     listing = Listing(monkeypatch, room=1)
     handle = await operations.opendir(ROOT, CONTEXT)
-    [(name, cookie)] = await listing.read(operations, handle, 0)
+    [(name, cookie)] = await listing.read(operations, handle, 2)
     assert name == b"a"
     volume.call_unlink(ROOT, b"b", False)
     volume.recall(ROOT)

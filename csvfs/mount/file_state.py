@@ -127,6 +127,7 @@ class FileState:
         "metadata_dirty",
         "mtime_ns",
         "open_count",
+        "parent",
         "read_holds",
         "readable",
         "reads",
@@ -155,6 +156,7 @@ class FileState:
         self.ino = ino
         self.lease = LEASE_NONE
         self.directory = False
+        self.parent = 0  # of a directory: where it was found last; 0: not known
         self.attr: list | None = None  # as the coordinator said last; see `attributes`
         self.changed_at = 0  # stamp of our last own change of attributes; see Leases.changed
         self.learned_at = 0  # stamp of the last reply that told them

@@ -109,6 +109,17 @@ class FileTable:
         self.leases.state(ino).directory = True
         self.leases.granted(ino, kind, None, 0)
 
+    def set_parent(self, ino: int, parent: int) -> None:
+        """Directory `ino` was found in `parent`."""
+        state = self.leases.states.get(ino)
+        if state is not None:
+            state.parent = parent
+
+    def parent(self, ino: int) -> int:
+        """Of a directory, as it was found last; itself where that is not known, and for the root."""
+        state = self.leases.states.get(ino)
+        return state.parent if state is not None and state.parent else ino
+
     def claims(self) -> list[list[int]]:
         """See session.LeaseHolder."""
         return self.leases.claims()

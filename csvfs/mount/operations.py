@@ -23,10 +23,11 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from csvfs.errors import Exists
 from csvfs.mount import fuse_abi
 from csvfs.mount.errno_border import fuse_errors
-from csvfs.mount.file_state import CTIME
+from csvfs.mount.file_state import CTIME, MODE
 from csvfs.mount.relay import LEASE_READ, LEASE_WRITE
 
 READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
+COOKIE_OF_PARENT = 2  # of `..`; the coordinator's cookies are above
 # Attributes of the kernel or of other layers, which the volume does not keep: file capabilities (the mount is
 # nosuid), and ACLs (modes alone are checked).
 _NAMESPACES_KEPT = (b"user.", b"trusted.", b"security.")
@@ -47,6 +48,8 @@ class Table(Protocol):
     ) -> None: ...
     def granted_directory(self, ino: int, kind: int) -> None: ...
     async def open(self, ino: int, writing: bool) -> None: ...
+    def set_parent(self, ino: int, parent: int) -> None: ...
+    def parent(self, ino: int) -> int: ...
     async def getattr(self, ino: int) -> Attr: ...
     async def truncate(self, ino: int, changes: dict[str, Any]) -> Attr: ...
     async def flush(self, ino: int) -> None: ...
@@ -80,6 +83,14 @@ def entry_attributes(attr: Attr, leased: bool, name_leased: bool = False) -> Ent
     return entry
 
 
+def directory_entry(ino: int) -> EntryAttributes:
+    """Number and type: all that the kernel is given of `.` and `..`."""
+    entry = EntryAttributes()
+    entry.st_ino, entry.st_mode = ino, stat.S_IFDIR
+    entry.attr_timeout = entry.entry_timeout = 0
+    return entry
+
+
 class VolumeOperations(pyfuse3.Operations):
     """One volume's names and attributes. Errors become FUSEError; nothing else leaves a handler."""
 
@@ -106,6 +117,8 @@ class VolumeOperations(pyfuse3.Operations):
         self._table.granted(ino, reply["lease"], attr, asked, changed)
         name_leased = False
         if directory is not None:
+            if stat.S_ISDIR(attr[MODE]):
+                self._table.set_parent(ino, directory)
             self._table.granted_directory(directory, reply["dir_lease"])
             name_leased = reply["dir_lease"] >= LEASE_READ
         if self._table.holds(ino) == LEASE_WRITE:
@@ -256,6 +269,7 @@ class VolumeOperations(pyfuse3.Operations):
         reply = await self._session.call("rename", args)
         time_ns = reply.get("time_ns")
         self._table.changed(reply["ino"], asked, time_ns)
+        self._table.set_parent(reply["ino"], parent_inode_new)
         if reply["replaced"]:
             self._table.changed(reply["replaced"], asked, time_ns, links=None)
         # Whether a directory came or went is not known here.
@@ -288,12 +302,18 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        """Entries of one page of the coordinator, fetched anew at the start and after a recall."""
+        """Entries of one page of the coordinator, fetched anew at the start and after a recall. Before them
+        `.` and `..`, whose cookies are 1 and 2: the coordinator's are larger."""
         directory = self._directories[fh]
         outdated = self._table.recalled_since(directory.ino, directory.stamp)
-        if start_id == 0 or outdated or start_id not in directory.positions:
-            await self._fetch_page(directory, start_id)
-        for cookie, name, attr in directory.entries[directory.positions[start_id] :]:
+        after = 0 if start_id <= COOKIE_OF_PARENT else start_id  # the coordinator's cookie
+        if start_id == 0 or outdated or after not in directory.positions:
+            await self._fetch_page(directory, after)
+        dots = [(1, b".", directory.ino), (COOKIE_OF_PARENT, b"..", self._table.parent(directory.ino))]
+        for cookie, name, ino in dots[start_id:]:
+            if not pyfuse3.readdir_reply(token, name, directory_entry(ino), cookie):
+                return
+        for cookie, name, attr in directory.entries[directory.positions[after] :]:
             if not pyfuse3.readdir_reply(token, name, entry_attributes(attr, leased=False), cookie):
                 return
 
