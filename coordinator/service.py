@@ -55,8 +55,9 @@ CALLS_MAX = 4_096  # of all sessions being worked on
 SLABS_ASKED_MAX = 65_536
 # Served before all sessions have reclaimed: they need no lease that is not held already.
 _EARLY_CALLS = frozenset(
-    ("hello", "reclaim", "allocate", "commit", "release", "slab_failed", "slabs", "fsync")
+    ("hello", "reclaim", "allocate", "commit", "release", "slab_failed", "slabs", "fsync", "goodbye")
 )
+_LAST_CALLS = frozenset(("goodbye", "slabs"))  # served after a goodbye; nothing that could get a lease
 
 
 @dataclass(slots=True, frozen=True)
@@ -146,6 +147,7 @@ class Service:
             "allocate": self.dispatch.allocate,
             "slab_failed": self._slab_failed,
             "fsync": self._fsync,
+            "goodbye": self._goodbye,
         }
         self._plain_calls: dict[str, Callable[[Session, Args], Reply]] = {
             "release": self.dispatch.release,
@@ -214,7 +216,7 @@ class Service:
             return
         self._call_count += 1
         try:
-            self._check_session(session)
+            self._check_session(session, name)
             self._check_serving()
         except CsvfsError as refusal:
             self._answer(caller, None, refusal)
@@ -254,7 +256,7 @@ class Service:
         try:
             if caller.name not in _EARLY_CALLS:
                 await self.desk.wait_open()
-            self._check_session(caller.session)
+            self._check_session(caller.session, caller.name)
             if self.dispatch.is_change(caller.name):
                 change = self.dispatch.begin_change(caller.session, caller.name, args)
                 self._start_change(caller, change)
@@ -318,7 +320,7 @@ class Service:
                 raise error
             assert reply is not None
             self._check_serving()
-            self._check_session(caller.session)
+            self._check_session(caller.session, caller.name)
             value = self.dispatch.sealed(caller.session, reply)
             caller.session.last_answer = trio.current_time()
             caller.link.reply(caller.request_id, value)
@@ -338,8 +340,8 @@ class Service:
         caller.link.reply_error(caller.request_id, error)
         self._call_count -= 1
 
-    def _check_session(self, session: Session) -> None:
-        if session.ended:
+    def _check_session(self, session: Session, name: str) -> None:
+        if session.ended and not (session.leaving and name in _LAST_CALLS):
             raise Fenced(
                 f"{session.writer} incarnation {session.incarnation} was evicted; it has to start anew"
             )
@@ -380,6 +382,10 @@ class Service:
 
     async def _fsync(self, session: Session, args: Args) -> Reply:
         return await self.dispatch.flush()
+
+    async def _goodbye(self, session: Session, args: Args) -> Reply:
+        await self.desk.dismiss(session)
+        return Reply({}, position=self.log.position)
 
     def _statfs(self, session: Session, args: Args) -> Reply:
         return Reply(self.statfs(), position=self.log.position)

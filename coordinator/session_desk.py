@@ -138,6 +138,14 @@ class SessionDesk:
         same."""
         await self._begin(session, reason).wait()
 
+    async def dismiss(self, session: Session) -> None:
+        """It has said goodbye. Returns when nothing of it is left: what it did last is equal on all members.
+
+        Its incarnation counts as evicted: it never comes again. Cancel: it is dismissed all the same.
+        """
+        session.leaving = True
+        await self.evict(session, "it has said goodbye")
+
     def _begin(self, session: Session, reason: str) -> trio.Event:
         event = self._evictions.get(session)
         if event is None:
@@ -147,13 +155,15 @@ class SessionDesk:
         return event
 
     async def _carry_out(self, session: Session, reason: str) -> None:
-        log.warning("evicting %s, incarnation %d: %s", session.writer, session.incarnation, reason)
-        if session.link is not None:
+        level = logging.INFO if session.leaving else logging.WARNING
+        log.log(level, "evicting %s, incarnation %d: %s", session.writer, session.incarnation, reason)
+        if session.link is not None and not session.leaving:
             session.link.close(
                 Fenced(f"{session.writer} incarnation {session.incarnation} was evicted: {reason}")
             )
         await self._eviction.fence_out(
-            session, succeeded=lambda: self._newest.get(session.node, 0) > session.incarnation
+            session,
+            succeeded=lambda: session.leaving or self._newest.get(session.node, 0) > session.incarnation,
         )
         await self._batches.run(lambda: self._forget(session))
         self._evicted[session.node] = max(
@@ -163,7 +173,7 @@ class SessionDesk:
         assert self.leases is not None
         self.leases.end_session(session.key)
         self._evictions.pop(session).set()
-        log.warning("evicted %s, incarnation %d", session.writer, session.incarnation)
+        log.log(level, "evicted %s, incarnation %d", session.writer, session.incarnation)
 
     def _forget(self, session: Session) -> None:
         """In a batch: who was evicted stays evicted, also for the next coordinator."""

@@ -43,13 +43,14 @@ class ReplyStore(Protocol):
 @dataclass(slots=True, eq=False)
 class Session:
     """`id`: in the database. `reclaimed`: it has said all that it holds. `ended`: evicted or being
-    evicted."""
+    evicted. `leaving`: it ends by its own wish, and does nothing any more."""
 
     id: int
     key: SessionKey
     link: SessionLink | None = None
     reclaimed: bool = False
     ended: bool = False
+    leaving: bool = False
     last_answer: float = field(default_factory=trio.current_time)  # when it was last told anything
     unreachable_since: float = field(default_factory=trio.current_time)  # meaningful while there is no link
     connected: trio.Event = field(default_factory=trio.Event)  # set while there is a link

@@ -217,6 +217,27 @@ async def test_a_mount_that_starts_anew_replaces_its_earlier_self(tmp_path):
             await second.acquire(ino, WRITE)
 
 
+async def test_a_mount_that_says_goodbye_leaves_nothing_that_anybody_waits_for(tmp_path):
+    async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        await first.write(ino, block_of("last words"))
+        await first.call("goodbye")
+        assert await first.call("slabs", ids=[]) == []
+        with pytest.raises(Fenced):
+            await first.call("lookup", parent=1, name=b"file")
+        first.link.close()
+        with trio.fail_after(1):
+            assert await second.read(ino, 1) == block_of("last words")
+        assert [row["node"] for row in (await second.call("volume_status"))["sessions"]] == ["n2"]
+        marks = [server.service.marks.of_writer(VOLUME, "mount/n1") for server in cluster.servers.values()]
+        assert not any(marks)
+        await cluster.kill_host(next(name for name, host in cluster.hosts.items() if NAME in host.owned))
+        with pytest.raises(Fenced), trio.fail_after(5):
+            await first.connect()
+        assert await (await cluster.mount("n1", incarnation=2)).read(ino, 1) == block_of("last words")
+
+
 async def test_the_sessions_of_a_dead_node_are_evicted_at_once(tmp_path):
     async with cluster_of(tmp_path) as cluster:
         first, second = await cluster.mount("n3"), await cluster.mount("n2")

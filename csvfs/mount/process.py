@@ -225,6 +225,7 @@ class MountProcess:
                 for first in range(0, len(held), RELEASE_BATCH):
                     items = [[ino, LEASE_NONE] for ino in held[first : first + RELEASE_BATCH]]
                     await session.call("release", {"items": items})
+                await session.call("goodbye", {})
             except CsvfsError as error:
                 log.info("leases not given back, they will be recalled: %s", error)
 
