@@ -12,7 +12,7 @@ import trio
 
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
-from coordinator.restoration import Census, restore, strays, take_census
+from coordinator.restoration import Census, forget_lost_copies, restore, strays, take_census
 from coordinator.resync import Resync
 from coordinator.session_desk import SessionDesk
 from coordinator.slab_changes import SlabChanges
@@ -144,6 +144,7 @@ class MembershipReactions:
         unsettled = 0
         for changes in self._books:
             unsettled += len(await restore(changes, census))
+            await forget_lost_copies(changes, census)
             self._resync.add(changes, census.node_of)
         await self._delete_strays(census)
         return bool(unsettled) or any(

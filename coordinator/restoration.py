@@ -20,7 +20,7 @@ from coordinator.slab_changes import SLABS_PER_CHANGE_MAX, SlabChanges
 from csvfs.block import slab_state
 from csvfs.errors import CsvfsError, Fenced, NotFound
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
-from csvfs.wire.block_messages import ROLE_JOINING, SlabDescriptor
+from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_JOINING, SlabDescriptor
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,35 @@ async def _carry_out(changes: SlabChanges, judgements: dict[SlabId, Judgement]) 
     changes.unsettle(changed)
     failures = await changes.settle(changed)
     return [slab for slab in judgements if slab in failures or slab not in changed]
+
+
+async def forget_lost_copies(changes: SlabChanges, census: Census) -> None:
+    """Absent members whose copy is not on their drive any more (it was formatted anew): they get a new one, in full.
+
+    A copy that was created after the census counts as lost too, which only costs its copying. Raises Fenced.
+    """
+    lost: dict[SlabId, list[DriveId]] = {}
+    for descriptor in changes.book.all():
+        copies = census.copies.get(descriptor.slab, {})
+        for member in descriptor.members:
+            is_there = member.drive not in census.node_of or member.drive in copies
+            if member.role == ROLE_ABSENT and member.since != slab_state.SINCE_UNKNOWN and not is_there:
+                lost.setdefault(descriptor.slab, []).append(member.drive)
+    slabs = list(lost)
+    for start in range(0, len(slabs), SLABS_PER_CHANGE_MAX):
+        part = slabs[start : start + SLABS_PER_CHANGE_MAX]
+        outcome = await changes.book.change(part, lambda d: _without_history(d, lost[d.slab]))
+        changed = [slab for slab, result in outcome.items() if not isinstance(result, CsvfsError)]
+        await changes.settle(changed)
+        log.warning("%d slabs have lost copies on drives that are there: they are made anew", len(changed))
+
+
+def _without_history(descriptor: SlabDescriptor, drives: Iterable[DriveId]) -> SlabDescriptor:
+    absent = {member.drive for member in descriptor.members if member.role == ROLE_ABSENT}
+    for drive in drives:
+        if drive in absent:
+            descriptor = slab_state.forget_history(descriptor, drive)
+    return descriptor
 
 
 def strays(

@@ -51,17 +51,22 @@ class TestCluster:
         await self.store.put("cluster", pack_value({"id": CLUSTER, "name": "test"}))
         await self.store.put("pool", pack_value({"id": POOL, "name": "pool", "slab_size": SLAB_SIZE}))
         for name, server in self.servers.items():
-            with server.path.open("wb") as file:
-                file.truncate(DRIVE_SIZE)
-            format_drive(
-                str(server.path), drive_id=server.drive_id, pool_id=POOL, cluster_id=CLUSTER,
-                node=server.node, slab_size=SLAB_SIZE, label="",
-            )  # fmt: skip
+            self.format(name)
             await self.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1", "domain": name}))
             await self.store.put(f"drives/{server.drive_id.hex()}", pack_value({"node": name, "state": "ok"}))
             await self.start_node(name)
             await self.start_server(name)
         return self
+
+    def format(self, name: str) -> None:
+        """Its drive has nothing on it any more, but its id."""
+        server = self.servers[name]
+        with server.path.open("wb") as file:
+            file.truncate(DRIVE_SIZE)
+        format_drive(
+            str(server.path), drive_id=server.drive_id, pool_id=POOL, cluster_id=CLUSTER,
+            node=server.node, slab_size=SLAB_SIZE, label="",
+        )  # fmt: skip
 
     async def start_node(self, name: str) -> None:
         self.serving[name] = True

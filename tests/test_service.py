@@ -124,6 +124,24 @@ async def test_a_member_that_returns_is_copied_what_it_missed_and_joins(tmp_path
         assert cluster.copy("n3", slab).read_blocks(extent[3], 1)[1] == block_of("after")
 
 
+async def test_a_drive_that_was_formatted_anew_gets_all_its_copies_again(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        mount = await cluster.mount("n1")
+        ino = await mount.make(b"file")
+        await mount.write(ino, block_of("kept"))
+        service = await cluster.wait_serving()
+        await cluster.kill_server("n3")
+        await cluster.wait(lambda: all(len(slab.in_sync) == 2 for slab in service.changes.book.all()))
+        cluster.format("n3")
+        await cluster.start_server("n3")
+        await cluster.wait(lambda: all(len(slab.in_sync) == 3 for slab in service.changes.book.all()))
+        with trio.fail_after(10):
+            while any(len(descriptor.in_sync) < 3 for descriptor in await cluster.metadata_slabs()):
+                await trio.sleep(0.02)
+        extent = (await mount.acquire(ino, READ, 1))["extents"][0]
+        assert cluster.copy("n3", extent[2]).read_blocks(extent[3], 1)[1] == block_of("kept")
+
+
 async def test_the_last_copy_is_kept_when_all_drive_servers_start_anew(tmp_path):
     async with cluster_of(tmp_path) as cluster:
         mount = await cluster.mount("n1")
