@@ -91,6 +91,9 @@ class MemoryVolume:
         self.recalls[ino] = self.clock
         self.leases.pop(ino, None)
 
+    def may_answer(self, ino: int) -> bool:
+        return self.holds(ino) >= READ_LEASE
+
     def holds(self, ino: int) -> int:
         return self.leases.get(ino, 0)
 
@@ -160,6 +163,9 @@ class MemoryVolume:
 
     async def fsync(self, ino: int) -> None:
         self._inode(ino)
+
+    def flush_is_due(self, ino: int) -> bool:
+        return True
 
     async def flush(self, ino: int) -> None:
         self._inode(ino)

@@ -52,6 +52,7 @@ class Files(Leases, Protocol):
     def buffered_write(self, ino: int, offset: int, size: int) -> "Ending": ...
     async def fsync(self, ino: int) -> None: ...
     async def flush(self, ino: int) -> None: ...
+    def flush_is_due(self, ino: int) -> bool: ...
     def closed(self, ino: int, writing: bool) -> None: ...
     def forget(self, ino: int) -> None: ...
     async def statfs(self) -> dict[str, int]: ...
@@ -177,7 +178,7 @@ class Channel:
             abi.BATCH_FORGET: self._on_batch_forget,
             abi.RELEASE: self._on_release,
             abi.RELEASEDIR: self._on_release_directory,
-            abi.FLUSH: lambda unique, node, _: self._start(unique, self._then_ok, self._files.flush, node),
+            abi.FLUSH: self._on_flush,
             abi.FSYNC: lambda unique, node, _: self._start(unique, self._then_ok, self._files.fsync, node),
             abi.FSYNCDIR: lambda unique, _n, _: self._start(
                 unique, self._then_ok, self._names.fsync_directory
@@ -311,6 +312,12 @@ class Channel:
     def _forget(self, node: int, lookups: int) -> None:
         if self._relay.forget(node, lookups):
             self._files.forget(node)
+
+    def _on_flush(self, unique: int, node: int, _body: memoryview) -> None:
+        if self._files.flush_is_due(node):
+            self._start(unique, self._then_ok, self._files.flush, node)
+        else:
+            self._reply_errno(unique, 0)
 
     def _on_release(self, unique: int, node: int, body: memoryview) -> None:
         # The flags are those of the open: fcntl(2) does not change the access mode.

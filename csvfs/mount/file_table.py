@@ -95,6 +95,10 @@ class FileTable:
         state = self.leases.states.get(ino)
         return LEASE_NONE if state is None else state.lease
 
+    def may_answer(self, ino: int) -> bool:
+        """Whether what was learned under the lease on `ino` may be told now, without another await."""
+        return self.holds(ino) >= LEASE_READ and self._guard.serving()
+
     def granted(self, ino: int, kind: int, attr: list | None, asked: int, changed: bool = False) -> None:
         """A reply of the coordinator said so. Call before the next await after the reply.
 
@@ -233,11 +237,12 @@ class FileTable:
             await state.wait_writes()
             # One at a time: the second waits for what the first took over.
             async with state.flushing:
-                await self._flush_locked(state)
+                await self._flush_slabs(state)
+                await self._flush_metadata(state)
         finally:
             state.waiting -= 1
 
-    async def _flush_locked(self, state: FileState) -> None:
+    async def _flush_slabs(self, state: FileState) -> None:
         if state.failure is not None:
             raise state.failure
         slabs, state.dirty_slabs = state.dirty_slabs, {}
@@ -249,8 +254,11 @@ class FileTable:
                 if isinstance(error, CsvfsError) and not error.retryable:
                     state.failure = error
                 raise
+
+    async def _flush_metadata(self, state: FileState) -> None:
         # The time of the last write is not waited for: it is reported within `times_s`, as with lazytime. A
-        # commit per fsync would cost a database's log three more writes, on three nodes, for a number nobody reads.
+        # commit per fsync would cost a database's log three more writes, on three nodes, for a number that
+        # nobody reads.
         if state.metadata_dirty:
             state.metadata_dirty = False
             try:
@@ -259,11 +267,16 @@ class FileTable:
                 state.metadata_dirty = True
                 raise
 
+    def flush_is_due(self, ino: int) -> bool:
+        """False: `flush` would do nothing."""
+        state = self.leases.states.get(ino)
+        return state is not None and state.times_dirty
+
     async def flush(self, ino: int) -> None:
         """close(2), or a time about to be set by hand: report the time of the last write if it is not known
         yet."""
-        state = self.leases.states.get(ino)
-        if state is not None and state.times_dirty:
+        if self.flush_is_due(ino):
+            state = self.leases.states[ino]
             await state.wait_writes()
             await self._writes.commit_times(state)
 
@@ -274,11 +287,12 @@ class FileTable:
             self._nursery.start_soon(self._settle, state)
 
     async def _settle(self, state: FileState) -> bool:
-        """Flush what nobody asked to be flushed; whether nothing is left."""
+        """Flush data that nobody asked to be flushed; whether nothing is left. An fsync elsewhere has the
+        coordinator flush what leads to it."""
         try:
             async with state.flushing:
                 if state.dirty_slabs and state.failure is None:
-                    await self._flush_locked(state)
+                    await self._flush_slabs(state)
         except CsvfsError as error:
             log.warning("flush of inode %d behind its last use: %s", state.ino, error)
             return not error.retryable

@@ -24,6 +24,7 @@ from csvfs.errors import Exists
 from csvfs.mount import fuse_abi
 from csvfs.mount.errno_border import fuse_errors
 from csvfs.mount.file_state import CTIME, MODE
+from csvfs.mount.known_names import KnownNames
 from csvfs.mount.relay import LEASE_READ, LEASE_WRITE
 
 READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
@@ -42,6 +43,7 @@ class Table(Protocol):
     def stamp(self) -> int: ...
     def recalled_since(self, ino: int, stamp: int) -> bool: ...
     def holds(self, ino: int) -> int: ...
+    def may_answer(self, ino: int) -> bool: ...
     def granted(self, ino: int, kind: int, attr: Attr, asked: int, changed: bool = False) -> None: ...
     def changed(
         self, ino: int, asked: int, time_ns: int | None, *, entries: bool = False, links: int | None = 0
@@ -91,6 +93,13 @@ def directory_entry(ino: int) -> EntryAttributes:
     return entry
 
 
+def absent_entry(name_leased: bool) -> EntryAttributes:
+    """Number 0: the kernel may remember that the name does not exist."""
+    entry = EntryAttributes()
+    entry.attr_timeout, entry.entry_timeout = 0, int(name_leased)
+    return entry
+
+
 class VolumeOperations(pyfuse3.Operations):
     """One volume's names and attributes. Errors become FUSEError; nothing else leaves a handler."""
 
@@ -104,6 +113,7 @@ class VolumeOperations(pyfuse3.Operations):
         self._table = table
         self._directories: dict[int, OpenDirectory] = {}
         self._next_handle = 1
+        self._known = KnownNames(table)
 
     async def _entry(
         self, reply: dict[str, Any], asked: int, directory: int | None = None, *, changed: bool = False
@@ -133,14 +143,13 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if self._known.is_absent(parent_inode, name):
+            return absent_entry(name_leased=True)
         asked = self._table.stamp()
         reply = await self._session.call("lookup", {"parent": parent_inode, "name": name})
         if reply["attr"] is None:
             self._table.granted_directory(parent_inode, reply["dir_lease"])
-            absent = EntryAttributes()  # st_ino 0: the kernel may remember that the name does not exist
-            absent.attr_timeout = 0
-            absent.entry_timeout = int(reply["dir_lease"] >= LEASE_READ)
-            return absent
+            return absent_entry(name_leased=reply["dir_lease"] >= LEASE_READ)
         return await self._entry(reply, asked, parent_inode)
 
     @fuse_errors
@@ -186,6 +195,7 @@ class VolumeOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         args = {"parent": parent, "name": name, "mode": mode, "uid": ctx.uid, "gid": ctx.gid}
         asked = self._table.stamp()
+        self._known.add(parent, name)
         reply = await self._session.call("make", {**args, "rdev": rdev, "target": target})
         # The directory got the time of what was made in it.
         made_ns = reply["attr"][CTIME]
@@ -201,7 +211,11 @@ class VolumeOperations(pyfuse3.Operations):
     @fuse_errors
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        return await self._make(parent_inode, name, mode, ctx)
+        asked = self._table.stamp()
+        entry = await self._make(parent_inode, name, mode, ctx)
+        if entry.attr_timeout:  # the reply gave the lease, too
+            self._known.made(entry.st_ino, asked)
+        return entry
 
     @fuse_errors
     async def symlink(
@@ -229,6 +243,7 @@ class VolumeOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         args = {"ino": inode, "parent": new_parent_inode, "name": new_name}
         asked = self._table.stamp()
+        self._known.add(new_parent_inode, new_name)
         reply = await self._session.call("link", args)
         self._table.changed(new_parent_inode, asked, reply["attr"][CTIME], entries=True)
         return await self._entry(reply, asked, new_parent_inode, changed=True)
@@ -245,6 +260,9 @@ class VolumeOperations(pyfuse3.Operations):
         args = {"parent": parent, "name": name, "directory": directory}
         asked = self._table.stamp()
         reply = await self._session.call("unlink", args)
+        self._known.discard(parent, name)
+        if directory:
+            self._known.forget(reply["ino"])
         time_ns = reply.get("time_ns")
         self._table.changed(reply["ino"], asked, time_ns, links=-2 if directory else -1)
         self._table.changed(parent, asked, time_ns, entries=True, links=-int(directory))
@@ -266,7 +284,10 @@ class VolumeOperations(pyfuse3.Operations):
         args = {"parent": parent_inode_old, "name": name_old}
         args |= {"new_parent": parent_inode_new, "new_name": name_new, "flags": flags}
         asked = self._table.stamp()
+        self._known.add(parent_inode_new, name_new)
         reply = await self._session.call("rename", args)
+        if not flags & pyfuse3.RENAME_EXCHANGE:
+            self._known.discard(parent_inode_old, name_old)
         time_ns = reply.get("time_ns")
         self._table.changed(reply["ino"], asked, time_ns)
         self._table.set_parent(reply["ino"], parent_inode_new)

@@ -1,0 +1,125 @@
+"""Directories made here: what is not in them is known without asking."""
+
+import errno
+import os
+
+import pytest
+from pyfuse3 import FUSEError
+
+from csvfs.errors import TimedOut
+from csvfs.mount import known_names
+from csvfs.mount.known_names import KnownNames
+from csvfs.mount.operations import VolumeOperations
+from tests.memory_volume import MemoryVolume
+from tests.test_operations import CONTEXT, ROOT
+
+
+@pytest.fixture
+def volume() -> MemoryVolume:
+    return MemoryVolume()
+
+
+@pytest.fixture
+def operations(volume: MemoryVolume) -> VolumeOperations:
+    return VolumeOperations(volume, volume)
+
+
+async def make_directory(operations: VolumeOperations) -> int:
+    return int((await operations.mkdir(ROOT, b"d", 0o755, CONTEXT)).st_ino)
+
+
+async def finds(operations: VolumeOperations, directory: int, name: bytes) -> int:
+    return int((await operations.lookup(directory, name, CONTEXT)).st_ino)
+
+
+async def test_names_that_are_not_in_a_directory_made_here_are_answered_without_a_call(
+    operations: VolumeOperations, volume: MemoryVolume
+) -> None:
+    directory = await make_directory(operations)
+    volume.calls.clear()
+    entry = await operations.lookup(directory, b"f", CONTEXT)
+    assert (entry.st_ino, entry.entry_timeout, volume.calls) == (0, 1, [])
+    _, made = await operations.create(directory, b"f", 0o600, os.O_RDWR, CONTEXT)
+    assert await finds(operations, directory, b"f") == made.st_ino
+    assert volume.calls == ["make", "lookup"]
+
+
+async def test_every_way_a_name_comes_and_goes_is_followed(
+    operations: VolumeOperations, volume: MemoryVolume
+) -> None:
+    directory = await make_directory(operations)
+    _, file = await operations.create(directory, b"a", 0o600, os.O_RDWR, CONTEXT)
+    await operations.rename(directory, b"a", directory, b"b", 0, CONTEXT)
+    await operations.link(file.st_ino, directory, b"c", CONTEXT)
+    await operations.symlink(directory, b"s", b"target", CONTEXT)
+    await operations.mkdir(directory, b"e", 0o700, CONTEXT)
+    await operations.rename(directory, b"c", directory, b"s", 2, CONTEXT)
+    for name in (b"b", b"c", b"s", b"e"):
+        assert await finds(operations, directory, name) == volume.inodes[directory].entries[name]
+    await operations.unlink(directory, b"b", CONTEXT)
+    await operations.rmdir(directory, b"e", CONTEXT)
+    volume.calls.clear()
+    for name in (b"a", b"b", b"e"):
+        assert await finds(operations, directory, name) == 0
+    assert volume.calls == []
+
+
+async def test_after_a_recall_the_coordinator_is_asked(
+    operations: VolumeOperations, volume: MemoryVolume
+) -> None:
+    """Another node has made a file there."""
+    directory = await make_directory(operations)
+    volume.recall(directory)
+    ino = volume.call_make(directory, b"theirs", 0o100644, 0, 0, 0, None)["attr"][0]
+    volume.granted_directory(directory, 2)
+    assert await finds(operations, directory, b"theirs") == ino
+
+
+async def test_a_file_whose_making_was_not_answered_is_asked_for(
+    operations: VolumeOperations, volume: MemoryVolume
+) -> None:
+    directory = await make_directory(operations)
+
+    def lose_answer(name: str, args: dict) -> None:
+        if name == "make":
+            raise TimedOut("no answer")
+
+    volume.before_reply = lose_answer
+    with pytest.raises(FUSEError) as caught:
+        await operations.create(directory, b"f", 0o600, os.O_RDWR, CONTEXT)
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert await finds(operations, directory, b"f") == volume.inodes[directory].entries[b"f"]
+
+
+async def test_a_node_that_may_not_serve_asks(operations: VolumeOperations, volume: MemoryVolume) -> None:
+    directory = await make_directory(operations)
+    volume.may_answer = lambda ino: False  # type: ignore[method-assign]
+    volume.calls.clear()
+    assert await finds(operations, directory, b"f") == 0
+    assert volume.calls == ["lookup"]
+
+
+async def test_a_name_that_is_too_long_is_left_to_the_coordinator(
+    operations: VolumeOperations, volume: MemoryVolume
+) -> None:
+    directory = await make_directory(operations)
+    volume.calls.clear()
+    await finds(operations, directory, b"x" * 256)
+    assert volume.calls == ["lookup"]
+
+
+def test_knowledge_is_bounded_and_the_oldest_directory_goes_first(
+    volume: MemoryVolume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_names, "NAMES_MAX", 10)
+    known = KnownNames(volume)
+    for directory in (5, 6):
+        volume.granted_directory(directory, 2)
+        known.made(directory, 0)
+    for number in range(8):
+        known.add(6, b"%d" % number)
+    assert known.is_absent(5, b"x") and known.is_absent(6, b"x")
+    known.add(6, b"one more")
+    assert not known.is_absent(5, b"x") and known.is_absent(6, b"x")
+    known.discard(6, b"one more")
+    assert known.is_absent(6, b"one more") and known._count == 9
