@@ -587,3 +587,56 @@ async def test_who_waits_too_long_for_the_right_to_serve_gets_an_error() -> None
         node.table._reads._io_timeout_s = 0.01
         with pytest.raises((LeaseLost, TimedOut)):
             await node.table.read(FILE, 0, BLOCK)
+
+
+# -- calls that are not made
+
+
+async def test_an_empty_file_is_truncated_to_nothing_and_written_with_one_call() -> None:
+    """open(O_TRUNC) of a file just made, a small write, close."""
+    async with cluster() as c:
+        file = c.coordinator.add_file(FILE)
+        node = c.node("n1")
+        c.coordinator.perform(
+            c.coordinator.table.finish(await c.coordinator.take(node.session.key, FILE, Need.WRITE))
+        )
+        node.table.granted(FILE, 3, file.attr(), 0)
+        attr = await node.table.truncate(FILE, {"size": 0, "mtime_ns": 5555})
+        assert (attr[6], attr[9]) == (0, 5555) and c.coordinator.calls == []
+        await node.write(FILE, 0, b"x" * BLOCK)
+        assert not node.table.flush_is_due(FILE)
+        await node.table.flush(FILE)
+        assert c.coordinator.names() == ["allocate"]
+        assert file.size == BLOCK and file.mtime > 5555
+
+
+async def test_a_time_set_by_an_empty_truncation_is_reported() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.table.truncate(FILE, {"size": BLOCK * 4, "mtime_ns": 5555})
+        assert node.table.flush_is_due(FILE)
+        await node.table.flush(FILE)
+        assert c.coordinator.names() == ["commit"] and c.coordinator.files[FILE].mtime == 5555
+
+
+async def test_a_truncation_that_also_changes_other_things_asks_the_coordinator() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.table.truncate(FILE, {"size": BLOCK * 4, "mtime_ns": 5555, "mode": 0o600})
+        assert c.coordinator.names() == ["setattr"]
+
+
+async def test_a_file_emptied_is_written_anew_without_asking_where_nothing_lies() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.table.truncate(FILE, {"size": 0, "mtime_ns": 1})
+        await node.write(FILE, 0, b"x" * BLOCK)
+        assert c.coordinator.names() == ["setattr", "allocate"]
+
+
+async def test_what_nobody_wants_flushed_goes_to_the_drives_alone() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.table.forget(FILE)
+        await node.table.release_unused()
+        assert node.bus.flushed and "fsync" not in c.coordinator.names()

@@ -296,6 +296,7 @@ class Leases:
         """From now on nothing is held: not by a recall, but because it may be somebody else's already."""
         state.lease = LEASE_NONE
         state.attr = None
+        state.metadata_dirty = True
         state.times_dirty = False
         state.extents.clear()
         state.tail_zero = -1

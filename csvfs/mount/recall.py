@@ -207,6 +207,7 @@ class Recaller:
         if state.lease < LEASE_READ:
             state.extents.clear()
             state.attr = None
+            state.metadata_dirty = True  # others may change it now
         state.tail_zero = -1
         self._leases.mark_recalled(state.ino)
         self._notifier.invalidate_attr(state.ino)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from csvfs.errors import CsvfsError
-from csvfs.mount.file_state import LEASE_WRITE, SIZE, FileState
+from csvfs.mount.file_state import BLOCKS, LEASE_WRITE, SIZE, FileState
 from csvfs.mount.leases import Coordinator, Leases
 from csvfs.mount.write_path import GAP_BLOCKS_MAX, WritePath
 from csvfs.units import BLOCK_SIZE
@@ -42,6 +42,8 @@ class Truncation:
         Cancel  as Unavailable.
         """
         state = self._leases.state(ino)
+        if self._changes_nothing(state, changes) and self._writes.touch(state, changes["mtime_ns"]):
+            return state.attributes()
         state.waiting += 1
         state.truncations += 1
         try:
@@ -55,6 +57,16 @@ class Truncation:
         finally:
             state.truncations -= 1
             state.waiting -= 1
+
+    def _changes_nothing(self, state: FileState, changes: dict[str, Any]) -> bool:
+        """But the time of the last write: an empty file opened with O_TRUNC, mostly."""
+        return (
+            changes["size"] == state.size
+            and state.attr is not None
+            and not state.stale
+            and not state.tail.locked()
+            and all(changes.get(name) is None for name in ("mode", "uid", "gid", "atime_ns"))
+        )
 
     async def _prepare(self, state: FileState, size: int) -> int:
         """Leaves with `truncating` set, nothing under way, zeros behind the end; returns the size before."""
@@ -116,6 +128,7 @@ class Truncation:
             state.tail_zero = -1
             end = -(-attr[SIZE] // BLOCK_SIZE)
             state.extents.forget(end)
-            if attr[SIZE] < before and not self._leases.recalled_since(state.ino, stamp):
-                state.extents.learn(end, BLOCKS_MAX - end, ())  # it gave up all of it
+            gave_up = attr[SIZE] < before or attr[BLOCKS] == 0
+            if gave_up and not self._leases.recalled_since(state.ino, stamp):
+                state.extents.learn(end, BLOCKS_MAX - end, ())  # all that was behind the new end
         return list(attr)

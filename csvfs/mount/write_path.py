@@ -147,11 +147,21 @@ class WritePath:
         file_io.write(self._bus, pieces, data, write.landed)
         return True
 
-    def _touched(self, state: FileState, offset: int, size: int, write_flags: int) -> None:
-        state.mtime_ns = _time_ns()
+    def touch(self, state: FileState, mtime_ns: int) -> bool:
+        """Set the time of the last write, as one that writes nothing does. False: not without waiting."""
+        if not state.writable or not self._serving():
+            return False
+        self._set_time(state, mtime_ns)
+        return True
+
+    def _set_time(self, state: FileState, mtime_ns: int) -> None:
+        state.mtime_ns = mtime_ns
         if not state.times_dirty:
             state.times_dirty = True
             self._timed[state] = None
+
+    def _touched(self, state: FileState, offset: int, size: int, write_flags: int) -> None:
+        self._set_time(state, _time_ns())
         if state.taint is not None and not write_flags & FUSE_WRITE_CACHE:
             state.taint.append((offset, size))
 
