@@ -52,6 +52,8 @@ from csvfs.wire.frames import Frame, Kind
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+RETRY_S_MAX = 5.0  # what fails whoever tries it must not make the volume hop between the hosts many times a second
+SOUND_S = 30.0  # a service that ran so long counts as no failure to start
 ELECTION_INTERVAL_S = 2.0  # a look without occasion
 LIVENESS_INTERVAL_S = 0.1
 MOVE_PATIENCE_S = 10.0  # a preferred node that does not take the volume is not moved to again before this
@@ -66,6 +68,7 @@ class OwnedVolume:
         self.scope = trio.CancelScope()
         self.service: Service | None = None
         self.finished = False
+        self.taken_at = trio.current_time()
 
 
 class Host:
@@ -108,6 +111,7 @@ class Host:
         self._rng = rng or Random()
         self.owned: dict[str, OwnedVolume] = {}
         self._moved_at: dict[str, float] = {}
+        self._retry_s: dict[str, float] = {}  # volume -> the pause after its next failure here
         self._service_of: dict[Link, Service] = {}  # links of sessions
         self._nursery: trio.Nursery | None = None
 
@@ -236,6 +240,7 @@ class Host:
 
     async def _keep(self, owned: OwnedVolume) -> None:
         """Do what the volume's state asks for, until it is somebody else's."""
+        has_failed = False
         try:
             with owned.scope:
                 await self._work_on(owned)
@@ -245,17 +250,28 @@ class Host:
             raise
         except* CsvfsError as group:
             log.error("volume %s: %s", owned.name, leaves(group)[0])
+            has_failed = True
         except* Exception:
             log.exception("volume %s: its coordinator failed in a way nobody planned for", owned.name)
+            has_failed = True
         finally:
             owned.service = None
             owned.finished = True
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await self._give_up(owned)
             try:
-                await trio.sleep(RETRY_S)  # what failed at once would fail at once again
+                await trio.sleep(self._pause_s(owned, has_failed))  # what failed would fail at once again
             finally:
                 self.owned.pop(owned.name, None)
+
+    def _pause_s(self, owned: OwnedVolume, has_failed: bool) -> float:
+        """Before the volume is taken here again: RETRY_S, doubled with every failure, up to RETRY_S_MAX."""
+        if not has_failed or trio.current_time() - owned.taken_at >= SOUND_S:
+            self._retry_s.pop(owned.name, None)
+            return RETRY_S
+        pause_s = self._retry_s.get(owned.name, RETRY_S)
+        self._retry_s[owned.name] = min(2 * pause_s, RETRY_S_MAX)
+        return pause_s
 
     async def _give_up(self, owned: OwnedVolume) -> None:
         try:

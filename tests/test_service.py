@@ -2,6 +2,7 @@
 
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import trio
@@ -447,3 +448,21 @@ async def test_B1_errors_wait_too(tmp_path):
             assert errors == []
             bus.let_go()
         assert errors == ["told"]
+
+
+async def test_a_volume_whose_coordinator_fails_is_tried_at_growing_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.host.RETRY_S", 0.02)
+    monkeypatch.setattr("coordinator.host.RETRY_S_MAX", 0.1)
+    async with cluster_of(tmp_path) as cluster:
+        tries = []
+
+        async def fail(*args, **kwargs):
+            tries.append(trio.current_time())
+            raise TypeError("a bug")
+
+        host = cluster.hosts["n1"]
+        host._serve = fail
+        host.owned[NAME].scope.cancel()
+        await cluster.wait(lambda: len(tries) == 6)
+        pauses = [after - before for before, after in pairwise(tries)]
+        assert all(pause >= least for pause, least in zip(pauses, (0.02, 0.04, 0.08, 0.1, 0.1), strict=True))
