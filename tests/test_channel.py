@@ -27,6 +27,10 @@ class Names:
         self.closed_directories: list[int] = []
         self.set: list[tuple[int, bytes, bytes, int]] = []
         self.leased = True
+        self.absent: set[tuple[int, bytes]] = set()
+
+    def is_absent(self, parent: int, name: bytes) -> bool:
+        return (parent, name) in self.absent
 
     async def fsync_directory(self) -> None:
         await self.volume.call("fsync", {})
@@ -434,6 +438,34 @@ async def test_k1_attributes_are_cached_iff_leased(setting: Setting, opcode: int
         reply = await setting.pass_through(opcode, FILE, bytes(88), answer)
         assert abi.ATTR_VALID.unpack_from(reply, 16)[0] == expected
         assert reply[32:] == ATTR
+
+
+async def test_attributes_known_under_a_lease_are_answered_here(setting: Setting) -> None:
+    setting.volume.attributes_at_hand = True
+    setting.volume.leases = {FILE: READ_LEASE}
+    file = setting.volume.inodes[FILE]
+    file.mtime_ns, file.uid, file.rdev = -1_500_000_000, 1000, 0x103
+    setting.send(abi.GETATTR, 9, FILE, bytes(16))
+    reply = await setting.receive()
+    assert abi.OUT_HEADER.unpack_from(reply) == (len(reply), 0, 9)
+    assert abi.ATTR_VALID.unpack_from(reply, 16)[0] == CACHE_VALID_S
+    row = abi.ATTR.unpack_from(reply, 32)
+    assert row[:3] == (FILE, 5, 8) and row[9:] == (file.mode, 1, 1000, 0, 0x103, 4096, 0)
+    assert (row[4], row[7]) == ((1 << 64) - 2, 500_000_000)
+    setting.volume.leases = {}
+    answer = abi.ATTR_VALID.pack(0, 0) + bytes(4) + ATTR
+    assert (await setting.pass_through(abi.GETATTR, FILE, bytes(16), answer))[32:] == ATTR
+
+
+@pytest.mark.parametrize(("minor", "valid"), [(45, CACHE_VALID_S), (43, 0)])
+async def test_names_known_to_be_absent_are_answered_here(setting: Setting, minor: int, valid: int) -> None:
+    await setting.negotiate(minor)
+    setting.names.absent = {(DIRECTORY, b"none")}
+    setting.send(abi.LOOKUP, 9, DIRECTORY, b"none\0")
+    reply = await setting.receive()
+    assert abi.OUT_HEADER.unpack_from(reply) == (16 + abi.ENTRY_OUT_SIZE, 0, 9)
+    assert valid_s(reply) == (valid, 0) and abi.NODEID.unpack_from(reply, 16) == (0,)
+    assert setting.relay.lookups == {}
 
 
 async def test_k1_attributes_that_we_changed_meanwhile_are_not_cached(setting: Setting) -> None:

@@ -19,7 +19,7 @@ import trio
 from csvfs.errors import Unavailable
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount.errno_border import errno_of
-from csvfs.mount.relay import Leases, Relay
+from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
 from csvfs.net.engine import Engine
 from csvfs.units import KIB
 
@@ -50,6 +50,7 @@ class Files(Leases, Protocol):
     def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: Done) -> bool: ...
     async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None: ...
     def buffered_write(self, ino: int, offset: int, size: int) -> "Ending": ...
+    def getattr_nowait(self, ino: int) -> list[int] | None: ...
     async def fsync(self, ino: int) -> None: ...
     async def flush(self, ino: int) -> None: ...
     def flush_is_due(self, ino: int) -> bool: ...
@@ -61,6 +62,7 @@ class Files(Leases, Protocol):
 class Names(Protocol):
     """What the channel needs of the operations (csvfs/mount/operations.py) besides what pyfuse3 calls."""
 
+    def is_absent(self, parent: int, name: bytes) -> bool: ...
     async def fsync_directory(self) -> None: ...
     async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None: ...
     def close_directory(self, fh: int) -> None: ...
@@ -174,6 +176,8 @@ class Channel:
         refuse = self._refuse
         return {
             abi.WRITE: self._on_write,
+            abi.GETATTR: self._on_getattr,
+            abi.LOOKUP: self._on_lookup,
             abi.FORGET: self._on_forget,
             abi.BATCH_FORGET: self._on_batch_forget,
             abi.RELEASE: self._on_release,
@@ -298,6 +302,25 @@ class Channel:
 
     # ---- small requests answered here
 
+    def _on_getattr(self, unique: int, node: int, body: memoryview) -> None:
+        # K1 of relay.py: known under the lease, and nothing can come between this and the answer.
+        attr = self._files.getattr_nowait(node)
+        if attr is None:
+            self._forward(abi.GETATTR, unique, node, body)
+        else:
+            self._reply(unique, (abi.pack_attr_reply(unique, attr, CACHE_VALID_S),))
+
+    def _on_lookup(self, unique: int, node: int, body: memoryview) -> None:
+        if self._names.is_absent(node, bytes(body[:-1])):
+            valid_s = CACHE_VALID_S if self._relay.can_cache_entries else 0
+            self._reply(unique, (abi.pack_absent_reply(unique, valid_s),))
+        else:
+            self._forward(abi.LOOKUP, unique, node, body)
+
+    def _forward(self, opcode: int, unique: int, node: int, body: memoryview) -> None:
+        whole = memoryview(body.obj)[: abi.IN_HEADER.size + len(body)]
+        self._relay.forward(opcode, unique, node, whole)
+
     def _on_forget(self, _unique: int, node: int, body: memoryview) -> None:
         self._forget(node, abi.FORGET_IN.unpack_from(body)[0])  # expects no answer
 
@@ -344,8 +367,7 @@ class Channel:
             # The kernel asks before every buffered write, whether there is one to remove: there never is.
             self._reply_errno(unique, errno.ENODATA)
             return
-        header = abi.IN_HEADER.size
-        self._relay.forward(abi.GETXATTR, unique, node, memoryview(body.obj)[: header + len(body)])
+        self._forward(abi.GETXATTR, unique, node, body)
 
     # ---- replies
 

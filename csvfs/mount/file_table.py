@@ -152,20 +152,20 @@ class FileTable:
 
     # -- attributes ------------------------------------------------------------------------------
 
+    def getattr_nowait(self, ino: int) -> list | None:
+        """The attributes, if they are known under a lease of READ or more."""
+        state = self.leases.states.get(ino)
+        known = state is not None and state.lease >= LEASE_READ and state.attr is not None and not state.stale
+        return state.attributes() if state is not None and known and self._guard.serving() else None
+
     async def getattr(self, ino: int) -> list:
         """The attributes, by our lease where we have one, else as the coordinator says.
 
         Raises  NotFound; Unavailable, TimedOut after io_timeout_s. Cancel safe.
         """
-        state = self.leases.states.get(ino)
-        if (
-            state is not None
-            and state.lease >= LEASE_READ
-            and state.attr is not None
-            and not state.stale
-            and self._guard.serving()
-        ):
-            return state.attributes()
+        known = self.getattr_nowait(ino)
+        if known is not None:
+            return known
         asked = self.stamp()
         reply = await self._coordinator.call("getattr", {"ino": ino})
         self.granted(ino, reply["lease"], reply["attr"], asked)

@@ -45,6 +45,8 @@ assert (RELEASE_IN.size, FSYNC_IN.size, SETXATTR_IN.size, GETXATTR_IN.size) == (
 READDIR_SIZE_OFFSET = IN_HEADER.size + 16  # `size` of a fuse_read_in
 U32 = struct.Struct("=I")
 ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
+ATTR_BLOCK_SIZE = 4096  # st_blksize
+_U64 = (1 << 64) - 1
 ENTRY_VALID = struct.Struct("=QQII")  # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec
 ENTRY_VALID_OFFSET = 16  # in fuse_entry_out, after nodeid and generation
 ENTRY_OUT_SIZE = 40 + ATTR.size
@@ -148,6 +150,27 @@ def pack_statfs_reply(unique: int, figures: dict[str, int], block_size: int = 40
         block_size, figures["name_max"], block_size, 0, *(0,) * 6,
     )  # fmt: skip
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
+
+
+def pack_attr_reply(unique: int, attr: list[int], valid_s: int) -> bytes:
+    """`attr` as in PROTOCOL.md."""
+    ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, _ = attr
+    atime, atime_rest = divmod(atime_ns, 1_000_000_000)
+    mtime, mtime_rest = divmod(mtime_ns, 1_000_000_000)
+    ctime, ctime_rest = divmod(ctime_ns, 1_000_000_000)
+    body = ATTR.pack(
+        ino, size, blocks, atime & _U64, mtime & _U64, ctime & _U64, atime_rest, mtime_rest, ctime_rest,
+        mode, nlink, uid, gid, rdev & 0xFFFF_FFFF, ATTR_BLOCK_SIZE, 0,
+    )  # fmt: skip
+    header = OUT_HEADER.pack(OUT_HEADER.size + ATTR_OUT_SIZE, 0, unique)
+    return b"".join((header, ATTR_VALID.pack(valid_s, 0), bytes(4), body))
+
+
+def pack_absent_reply(unique: int, valid_s: int) -> bytes:
+    """To a LOOKUP: there is no such name, and the kernel may remember that for `valid_s`."""
+    header = OUT_HEADER.pack(OUT_HEADER.size + ENTRY_OUT_SIZE, 0, unique)
+    entry = bytes(ENTRY_VALID_OFFSET) + ENTRY_VALID.pack(valid_s, 0, 0, 0)
+    return header + entry.ljust(ENTRY_OUT_SIZE, b"\0")
 
 
 def pack_inval_inode(ino: int, offset: int, length: int) -> bytes:

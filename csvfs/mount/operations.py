@@ -141,9 +141,13 @@ class VolumeOperations(pyfuse3.Operations):
 
     # ---- attributes
 
+    def is_absent(self, parent: int, name: bytes) -> bool:
+        """Whether the name is known not to exist, without asking."""
+        return self._known.is_absent(parent, name)
+
     @fuse_errors
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        if self._known.is_absent(parent_inode, name):
+        if self.is_absent(parent_inode, name):
             return absent_entry(name_leased=True)
         asked = self._table.stamp()
         reply = await self._session.call("lookup", {"parent": parent_inode, "name": name})
