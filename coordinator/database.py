@@ -8,7 +8,8 @@ rollback, `settle` is told that a batch is committed.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Protocol
 
 import apsw
@@ -37,6 +38,7 @@ class Counters:
     slab_blocks: int = 0  # of all slabs
 
 
+_counter_values = attrgetter(*(field.name for field in fields(Counters)))  # astuple copies deeply, which takes 20 us
 _COUNTERS_READ = f"SELECT {', '.join(field.name for field in fields(Counters))} FROM counters WHERE id = 1"
 _COUNTERS_WRITE = f"INSERT OR REPLACE INTO counters VALUES(1{', ?' * len(fields(Counters))})"
 
@@ -158,7 +160,7 @@ class Database:
             if self._doom is not None:
                 raise self._doom
             self.flush()
-            values = astuple(self.counters)
+            values = _counter_values(self.counters)
             if values != self._counters_stored:
                 self.run(_COUNTERS_WRITE, values)
             self.run("COMMIT")

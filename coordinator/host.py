@@ -8,6 +8,7 @@ Survives   a kill at any instant: what it owned is in the cluster store and on d
            takes over.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -467,6 +468,8 @@ async def _cancel_on_signal(scope: trio.CancelScope) -> None:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Leases, inodes and replies live long and form no cycles: looking for garbage at every 700th object costs 7 %.
+    gc.set_threshold(10_000, 20, 50)
     try:
         trio.run(serve, load_config())
     except CsvfsError as error:

@@ -185,10 +185,12 @@ class SlabImage:
             raise NoSpace(
                 f"transaction exceeds the metadata log of {self.wal_blocks} blocks; use smaller batches"
             )
-        if self._wal_unread:
+        first, last = offset // BLOCK_SIZE, (end - 1) // BLOCK_SIZE
+        pieces = (first // _LOAD_BLOCKS, last // _LOAD_BLOCKS)
+        if last - first > _LOAD_BLOCKS or not self._wal_unread.isdisjoint(pieces):
             self._load_wal(offset, end)
         self._wal[offset:end] = data
-        for block in range(offset // BLOCK_SIZE, (end - 1) // BLOCK_SIZE + 1):
+        for block in range(first, last + 1):
             self._stretch[WAL_FIRST_BLOCK + block] = None
         self.wal_end = end
         self.wal_size = max(self.wal_size, end)
