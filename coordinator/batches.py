@@ -215,8 +215,7 @@ class Batches:
                 position = self._execute(batch)
                 self._log.when_durable(position, partial(self._answer, batch))
         except Exception as error:
-            self._failure = error
-            self._wanted.set()
+            self._fail(error)
 
     def _answer(self, batch: list[_Change], error: CsvfsError | None) -> None:
         if error is None and not self._may_serve():
@@ -227,7 +226,19 @@ class Batches:
                 self._unanswered.discard(change)
                 if error is not None:
                     change.error = error
-                change.done(change.value, change.error)
+                try:
+                    change.done(change.value, change.error)
+                except Exception as bug:  # its volume ends, not the engine that called us
+                    self._fail(bug)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
+        self._wanted.set()
+
+    @property
+    def has_failed(self) -> bool:
+        """True: `run_forever` is about to raise. What the metadata says may not be in the log."""
+        return self._failure is not None
 
     # -- one batch, synchronously ----------------------------------------------------------------
 

@@ -35,6 +35,26 @@ class NeedsChangedError(Conflict):
     """A name leads elsewhere than when leases were taken: the operation begins anew."""
 
 
+class NeedsSpaceError(Conflict):
+    """An allocation has to wait for `blocks` free blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(f"{blocks} blocks are missing")
+        self.blocks = blocks
+
+
+@dataclass(slots=True, eq=False)
+class Acquisition:
+    """`before`: the lease held when it was asked for."""
+
+    session: Session
+    ino: InodeNo
+    block: int
+    count: int
+    before: int
+    ticket: Ticket
+
+
 @dataclass(slots=True, eq=False)
 class Change:
     """A call that changes metadata, on its way. `looked_at`: applied_count of the batches, as of `needs`."""
@@ -166,24 +186,32 @@ class Dispatch:
 
     # -- layouts and leases ----------------------------------------------------------------------
 
-    async def acquire(self, session: Session, args: Args) -> Reply:
+    def begin_acquisition(self, session: Session, args: Args) -> Acquisition:
+        """A lease, maybe with a layout; its ticket may have to wait. Raises NotFound before anybody is asked
+        to give anything back, and as Leases.begin."""
         ino, kind = arguments.inode(args), arguments.number(args, "kind", OPEN, WRITE)
         block, count = arguments.number_or_zero(args, "block"), arguments.number_or_zero(args, "count")
         before = self._leases.table.held(session.key, ino)
-        self._metadata.getattr(ino)  # NotFound before anybody is asked to give anything back
-        ticket = await self._leases.take(session, {ino: _NEED_OF_KIND[kind]})
+        self._metadata.getattr(ino)
+        ticket = self._leases.begin(session, {ino: _NEED_OF_KIND[kind]})
+        return Acquisition(session, ino, block, count, before, ticket)
+
+    def acquired(self, wanted: Acquisition) -> Reply:
+        """Its ticket has been granted."""
+        session, ino = wanted.session, wanted.ino
         try:
             attr = self._metadata.getattr(ino)
             value: Value = {"attr": attr, "extents": [], "slabs": []}
-            if count:
-                self._add_layout(value, ino, block, count)
+            if wanted.count:
+                self._add_layout(value, ino, wanted.block, wanted.count)
         except NotFound:
-            self._leases.release(session, ino, before)
+            self._leases.release(session, ino, wanted.before)
             raise
         finally:
-            self._leases.finish(ticket)
-        serial = self._leases.table.serial(session.key, ino)
-        leases: dict[str, tuple[InodeNo, int | None]] = {"lease": (ino, serial)}
+            self._leases.finish(wanted.ticket)
+        leases: dict[str, tuple[InodeNo, int | None]] = {
+            "lease": (ino, self._leases.table.serial(session.key, ino))
+        }
         return Reply(value, leases, self._leases.other_writer(session, ino), self._log.position)
 
     def _add_layout(self, value: dict[str, Any], ino: InodeNo, block: int, count: int) -> None:
@@ -194,9 +222,9 @@ class Dispatch:
     def _descriptors(self, slabs: set[int]) -> list[list]:
         return [self._metadata.slab(slab).to_wire() for slab in sorted(slabs)]
 
-    async def allocate(self, session: Session, args: Args) -> Reply:
+    def allocate(self, session: Session, args: Args, done: ChangeDone) -> None:
         """Fill the holes of a range, in as many transactions as it takes; the last one is the one that
-        counts."""
+        counts. `done`: as of carry_out, or at once with NeedsSpaceError."""
         op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
         ino, block = arguments.inode(args), arguments.number(args, "block")
         count = arguments.number(args, "count", 1, ALLOCATE_BLOCKS_MAX)
@@ -210,28 +238,39 @@ class Dispatch:
             nonlocal missing, reached
             self._operations.check_holds(session.key, ino, WRITE)
             now_ns = self._operations.now_ns()
-            done = self._metadata.allocate(ino, start, end - start, size, mtime_ns, now_ns)
-            missing = done.missing
-            reached = start if missing else max(start, done.reached)
+            allocated = self._metadata.allocate(ino, start, end - start, size, mtime_ns, now_ns)
+            missing = allocated.missing
+            reached = start if missing else max(start, allocated.reached)
             if reached < end:
                 return None
             known = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)
-            extents = {extent.block: extent for extent in [*known, *done.extents]}
+            extents = {extent.block: extent for extent in [*known, *allocated.extents]}
             return {
-                "attr": done.attr,
-                "size": done.attr[_SIZE],
+                "attr": allocated.attr,
+                "size": allocated.attr[_SIZE],
                 "extents": [extents[first].to_wire() for first in sorted(extents)],
                 "slabs": self._descriptors({extent.slab for extent in extents.values()}),
             }
 
-        while True:
-            outcome = await self._batches.run(once(self._metadata, session, op, op_done, apply))
+        def durable(outcome: Outcome, error: CsvfsError | None) -> None:
+            nonlocal start
             self._slabs.note_use()
-            if outcome.reply is not None:
-                return Reply(outcome.reply)
-            start = reached
-            if missing:
-                await self._slabs.ensure_free(self._metadata.statfs().free_blocks + missing)
+            if error is not None:
+                done(None, error)
+            elif outcome.reply is not None:
+                done(Reply(outcome.reply), None)
+            elif missing:
+                done(None, NeedsSpaceError(missing))
+            else:
+                start = reached
+                self._batches.submit(transaction, None, durable)
+
+        transaction = once(self._metadata, session, op, op_done, apply)
+        self._batches.submit(transaction, None, durable)
+
+    async def make_space(self, blocks: int) -> None:
+        """After NeedsSpaceError, before the allocation begins anew. Raises NoSpace."""
+        await self._slabs.ensure_free(self._metadata.statfs().free_blocks + blocks)
 
     def release(self, session: Session, args: Args) -> Reply:
         for ino, kind in arguments.rows(args, "items", 2, RELEASE_ITEMS_MAX):

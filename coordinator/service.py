@@ -23,7 +23,7 @@ from coordinator import arguments
 from coordinator.arguments import Args
 from coordinator.batches import Batches
 from coordinator.cluster_facts import ClusterFacts
-from coordinator.dispatch import Change, Dispatch, NeedsChangedError
+from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedError, NeedsSpaceError
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
 from coordinator.health import Health
@@ -143,8 +143,7 @@ class Service:
         self._call_count = 0
         self._async_calls: dict[str, Callable[[Session, Args], Awaitable[Reply]]] = {
             "reclaim": self._reclaim,
-            "acquire": self.dispatch.acquire,
-            "allocate": self.dispatch.allocate,
+            "statfs": self._statfs_later,
             "slab_failed": self._slab_failed,
             "fsync": self._fsync,
             "goodbye": self._goodbye,
@@ -223,7 +222,7 @@ class Service:
             return
         try:
             if not self._serve_now(caller, args):
-                self._nursery.start_soon(self._serve, caller, args)
+                self._start_task(self._serve_later, caller, args)
         except CsvfsError as failure:
             self._answer_when_durable(caller, None, failure)
         except Exception:
@@ -237,13 +236,26 @@ class Service:
         if self.dispatch.is_change(name):
             self._start_change(caller, self.dispatch.begin_change(session, name, args))
             return True
-        if name == "statfs" and not self.slabs.spaces_known:
+        if name == "allocate":
+            self.dispatch.allocate(session, args, partial(self._allocated, caller, args))
+            return True
+        if name in self._async_calls and (name != "statfs" or not self.slabs.spaces_known):
             return False
-        plain = self._plain_calls.get(name)
-        reply = plain(session, args) if plain is not None else self.dispatch.question(session, name, args)
-        if reply is None or reply.writer is not None:
-            return False
-        self._answer_when_durable(caller, reply, None)
+        if name == "acquire":
+            wanted = self.dispatch.begin_acquisition(session, args)
+            if not wanted.ticket.granted:
+                self._start_task(self._wait_to_acquire, caller, wanted)
+                return True
+            reply: Reply | None = self.dispatch.acquired(wanted)
+        else:
+            plain = self._plain_calls.get(name)
+            reply = plain(session, args) if plain is not None else self.dispatch.question(session, name, args)
+        if reply is None:
+            raise BadRequest(f"call {name!r} is not served here")
+        if reply.writer is not None:
+            self._start_task(self._complete, caller, reply)
+        else:
+            self._answer_when_durable(caller, reply, None)
         return True
 
     def _answer_when_durable(self, caller: Caller, reply: Reply | None, error: CsvfsError | None) -> None:
@@ -251,52 +263,59 @@ class Service:
         position = self.log.position if reply is None else reply.position
         self.log.when_durable(position, lambda failure: self._answer(caller, reply, failure or error))
 
-    async def _serve(self, caller: Caller, args: Args) -> None:
-        """A call that has to wait."""
-        try:
-            if caller.name not in _EARLY_CALLS:
-                await self.desk.wait_open()
-            self._check_session(caller.session, caller.name)
-            if self.dispatch.is_change(caller.name):
-                change = self.dispatch.begin_change(caller.session, caller.name, args)
-                self._start_change(caller, change)
-                return
-            reply = await self._call(caller.session, caller.name, args)
-            await self.dispatch.complete(reply)
-            self._answer(caller, reply, None)
-        except CsvfsError as error:
-            self._answer_when_durable(caller, None, error)
-        except Exception:
-            self._report_bug(caller)
+    def _start_task(self, function: Callable[..., Awaitable[None]], caller: Caller, *args: Any) -> None:
+        """`function(caller, *args)` answers; what it raises is answered here."""
 
-    async def _call(self, session: Session, name: str, args: Args) -> Reply:
-        handler = self._async_calls.get(name)
-        if handler is not None:
-            return await handler(session, args)
-        if name == "statfs":
-            await self.slabs.wait_spaces()
-        plain = self._plain_calls.get(name)
-        reply = plain(session, args) if plain is not None else self.dispatch.question(session, name, args)
-        if reply is None:
-            raise BadRequest(f"call {name!r} is not served here")
-        return reply
+        async def run() -> None:
+            try:
+                await function(caller, *args)
+            except CsvfsError as error:
+                self._answer_when_durable(caller, None, error)
+            except Exception:
+                self._report_bug(caller)
+
+        if self._nursery is None:
+            self._answer(caller, None, NotCoordinator(f"volume {self.setup.name} takes no more calls now"))
+        else:
+            self._nursery.start_soon(run)
+
+    async def _serve_later(self, caller: Caller, args: Args) -> None:
+        """A call that has to wait."""
+        if caller.name not in _EARLY_CALLS:
+            await self.desk.wait_open()
+        self._check_session(caller.session, caller.name)
+        if not self._serve_now(caller, args):
+            await self._complete(caller, await self._async_calls[caller.name](caller.session, args))
+
+    async def _complete(self, caller: Caller, reply: Reply) -> None:
+        await self.dispatch.complete(reply)
+        self._answer(caller, reply, None)
+
+    async def _wait_to_acquire(self, caller: Caller, wanted: Acquisition) -> None:
+        await self.leases.wait(caller.session, wanted.ticket)
+        await self._complete(caller, self.dispatch.acquired(wanted))
+
+    async def _wait_to_change(self, caller: Caller, change: Change) -> None:
+        await self.leases.wait(caller.session, change.ticket)
+        self._start_change(caller, change)
+
+    async def _wait_to_allocate(self, caller: Caller, args: Args, blocks: int) -> None:
+        await self.dispatch.make_space(blocks)
+        self.dispatch.allocate(caller.session, args, partial(self._allocated, caller, args))
 
     def _start_change(self, caller: Caller, change: Change) -> None:
         if change.ticket.granted:
             self.dispatch.carry_out(change, partial(self._changed, caller, change))
-        elif self._nursery is None:
-            self._answer(caller, None, NotCoordinator(f"volume {self.setup.name} takes no more calls now"))
         else:
-            self._nursery.start_soon(self._wait_for_leases, caller, change)
+            self._start_task(self._wait_to_change, caller, change)
 
-    async def _wait_for_leases(self, caller: Caller, change: Change) -> None:
-        try:
-            await self.leases.wait(caller.session, change.ticket)
-            self._start_change(caller, change)
-        except CsvfsError as error:
-            self._answer(caller, None, error)
-        except Exception:
-            self._report_bug(caller)
+    def _allocated(
+        self, caller: Caller, args: Args, reply: Reply | None, error: CsvfsError | None
+    ) -> None:
+        if isinstance(error, NeedsSpaceError):
+            self._start_task(self._wait_to_allocate, caller, args, error.blocks)
+        else:
+            self._answer(caller, reply, error)
 
     def _changed(
         self, caller: Caller, change: Change, reply: Reply | None, error: CsvfsError | None
@@ -351,6 +370,8 @@ class Service:
             raise LeaseLost(
                 f"node {self.setup.node} has lost its lease; volume {self.setup.name} moves elsewhere"
             )
+        if self.batches.has_failed:
+            raise NotCoordinator(f"volume {self.setup.name} is given up by node {self.setup.node}")
 
     # -- calls that are not of one file ----------------------------------------------------------
 
@@ -389,6 +410,10 @@ class Service:
 
     def _statfs(self, session: Session, args: Args) -> Reply:
         return Reply(self.statfs(), position=self.log.position)
+
+    async def _statfs_later(self, session: Session, args: Args) -> Reply:
+        await self.slabs.wait_spaces()
+        return self._statfs(session, args)
 
     def _status(self, session: Session, args: Args) -> Reply:
         """Figures for people, who need them most when the log does not go on."""

@@ -6,7 +6,7 @@ import trio
 from coordinator.batches import Batches
 from coordinator.metadata_log import MetadataLog
 from coordinator.sessions import Outcome, Session, Sessions, once
-from csvfs.errors import Conflict, CsvfsError, Exists, Fenced, Unavailable
+from csvfs.errors import Conflict, CsvfsError, Exists, Fenced, LeaseLost, Unavailable
 from csvfs.ids import Incarnation, NodeName, SlabId
 from tests.metadata_members import SLAB_BLOCKS, TestVolume
 from tests.test_metadata_log import FakeBus
@@ -156,3 +156,36 @@ async def test_a_session_has_one_link_and_earlier_incarnations_are_told_apart():
     assert sessions.older_of(N1, Incarnation(4)) == [session]
     with pytest.raises(Fenced):
         sessions.check_newest(N1, Incarnation(2))
+
+
+async def test_changes_without_a_task_are_told_when_their_log_is_durable_or_that_it_never_will_be(parts):
+    told = []
+
+    def done(value, error):
+        told.append(error or value)
+
+    parts.batches.submit(lambda: 1, None, done)
+    parts.batches.submit(make(parts, b"a"), lambda value, error: told.append("executed"), done)
+    await parts.batches.run(lambda: None)
+    assert told[0] in (1, "executed") and len(told) == 3 and told[2]["attr"][2] == 1
+    parts.serving = False
+    parts.batches.submit(lambda: 2, None, done)
+    with pytest.raises(LeaseLost):
+        await parts.batches.run(lambda: None)
+    parts.batches.close(Unavailable("over"))
+    parts.batches.submit(lambda: 3, None, done)
+    assert [type(answer) for answer in told[3:]] == [LeaseLost, Unavailable]
+
+
+async def test_a_bug_in_an_answer_ends_the_batches_and_not_their_caller(parts, nursery):
+    def done(value, error):
+        raise KeyError("a bug")
+
+    fixture = Fixture()
+    async with trio.open_nursery() as inner:
+        inner.start_soon(fixture.answer_forever)
+        fixture.batches.submit(make(fixture, b"a"), None, done)
+        with pytest.raises(KeyError):
+            await fixture.batches.run_forever()
+        assert fixture.batches.has_failed
+        inner.cancel_scope.cancel()
