@@ -21,6 +21,7 @@ import trio
 from csvfs.errors import Corrupt
 from csvfs.mount import device
 from csvfs.mount.channel import Channel
+from csvfs.mount.direct import Direct
 from csvfs.mount.notify import KernelNotifier
 from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.relay import PYFUSE3_TASKS_MAX, Relay
@@ -76,7 +77,7 @@ async def mounted(path: Path) -> AsyncIterator[Mount]:
             relay = Relay(
                 engine, fd, volume, operations, on_failure=lambda _error: nursery.cancel_scope.cancel()
             )
-            channel = Channel(engine, fd, volume, operations, relay)
+            channel = Channel(engine, fd, volume, operations, relay, Direct(operations, relay))
             pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
             nursery.start_soon(engine.run_forever)
             nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)

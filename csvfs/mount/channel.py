@@ -12,12 +12,14 @@ import logging
 import os
 import select
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 import trio
 
 from csvfs.errors import Unavailable
 from csvfs.mount import fuse_abi as abi
+from csvfs.mount.direct import Direct
 from csvfs.mount.errno_border import errno_of
 from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
 from csvfs.net.engine import Engine
@@ -94,12 +96,22 @@ class _Write:
 class Channel:
     """One FUSE session. `ended` is set when the kernel has unmounted it."""
 
-    def __init__(self, engine: Engine, fd: int, files: Files, names: Names, relay: Relay) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        fd: int,
+        files: Files,
+        names: Names,
+        relay: Relay,
+        direct: Direct | None = None,
+    ) -> None:
+        """direct: what of the requests about names does not go through pyfuse3; None: nothing."""
         self._engine = engine
         self._fd = fd
         self._files = files
         self._names = names
         self._relay = relay
+        self._direct = direct
         self._nursery: trio.Nursery | None = None
         self._waiting = 0
         self._buffer = memoryview(bytearray(abi.REQUEST_SIZE_MAX))
@@ -174,7 +186,9 @@ class Channel:
     def _make_handlers(self) -> dict[int, Handler]:
         """By opcode; what is not here goes to pyfuse3."""
         refuse = self._refuse
+        direct = {} if self._direct is None else self._direct.by_opcode
         return {
+            **{opcode: partial(self._on_direct, opcode) for opcode in direct},
             abi.WRITE: self._on_write,
             abi.GETATTR: self._on_getattr,
             abi.LOOKUP: self._on_lookup,
@@ -316,6 +330,11 @@ class Channel:
             self._reply(unique, (abi.pack_absent_reply(unique, valid_s),))
         else:
             self._forward(abi.LOOKUP, unique, node, body)
+
+    def _on_direct(self, opcode: int, unique: int, node: int, body: memoryview) -> None:
+        assert self._direct is not None
+        whole = memoryview(body.obj)[: abi.IN_HEADER.size + len(body)]
+        self._start(unique, self._direct.prepare(opcode, node, whole))
 
     def _forward(self, opcode: int, unique: int, node: int, body: memoryview) -> None:
         whole = memoryview(body.obj)[: abi.IN_HEADER.size + len(body)]

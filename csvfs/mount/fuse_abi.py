@@ -9,8 +9,12 @@ Rule       sizes are asserted against the kernel's structs; a request is unpacke
 import os
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from csvfs.units import MIB
+
+if TYPE_CHECKING:
+    from pyfuse3 import EntryAttributes
 
 FUSE_MAJOR = 7
 FUSE_MINOR_MAX = 45  # the newest minor this module knows; the smaller of both sides' is spoken
@@ -37,6 +41,10 @@ FORGET_IN = struct.Struct("=Q")  # nlookup
 BATCH_FORGET_IN = struct.Struct("=II")  # count, dummy
 FORGET_ONE = struct.Struct("=QQ")  # nodeid, nlookup
 OPEN_IN = struct.Struct("=II")  # flags, open_flags; also the start of fuse_create_in
+CREATE_IN = struct.Struct("=IIII")  # flags, mode, umask, open_flags; then the name
+MKDIR_IN = struct.Struct("=II")  # mode, umask; then the name
+RENAME_IN = struct.Struct("=Q")  # new directory; then both names
+RENAME2_IN = struct.Struct("=QII")  # new directory, flags, padding; then both names
 RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 FSYNC_IN = struct.Struct("=QII")  # fh, fsync_flags, padding
 SETXATTR_IN = struct.Struct("=II")  # size, flags; then name, NUL, value (FUSE_SETXATTR_EXT is not negotiated)
@@ -164,6 +172,22 @@ def pack_attr_reply(unique: int, attr: list[int], valid_s: int) -> bytes:
     )  # fmt: skip
     header = OUT_HEADER.pack(OUT_HEADER.size + ATTR_OUT_SIZE, 0, unique)
     return b"".join((header, ATTR_VALID.pack(valid_s, 0), bytes(4), body))
+
+
+def pack_entry(entry: "EntryAttributes") -> bytes:
+    """A fuse_entry_out; its time-outs 1 or 0, for relay.py to complete."""
+    atime, atime_rest = divmod(entry.st_atime_ns, 1_000_000_000)
+    mtime, mtime_rest = divmod(entry.st_mtime_ns, 1_000_000_000)
+    ctime, ctime_rest = divmod(entry.st_ctime_ns, 1_000_000_000)
+    return b"".join((
+        NODEID.pack(entry.st_ino), NODEID.pack(entry.generation),
+        ENTRY_VALID.pack(int(entry.entry_timeout), int(entry.attr_timeout), 0, 0),
+        ATTR.pack(
+            entry.st_ino, entry.st_size, entry.st_blocks, atime & _U64, mtime & _U64, ctime & _U64,
+            atime_rest, mtime_rest, ctime_rest, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid,
+            entry.st_rdev & 0xFFFF_FFFF, ATTR_BLOCK_SIZE, 0,
+        ),
+    ))  # fmt: skip
 
 
 def pack_absent_reply(unique: int, valid_s: int) -> bytes:

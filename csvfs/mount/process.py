@@ -28,6 +28,7 @@ from csvfs.errors import BadRequest, CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.mount import device
 from csvfs.mount.channel import Channel
+from csvfs.mount.direct import Direct
 from csvfs.mount.file_table import FileTable
 from csvfs.mount.guard import Guard
 from csvfs.mount.notify import KernelNotifier
@@ -200,7 +201,7 @@ class MountProcess:
     ) -> None:
         operations = VolumeOperations(session, table)
         relay = Relay(self._engine, fd, table, operations, on_failure=self._fail)
-        channel = Channel(self._engine, fd, table, operations, relay)
+        channel = Channel(self._engine, fd, table, operations, relay, Direct(operations, relay))
         pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
         nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)
         device.mount(fd, self._mount_point, self._volume_name)

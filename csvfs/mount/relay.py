@@ -175,6 +175,19 @@ class Relay:
             self._unsent.popleft()
         self._engine.modify(self._socket.fileno(), select.EPOLLIN)
 
+    # ---- answers that do not come from pyfuse3 (direct.py)
+
+    def pending(self, opcode: int, node: int) -> Pending:
+        """A request that was read just now and will be answered by `answer`."""
+        return Pending(opcode, node, self._table.stamp())
+
+    def answer(self, unique: int, pending: Pending, body: bytes) -> None:
+        """As if pyfuse3 had replied `body`, of a request that succeeded."""
+        size = abi.OUT_HEADER.size + len(body)
+        given: list[int] = []
+        reply = memoryview(bytearray(abi.OUT_HEADER.pack(size, 0, unique) + body))
+        self._write(unique, self._patch(pending, reply, given), given)
+
     # ---- pyfuse3 -> kernel
 
     def _on_event(self, events: int) -> None:
