@@ -49,6 +49,7 @@ class Copy:
     slab: SlabId
     epoch: Epoch
     in_service: bool
+    contents_lost: bool = False  # its drive lost power, or a flush: see Drive.contents_lost
 
 
 class DriveControl:
@@ -194,7 +195,13 @@ class DriveControl:
         rows = await self.call(node, "list_slabs", {"drive": drive})
         try:
             return [
-                Copy(VolumeId(bytes(row[0])), SlabId(int(row[1])), Epoch(int(row[2])), bool(row[4]))
+                Copy(
+                    VolumeId(bytes(row[0])),
+                    SlabId(int(row[1])),
+                    Epoch(int(row[2])),
+                    bool(row[4]),
+                    bool(row[5]),
+                )
                 for row in rows
             ]
         except (IndexError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ import trio
 
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
-from coordinator.restoration import Census, forget_lost_copies, restore, strays, take_census
+from coordinator.restoration import PATIENCE_S, Census, forget_lost_copies, restore, strays, take_census
 from coordinator.resync import Resync
 from coordinator.session_desk import SessionDesk
 from coordinator.slab_changes import SlabChanges
@@ -52,6 +52,7 @@ class MembershipReactions:
         self._suspects: set[NodeName] = set()
         self._look_due = trio.Event()
         self._drop_due = trio.Event()
+        self._patience_ends = 0.0
         self._next_slab = 0  # ids from here on were given out by this coordinator
 
     def look_into(self, drives: Iterable[DriveId]) -> None:
@@ -65,6 +66,7 @@ class MembershipReactions:
         """Raises Fenced: another coordinator is at work."""
         self._next_slab = self._slabs.next_slab_id
         self._known = self._servers()
+        self._patience_ends = trio.current_time() + PATIENCE_S
         self._look_due.set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_forever)
@@ -140,7 +142,10 @@ class MembershipReactions:
     async def _restore(self) -> bool:
         """One census and what follows from it; True: it has to be done again."""
         nodes = self._facts.drive_nodes()
-        census = await take_census(self._control, self._facts, self._volume, nodes)
+        patience_over = trio.current_time() > self._patience_ends
+        census = await take_census(
+            self._control, self._facts, self._volume, nodes, patience_over=patience_over
+        )
         unsettled = 0
         for changes in self._books:
             unsettled += len(await restore(changes, census))

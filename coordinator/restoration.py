@@ -24,6 +24,10 @@ from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_JOINING, SlabDescriptor
 
 log = logging.getLogger(__name__)
 
+# How long copies that lost unflushed writes to a power cut wait for one that did not: longer than a server takes to
+# boot its services, shorter than an administrator's patience when that one is gone for good.
+PATIENCE_S = 60.0
+
 
 @dataclass(slots=True, frozen=True)
 class Judgement:
@@ -35,12 +39,19 @@ class Judgement:
 
 
 def judge(
-    descriptor: SlabDescriptor, serving: Collection[DriveId], returned: Collection[DriveId]
+    descriptor: SlabDescriptor,
+    serving: Collection[DriveId],
+    returned: Collection[DriveId],
+    lost: Collection[DriveId] = (),
+    *,
+    patience_over: bool = True,
 ) -> Judgement:
     """What to do with a slab of which some copies are on servers that have started anew.
 
     Args     serving: drives whose copy is in service. returned: drives that can be reached, with a copy that
-             is not in service. Members on drives in neither cannot be reached.
+             is not in service. Members on drives in neither cannot be reached. lost: drives whose node lost
+             power (or whose flush failed): they hold what was flushed, but maybe not all that was
+             acknowledged, so a copy on another drive is preferred, and waited for until patience_over.
     """
     in_sync = [member.drive for member in descriptor.in_sync]
     joining = {m.drive for m in descriptor.members if m.role == ROLE_JOINING and m.drive not in serving}
@@ -50,7 +61,11 @@ def judge(
     back = [drive for drive in in_sync if drive in returned]
     if not back:
         return Judgement()  # None of those that count is here: the slab waits for one.
-    return Judgement(frozenset(in_sync) - {back[0]} | joining, back[0])
+    whole = [drive for drive in back if drive not in lost]
+    if not whole and len(back) < len(in_sync) and not patience_over:
+        return Judgement()  # One that is still away may hold all that was acknowledged.
+    kept = (whole or back)[0]
+    return Judgement(frozenset(in_sync) - {kept} | joining, kept)
 
 
 @dataclass(slots=True)
@@ -60,6 +75,21 @@ class Census:
     copies: dict[SlabId, dict[DriveId, bool]] = field(default_factory=dict)  # drive -> in service
     nodes: dict[NodeName, Incarnation] = field(default_factory=dict)  # those that were asked
     node_of: dict[DriveId, NodeName] = field(default_factory=dict)
+    lost: set[DriveId] = field(default_factory=set)  # drives that may not hold all that was acknowledged
+    patience_over: bool = False
+
+    def judge(self, descriptor: SlabDescriptor) -> Judgement:
+        """See judge."""
+        slab = descriptor.slab
+        return judge(
+            descriptor, self.serving(slab), self.returned(slab), self.lost, patience_over=self.patience_over
+        )
+
+    def must_wait(self, descriptor: SlabDescriptor) -> bool:
+        """Copies are here, but none that may be chosen yet."""
+        slab = descriptor.slab
+        here = self.returned(slab).intersection(member.drive for member in descriptor.in_sync)
+        return bool(here) and not self.serving(slab) and self.judge(descriptor) == Judgement()
 
     def serving(self, slab: SlabId) -> set[DriveId]:
         return {drive for drive, in_service in self.copies.get(slab, {}).items() if in_service}
@@ -69,10 +99,15 @@ class Census:
 
 
 async def take_census(
-    control: DriveControl, facts: ClusterFacts, volume: VolumeId, nodes: Iterable[NodeName]
+    control: DriveControl,
+    facts: ClusterFacts,
+    volume: VolumeId,
+    nodes: Iterable[NodeName],
+    *,
+    patience_over: bool = True,
 ) -> Census:
     """Ask every node for the volume's copies; nodes that cannot be asked are left out. Raises Fenced."""
-    census = Census()
+    census = Census(patience_over=patience_over)
     for node in nodes:
         if facts.server(node) is None:
             continue
@@ -91,6 +126,8 @@ async def take_census(
                 census.node_of[drive] = node
                 for copy in copies:
                     if copy.volume == volume:
+                        if copy.contents_lost:
+                            census.lost.add(drive)
                         found.setdefault(copy.slab, {})[drive] = copy.in_service
         except Fenced:
             raise
@@ -111,7 +148,9 @@ async def restore(changes: SlabChanges, census: Census) -> list[SlabId]:
     unsettled: list[SlabId] = []
     part: dict[SlabId, Judgement] = {}
     for descriptor in changes.book.all():
-        judgement = judge(descriptor, census.serving(descriptor.slab), census.returned(descriptor.slab))
+        judgement = census.judge(descriptor)
+        if census.must_wait(descriptor):
+            unsettled.append(descriptor.slab)
         if judgement != Judgement():
             part[descriptor.slab] = judgement
         if len(part) >= SLABS_PER_CHANGE_MAX:

@@ -38,7 +38,9 @@ _CHECKED_FROM = 16
 assert _HEADER.size == 52  # FORMAT.md, "Metadata slabs"
 _crc64 = crcmod.predefined.mkPredefinedCrcFun("crc-64-we")
 
-RECENT_BLOCKS_MAX = 256  # 1 MiB
+# 64 MiB, as SQLite's cache. A checkpoint writes pages; the rest of their blocks has to be at hand, for it holds up
+# everything: whatever SQLite changes it has read before.
+RECENT_BLOCKS_MAX = 16_384
 _LOAD_BLOCKS = 64  # the WAL region is read from the members in pieces of this size, when first touched
 _PAGE_COUNT_OFFSET = 28  # of a SQLite database header: its size in pages, big-endian
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
@@ -71,7 +73,7 @@ class SlabImage:
         self.wal_blocks = wal_blocks
         self.database_block = WAL_FIRST_BLOCK + wal_blocks
         self._overlay: dict[int, bytes] = {}  # header and database blocks that the members lack
-        self._recent: dict[int, bytes] = {}  # read from the members and not written since: a block has several pages
+        self._recent: dict[int, bytes] = {}  # as the members have them
         self._log: list[LogEntry] = []
         self._behind_barrier = False  # something was written since the last barrier, taken or not
         # Writes since the last barrier or take_log. None: a WAL block; its bytes are taken at the end.
@@ -132,6 +134,7 @@ class SlabImage:
         for entry in entries:
             if isinstance(entry, LogWrite) and overlay.get(entry.block) is entry.data:
                 del overlay[entry.block]
+                self._remember(entry.block, entry.data)
 
     @property
     def overlay_blocks(self) -> int:
@@ -257,10 +260,13 @@ class SlabImage:
         data = self._overlay.get(block) or self._recent.get(block)
         if data is None:
             data = self._from_members(block, 1)
-            if len(self._recent) >= RECENT_BLOCKS_MAX:
-                del self._recent[next(iter(self._recent))]
-            self._recent[block] = data
+            self._remember(block, data)
         return data
+
+    def _remember(self, block: int, data: bytes) -> None:
+        if len(self._recent) >= RECENT_BLOCKS_MAX:
+            del self._recent[next(iter(self._recent))]
+        self._recent[block] = data
 
     def _from_members(self, block: int, count: int) -> bytes:
         data = bytes(self._read_blocks(block, count))

@@ -14,7 +14,7 @@ import trio
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.metadata import Metadata
-from coordinator.restoration import Census, restore, take_census
+from coordinator.restoration import PATIENCE_S, Census, restore, take_census
 from coordinator.slab_book import MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_image import ReadBlocks, SlabImage
@@ -38,9 +38,11 @@ async def secure_metadata_slabs(
     Raises   Fenced, NotCoordinator: a later term is at work.
     """
     delay_s = RETRY_S
+    patience_ends = trio.current_time() + PATIENCE_S
     while True:
         try:
-            await _secure_once(book, changes, control, facts, volume)
+            patience_over = trio.current_time() > patience_ends
+            await _secure_once(book, changes, control, facts, volume, patience_over)
             return
         except (Fenced, NotCoordinator):
             raise
@@ -51,11 +53,17 @@ async def secure_metadata_slabs(
 
 
 async def _secure_once(
-    book: MetadataBook, changes: SlabChanges, control: DriveControl, facts: ClusterFacts, volume: VolumeId
+    book: MetadataBook,
+    changes: SlabChanges,
+    control: DriveControl,
+    facts: ClusterFacts,
+    volume: VolumeId,
+    patience_over: bool,
 ) -> None:
     await book.load()
     nodes = sorted({member.node for descriptor in book.all() for member in descriptor.members})
-    census = await take_census(control, facts, volume, nodes)  # registers the term
+    # Registers the term.
+    census = await take_census(control, facts, volume, nodes, patience_over=patience_over)
     await restore(changes, census)
     _check_fenced(book, census)
     chunks: dict[SlabId, set[int]] = {slab: set() for slab in book.slabs}

@@ -160,9 +160,10 @@ class DriveCalls:
 
     def list_slabs(self, link: Link, args: dict[str, Any]) -> list[list[Any]]:
         served = self._drive(args)
+        drive = served.opened()
         return [
-            [copy.volume, copy.slab, copy.epoch, copy.role, copy in served.in_service]
-            for copy in served.opened().slabs()
+            [copy.volume, copy.slab, copy.epoch, copy.role, copy in served.in_service, drive.contents_lost]
+            for copy in drive.slabs()
         ]
 
     def locate(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
