@@ -1,11 +1,13 @@
 """Files mapped shared and writable on several nodes: stores that FUSE hears nothing of, until pages come back."""
 
+import errno
 import itertools
 
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csvfs.errors import CsvfsError
 from tests.mount_nodes import PAGE, CachingKernel, Cluster, Node, cluster
 
 FILE = 5
@@ -224,3 +226,29 @@ async def test_a_read_does_not_fill_a_page_with_what_a_write_under_way_replaces(
             assert content == []
             node.bus.let_go()
         assert content[0][:101] == b"n" * 100 + b"o"
+
+
+async def test_a_page_dirtied_under_a_lease_that_was_lost_is_not_written_over_what_others_wrote() -> None:
+    """A node that could not serve for a while: its pages are older than what the next holder wrote."""
+    async with cluster() as c:
+        await prepared(c)
+        (one, kernel), (two, _) = c.caching_node("n1"), c.caching_node("n2")
+        await one.table.open(FILE, writing=True)
+        await kernel.map_part(FILE, 0, 0, b"m" * HALF)
+        c.coordinator.perform(c.coordinator.table.end_session(one.session.key)[1])
+        await two.write(FILE, HALF, b"2" * HALF)
+        refused: list[CsvfsError] = []
+
+        async def write_back(ino: int, page: int) -> None:
+            try:
+                await one.write(ino, page * PAGE, kernel.dirty.pop((ino, page)), flags=1)
+            except CsvfsError as error:
+                refused.append(error)
+
+        kernel._write_back = write_back  # type: ignore[method-assign]
+        one.table.refused([FILE])
+        await settle()
+        assert [error.posix_errno for error in refused] == [errno.EIO]
+        assert await two.read(FILE, 0, PAGE) == b"o" * HALF + b"2" * HALF
+        await kernel.map_part(FILE, 0, 0, b"n" * HALF)
+        assert await two.read(FILE, 0, PAGE) == b"n" * HALF + b"2" * HALF

@@ -124,6 +124,7 @@ class FileState:
         "ino",
         "learned_at",
         "lease",
+        "lost",
         "metadata_dirty",
         "mtime_ns",
         "open_count",
@@ -160,6 +161,7 @@ class FileState:
         self.attr: list | None = None  # as the coordinator said last; see `attributes`
         self.changed_at = 0  # stamp of our last own change of attributes; see Leases.changed
         self.learned_at = 0  # stamp of the last reply that told them
+        self.lost = 0  # passes over pages whose lease was lost: what of them is dirty may be older than others' writes
         self.stale = False  # `attr` does not show an own change
         self.size = 0
         self.committed = 0  # size the coordinator knows
@@ -243,7 +245,7 @@ class FileState:
     def is_busy(self) -> bool:
         """Something is under way, or the kernel has it open: not to be released."""
         return bool(
-            self.open_count or self.waiting or self.writes or self.buffered or self.recall or self.truncations
+            self.open_count or self.waiting or self.lost or self.writes or self.buffered or self.recall or self.truncations
             or (self._locks and any(lock.locked() for lock in self._locks.values()))
         )  # fmt: skip
 

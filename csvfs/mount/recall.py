@@ -227,16 +227,20 @@ class Recaller:
         caches."""
         if not states:
             return
+        files = [state for state in states if not state.directory]
         for state in states:
             self._leases.lose(state)
             self._notifier.invalidate_attr(state.ino)
+        for state in files:
+            state.lost += 1
         self._notifier.increment_epoch()
-        self._nursery.start_soon(self._empty_lost, [s.ino for s in states if not s.directory])
+        self._nursery.start_soon(self._empty_lost, files)
 
-    async def _empty_lost(self, inos: list[int]) -> None:
-        log.warning("leases on %d files were lost; their cached pages are dropped", len(inos))
-        for ino in inos:
-            await self._notifier.invalidate_pages(ino, *WHOLE_FILE)
+    async def _empty_lost(self, files: list[FileState]) -> None:
+        log.warning("leases on %d files were lost; their cached pages are dropped", len(files))
+        for state in files:
+            await self._notifier.invalidate_pages(state.ino, *WHOLE_FILE)
+            state.lost -= 1
 
 
 class _Holds:

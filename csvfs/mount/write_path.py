@@ -13,6 +13,7 @@ Invariants
   trims them.
   W3  `size` grows after both; so a reader here never sees the new end with old bytes.
   W4  Write-back of mmapped pages never grows a file: what the kernel still holds beyond the end was cut off.
+  W5  Pages dirtied by mmap under a lease that was then lost are not written back.
 """
 
 import time
@@ -129,7 +130,7 @@ class WritePath:
     def _takes(self, state: FileState, write_flags: int) -> bool:
         """Whether a write with flags may go the fast way: write-back may while others are parked."""
         if write_flags & FUSE_WRITE_CACHE:
-            return True
+            return not state.lost
         return not write_flags & WRITE_APPEND and state.writable
 
     def _write_pieces(
@@ -180,6 +181,11 @@ class WritePath:
         cached = bool(write_flags & FUSE_WRITE_CACHE)
         append = bool(write_flags & WRITE_APPEND) and not cached
         state = self._leases.state(ino)
+        if cached and state.lost:
+            # Dirtied under a lease that was lost: others may have written there since. msync and fsync report it.
+            raise CsvfsError(
+                f"inode {ino}: the lease of pages written through mmap was lost before they were"
+            )
         token = object()
         state.waiting += 1
         try:
