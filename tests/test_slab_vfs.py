@@ -90,6 +90,24 @@ def test_pages_that_share_a_block_keep_each_other():
     assert members.read_blocks(image.database_block, 1)[:3000:1024] == b"AzC"
 
 
+def test_a_checkpoint_reads_nothing_from_the_members_but_the_first_of_a_successor():
+    """Whatever SQLite changes it has read before, from its file; or from the WAL that it found."""
+    volume = TestVolume()
+    with volume.batch() as metadata:
+        make_files(metadata, 0, 300)
+    metadata = volume.reopened()
+    image = metadata.image
+    metadata.checkpoint()
+    image.written(image.take_log())
+    reads = []
+    image._read_blocks = lambda block, count: reads.append(block)  # None: a read would fail
+    metadata.begin()
+    make_files(metadata, 300, 20)
+    metadata.commit()
+    metadata.checkpoint()
+    assert reads == [] and any(isinstance(entry, LogBarrier) for entry in image.take_log())
+
+
 def test_the_log_of_one_small_change_is_short():
     volume = TestVolume()
     with volume.batch() as metadata:
