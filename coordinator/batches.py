@@ -3,8 +3,8 @@ members.
 
 Place      coordinator floor; above metadata.py and metadata_log.py, below everything that changes metadata.
 Writer     `_execute_waiting` alone runs transactions: from the engine's task when changes have arrived or the
-           log has room again, from `run_forever` for changes of other tasks. A batch takes whatever waits; while its
-           log is on the way the next one is executed (group commit), up to BATCHES_IN_FLIGHT_MAX.
+           log has room again, from `run_forever` for changes of other tasks. A batch takes whatever waits;
+           while its log is on the way the next one is executed (group commit), up to BATCHES_IN_FLIGHT_MAX.
 
 Invariants
   I11  A change is executed once, or not at all if its caller gave up before that.

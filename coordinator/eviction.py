@@ -38,8 +38,8 @@ class Eviction:
     async def fence_out(self, session: Session, *, succeeded: Callable[[], bool]) -> None:
         """Returns when leases of the session may pass on.
 
-        Args     succeeded: whether the process is known to serve nothing any more, and need not be waited for:
-                 a later incarnation has introduced itself, or it has said goodbye.
+        Args     succeeded: whether the process is known to serve nothing any more, and need not be waited
+                 for: a later incarnation has introduced itself, or it has said goodbye.
         Raises   Fenced: this coordinator is over. Cancel safe: to be begun anew.
         """
         while True:

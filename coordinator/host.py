@@ -53,7 +53,7 @@ from csvfs.wire.frames import Frame, Kind
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
-RETRY_S_MAX = 5.0  # what fails whoever tries it must not make the volume hop between the hosts many times a second
+RETRY_S_MAX = 5.0  # what fails whoever tries it must not make the volume hop between hosts all the time
 SOUND_S = 30.0  # a service that ran so long counts as no failure to start
 ELECTION_INTERVAL_S = 2.0  # a look without occasion
 LIVENESS_INTERVAL_S = 0.1
@@ -468,7 +468,7 @@ async def _cancel_on_signal(scope: trio.CancelScope) -> None:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Leases, inodes and replies live long and form no cycles: looking for garbage at every 700th object costs 7 %.
+    # Leases, inodes and replies live long and form no cycles: a look for garbage at every 700th costs 7 %.
     gc.set_threshold(10_000, 20, 50)
     try:
         trio.run(serve, load_config())

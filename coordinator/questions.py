@@ -25,7 +25,7 @@ _ENTRY_SIZE = 120  # bytes of an attr with its numbers, at most
 class Reply:
     """`leases`: field -> (inode, serial of the lease when this was computed); filled in when it is sent.
 
-    `position`: of the log, when this was computed: sent once that is durable. 0: it depends on no change in flight.
+    `position`: of the log, when this was computed: sent once that is durable. 0: it depends on no change.
     `writer`: the session to be asked for the size and times in `value["attr"]` first.
     """
 

@@ -180,7 +180,7 @@ async def _carry_out(changes: SlabChanges, judgements: dict[SlabId, Judgement]) 
 
 
 async def forget_lost_copies(changes: SlabChanges, census: Census) -> None:
-    """Absent members whose copy is not on their drive any more (it was formatted anew): they get a new one, in full.
+    """Absent members whose copy is not on their drive any more (formatted anew): they get a new one, in full.
 
     A copy that was created after the census counts as lost too, which only costs its copying. Raises Fenced.
     """

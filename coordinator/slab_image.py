@@ -22,8 +22,8 @@ from csvfs.units import BLOCK_SIZE, MIB
 
 ReadBlocks = Callable[[int, int], bytes | memoryview]  # (block, count) -> count * 4,096 bytes, verified
 
-# Of the database, in bytes. A small change writes about six pages: small ones make its log, which goes to all members,
-# a third as long as pages of a block's size do.
+# Of the database, in bytes. A small change writes about six pages: small ones make its log, which goes to all
+# members, a third as long as pages of a block's size do.
 PAGE_SIZE = 1024
 PAGES_PER_BLOCK = BLOCK_SIZE // PAGE_SIZE
 WAL_BLOCKS_MAX = 16 * MIB // BLOCK_SIZE
@@ -38,8 +38,8 @@ _CHECKED_FROM = 16
 assert _HEADER.size == 52  # FORMAT.md, "Metadata slabs"
 _crc64 = crcmod.predefined.mkPredefinedCrcFun("crc-64-we")
 
-# 64 MiB, as SQLite's cache. A checkpoint writes pages; the rest of their blocks has to be at hand, for it holds up
-# everything: whatever SQLite changes it has read before.
+# 64 MiB, as SQLite's cache. A checkpoint writes pages; the rest of their blocks has to be at hand, for it holds
+# up everything: whatever SQLite changes it has read before.
 RECENT_BLOCKS_MAX = 16_384
 _LOAD_BLOCKS = 64  # the WAL region is read from the members in pieces of this size, when first touched
 _PAGE_COUNT_OFFSET = 28  # of a SQLite database header: its size in pages, big-endian
