@@ -640,3 +640,11 @@ async def test_what_nobody_wants_flushed_goes_to_the_drives_alone() -> None:
         node.table.forget(FILE)
         await node.table.release_unused()
         assert node.bus.flushed and "fsync" not in c.coordinator.names()
+
+
+async def test_I8_a_write_lease_goes_when_what_was_written_under_it_is_on_the_media() -> None:
+    async with cluster() as c:
+        node, other = await prepared(c, blocks=10), c.node("n2")
+        assert node.bus.flushed == []
+        assert await other.read(FILE, 0, 4) is not None  # recalls the write lease
+        assert node.bus.flushed == [{0}]

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 INODES_MAX = 65_536  # about 1 KiB each
 RELEASE_BATCH = 1024
+RECALL_FLUSH_S = 2.0  # below Options.recall_timeout_ms
 MAINTENANCE_S = 1.0
 GUARD_S = 0.05
 TIMES_S = 5.0  # as `attribute_report_ms` of config.py
@@ -135,7 +136,14 @@ class FileTable:
 
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]:
         """See session.LeaseHolder. Cancel: leaves the lease as it is, the recall unanswered."""
-        return await self._recaller.recall(ino, kind, attr)
+        reply = await self._recaller.recall(ino, kind, attr)
+        state = self.leases.states.get(ino)
+        if state is not None and not state.directory and state.lease < LEASE_WRITE:
+            # The next holder's fsync speaks for what was written here (I8), so it goes to the media first. A disk
+            # that takes longer than this is left to finish by itself: a recall has a deadline, and we one life.
+            with trio.move_on_after(RECALL_FLUSH_S):
+                await self._settle(state)
+        return reply
 
     def query(self, ino: int) -> dict[str, Any] | None:
         """See session.LeaseHolder."""
