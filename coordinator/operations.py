@@ -90,9 +90,16 @@ class Operations:
             "atime_ns": arguments.time_ns(args, "atime_ns"),
             "mtime_ns": arguments.time_ns(args, "mtime_ns"),
         }
-        need = Need.ATTRIBUTES if size is None else Need.WRITE
+
+        def needs() -> Needs:
+            if size is None:
+                return {ino: Need.ATTRIBUTES}
+            # Its own write lease is all it takes, as for `commit`: a truncation must not wait behind a recall that
+            # waits for dirty pages which the kernel keeps back until the truncation is answered.
+            return {} if self._table.held(session, ino) == WRITE else {ino: Need.WRITE}
+
         return Operation(
-            needs=lambda: {ino: need},
+            needs=needs,
             apply=lambda: {"attr": self._metadata.setattr(ino, **changes, now_ns=self.now_ns())},
             leases=lambda reply: {"lease": ino},
             again=lambda reply: size is not None and reply["attr"][_SIZE] > size,
@@ -177,8 +184,9 @@ class Operations:
         directory = arguments.flag(args, "directory")
 
         def apply() -> Value:
-            ino, nlink = self._metadata.unlink(parent, name, directory, self.now_ns())
-            return {"ino": ino, "nlink": nlink}
+            now_ns = self.now_ns()
+            ino, nlink = self._metadata.unlink(parent, name, directory, now_ns)
+            return {"ino": ino, "nlink": nlink, "time_ns": now_ns}
 
         return Operation(
             needs=lambda: _merged((parent, Need.ENTRIES), *_losing_a_name(self._peek(parent, name))),
@@ -198,10 +206,9 @@ class Operations:
             return _merged((parent, Need.ENTRIES), (new_parent, Need.ENTRIES), *_kept(moved), *others)
 
         def apply() -> Value:
-            ino, replaced, nlink = self._metadata.rename(
-                parent, name, new_parent, new_name, flags, self.now_ns()
-            )
-            return {"ino": ino, "replaced": replaced, "replaced_nlink": nlink}
+            now_ns = self.now_ns()
+            ino, replaced, nlink = self._metadata.rename(parent, name, new_parent, new_name, flags, now_ns)
+            return {"ino": ino, "replaced": replaced, "replaced_nlink": nlink, "time_ns": now_ns}
 
         return Operation(
             needs=needs,

@@ -5,7 +5,7 @@ import socket
 import pytest
 import trio
 
-from csvfs.errors import BadRequest, Disconnected, NotFound, TimedOut, Unavailable
+from csvfs.errors import BadRequest, Disconnected, NotFound, ResultTooLarge, TimedOut, Unavailable
 from csvfs.net.calls import CallTable, field
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, Listener, connect
@@ -19,7 +19,14 @@ class Server:
     def __init__(self, engine: Engine, nursery: trio.Nursery, address=("127.0.0.1", 0)) -> None:
         self.nursery = nursery
         self.links: list[Link] = []
-        self.table = CallTable({"echo": self.echo, "fail": self.fail, "slow": self.slow})
+        self.table = CallTable(
+            {
+                "echo": self.echo,
+                "fail": self.fail,
+                "slow": self.slow,
+                "huge": lambda link, args: b"x" * 2 * MIB,
+            }
+        )
         self.listener = Listener(engine, address, self.accept)
 
     def accept(self, link: Link) -> None:
@@ -59,6 +66,8 @@ async def test_a_call_is_answered_with_its_value_or_with_the_error_of_the_peer(s
         await link.call("fail", {}, timeout_s=5)
     with pytest.raises(BadRequest, match="value"):
         await link.call("echo", {"value": "x"}, timeout_s=5)
+    with pytest.raises(ResultTooLarge, match="ask for less"):
+        await link.call("huge", {}, timeout_s=5)
     with pytest.raises(BadRequest, match="not served"):
         await link.call("nonsense", {}, timeout_s=5)
 

@@ -19,13 +19,14 @@ from typing import Any
 
 import trio
 
-from csvfs.errors import CsvfsError, Disconnected, ProtocolError, TimedOut, Unavailable
+from csvfs.errors import CsvfsError, Disconnected, ProtocolError, ResultTooLarge, TimedOut, Unavailable
 from csvfs.net.engine import Engine
 from csvfs.units import MIB
 from csvfs.wire import control
 from csvfs.wire.frames import (
     ACCEPTING_SIDE_BIT,
     FRAME_SIZE_MAX,
+    HEAD_SIZE_MAX,
     Frame,
     Kind,
     frame_size,
@@ -201,7 +202,13 @@ class Link:
         return result[0]
 
     def reply(self, request_id: int, value: Any) -> None:
-        self.send(Kind.REPLY, request_id, control.pack_value(value))
+        packed = control.pack_value(value)
+        if len(packed) <= HEAD_SIZE_MAX:
+            self.send(Kind.REPLY, request_id, packed)
+        else:  # the peer would close the link on it, and ask again
+            self.reply_error(
+                request_id, ResultTooLarge(f"the answer has {len(packed)} B: ask for less at once")
+            )
 
     def reply_error(self, request_id: int, error: CsvfsError) -> None:
         self.send(Kind.ERROR, request_id, control.pack_error(error))
