@@ -166,11 +166,17 @@ class TimedOut(Unavailable):
 
 
 def error_kinds() -> dict[str, type[CsvfsError]]:
-    """All kinds by class name: what travels on a wire as the kind of an error."""
+    """All kinds of this module by class name: what travels on a wire as the kind of an error."""
     kinds: dict[str, type[CsvfsError]] = {}
     waiting: list[type[CsvfsError]] = [CsvfsError]
     while waiting:
         kind = waiting.pop()
-        kinds[kind.__name__] = kind
+        if kind.__module__ == __name__:  # others are a room's own affair, and travel as the kind above them
+            kinds[kind.__name__] = kind
         waiting.extend(kind.__subclasses__())
     return kinds
+
+
+def wire_kind(error: CsvfsError) -> str:
+    """The name under which `error` travels: its class, or the nearest above it that is of this module."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)

@@ -229,6 +229,16 @@ def test_every_kind_of_error_arrives_as_the_same_kind(kind: str) -> None:
     assert str(received) == str(sent)
 
 
+def test_an_error_that_only_one_room_knows_travels_as_the_kind_above_it() -> None:
+    class TooFew(NotFound):
+        def __init__(self, count: int) -> None:
+            super().__init__(f"{count} are missing")
+
+    received = control.unpack_error(control.pack_error(TooFew(3)))
+    assert type(received) is NotFound
+    assert str(received) == "3 are missing"
+
+
 def test_an_error_of_an_unknown_kind_keeps_its_message() -> None:
     received = control.unpack_error(control.pack_value(["FromTheFuture", "what happened", {"slab": 1}]))
     assert type(received) is CsvfsError

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 
-from csvfs.errors import CsvfsError, ProtocolError, error_kinds
+from csvfs.errors import CsvfsError, ProtocolError, error_kinds, wire_kind
 
 _LIMITS = {"max_str_len": 1 << 20, "max_bin_len": 1 << 20, "max_array_len": 1 << 18, "max_map_len": 1 << 16}
 
@@ -39,7 +39,7 @@ def unpack_call(head: memoryview | bytes) -> tuple[str, dict[str, Any]]:
 
 
 def pack_error(error: CsvfsError) -> bytes:
-    return pack_value([type(error).__name__, str(error), {}])
+    return pack_value([wire_kind(error), str(error), {}])
 
 
 def unpack_error(head: memoryview | bytes) -> CsvfsError:
