@@ -5,6 +5,7 @@ import os
 import pytest
 import trio
 
+from csvfs.block.slab_state import bump
 from csvfs.errors import Corrupt, Fenced, StaleEpoch, Unavailable
 from csvfs.ids import Incarnation
 from csvfs.units import BLOCK_SIZE, MIB
@@ -318,3 +319,17 @@ async def test_links_to_a_server_that_the_store_no_longer_lists_are_dropped_at_o
     bus.links.check_servers()
     cluster.servers[2].service = service
     assert server.link.closed is not None and bus.links.ready("n3") is None
+
+
+async def test_I9_a_reader_that_has_not_heard_of_a_new_epoch_heals_all_the_same(cluster):
+    writer, reader = cluster.bus("mount/n2"), cluster.bus("mount/n1")
+    await write(writer, 5, block_of(1))
+    assert await reader.read(SLAB, 5, 1) == block_of(1)
+    await cluster.owner.commit(bump(cluster.owner.descriptors[SLAB]))
+    victim = cluster.servers[0]
+    with victim.path.open("r+b") as file:
+        file.seek(victim.copy().data_offset + 5 * BLOCK_SIZE)
+        file.write(b"damaged")
+    assert await reader.read(SLAB, 5, 1) == block_of(1)
+    assert victim.copy().drive.counters.healed == 1
+    assert victim.copy().bad_blocks_scan(5, 1) == []

@@ -10,7 +10,16 @@ import trio
 
 from csvfs.block.local_reader import LocalReader
 from csvfs.block.server_links import ServerLinks
-from csvfs.errors import Corrupt, CsvfsError, Disconnected, Fenced, ProtocolError, Unavailable
+from csvfs.errors import (
+    Corrupt,
+    CsvfsError,
+    Disconnected,
+    Fenced,
+    ProtocolError,
+    StaleEpoch,
+    TimedOut,
+    Unavailable,
+)
 from csvfs.ids import NodeName, SlabId
 from csvfs.net.link import Link
 from csvfs.units import BLOCK_SIZE
@@ -148,16 +157,34 @@ class Reader:
     ) -> None:
         """Offer verified blocks to a member whose copy did not verify; it rewrites those that still do not."""
         try:
-            server = await self._links.connected(member.node)
-            index = server.drive_index(member.drive)
-            head = BLOCK_HEAD.pack(slab, 0, 0, epoch, block, count, index, 0)
-            answer = ReadAnswer()
-            server.link.request(Kind.HEAL, head + packed, bytes(data), answer)
-            with trio.move_on_after(HEAL_TIMEOUT_S):
-                await answer.done.wait()
+            try:
+                await self._offer(member, slab, epoch, block, count, packed, data)
+            except StaleEpoch as stale:
+                # Who only reads hears of no new epochs. What was read is good at the new one too: our lease says
+                # that nobody has written these blocks.
+                descriptor = await self._bus.ask_owner(slab, str(stale))
+                if member.drive not in [known.drive for known in descriptor.in_sync]:
+                    return
+                await self._offer(member, slab, descriptor.epoch, block, count, packed, data)
             log.warning(
                 "slab %d blocks %d to %d on drive %s of node %s did not verify; read from another copy, rewritten",
                 slab, block, block + count - 1, member.drive.hex()[:8], member.node,
             )  # fmt: skip
         except CsvfsError as error:
             log.warning("slab %d on node %s could not be healed: %s", slab, member.node, error)
+
+    async def _offer(
+        self, member: Member, slab: SlabId, epoch: int, block: int, count: int, packed: bytes, data: bytearray
+    ) -> None:
+        """One HEAL. Raises what the server answers, TimedOut."""
+        server = await self._links.connected(member.node)
+        index = server.drive_index(member.drive)
+        head = BLOCK_HEAD.pack(slab, 0, 0, epoch, block, count, index, 0)
+        answer = ReadAnswer()
+        server.link.request(Kind.HEAL, head + packed, bytes(data), answer)
+        with trio.move_on_after(HEAL_TIMEOUT_S) as scope:
+            await answer.done.wait()
+        if scope.cancelled_caught:
+            raise TimedOut(f"{server.link.peer} did not answer a HEAL within {HEAL_TIMEOUT_S:g} s")
+        if answer.error is not None:
+            raise answer.error
