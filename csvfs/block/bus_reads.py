@@ -128,7 +128,7 @@ class Reader:
         failure: CsvfsError = Unavailable(f"slab {slab} has no in-sync copy that can be reached now")
         for member in members:
             try:
-                server = await self._links.connected(member.node)
+                server = await self._links.serving(member.node, member.drive)
                 index = server.drive_index(member.drive)
                 seed = self._bus.seed(slab)
                 packed, data = await read_blocks(
@@ -164,7 +164,7 @@ class Reader:
     ) -> None:
         """Offer verified blocks to a member whose copy did not verify; it rewrites those that still do not."""
         try:
-            server = await self._links.connected(member.node)
+            server = await self._links.serving(member.node, member.drive)
             index = server.drive_index(member.drive)
             head = BLOCK_HEAD.pack(slab, 0, 0, epoch, block, count, index, 0)
             answer = ReadAnswer()
