@@ -143,12 +143,13 @@ class MembershipReactions:
         """One census and what follows from it; True: it has to be done again."""
         nodes = self._facts.drive_nodes()
         patience_over = trio.current_time() > self._patience_ends
+        since = {changes: changes.change_count for changes in self._books}
         census = await take_census(
             self._control, self._facts, self._volume, nodes, patience_over=patience_over
         )
         unsettled = 0
         for changes in self._books:
-            unsettled += len(await restore(changes, census))
+            unsettled += len(await restore(changes, census, since[changes]))
             await forget_lost_copies(changes, census)
             self._resync.add(changes, census.node_of)
         await self._delete_strays(census)
@@ -160,17 +161,27 @@ class MembershipReactions:
         """Only ids that no creation of this coordinator can be at work on."""
         metadata, data = self._books
         old = [slab for slab in census.copies if slab not in self._slabs.creating]
-        found = strays(data, census, [slab for slab in old if slab < self._next_slab])
+        found = strays(data, census, [slab for slab in old if slab < self._next_slab or _exists(data, slab)])
         found += strays(metadata, census, [slab for slab in old if slab >= METADATA_SLAB_ID_MIN])
         for slab, node, drive in found:
-            if self._is_member(metadata if slab >= METADATA_SLAB_ID_MIN else data, slab, drive):
+            changes = metadata if slab >= METADATA_SLAB_ID_MIN else data
+            if slab in self._slabs.creating or _is_member(changes, slab, drive):
                 continue  # it became one since the census
             log.warning("slab %d on node %s belongs to nothing: deleted", slab, node)
             await self._slabs.delete_copy(slab, node, drive)
 
-    @staticmethod
-    def _is_member(changes: SlabChanges, slab: SlabId, drive: DriveId) -> bool:
-        try:
-            return any(member.drive == drive for member in changes.book.current(slab).members)
-        except NotFound:
-            return False
+
+def _is_member(changes: SlabChanges, slab: SlabId, drive: DriveId) -> bool:
+    try:
+        return any(member.drive == drive for member in changes.book.current(slab).members)
+    except NotFound:
+        return False
+
+
+def _exists(changes: SlabChanges, slab: SlabId) -> bool:
+    """Whether its creation is over, also when it was this coordinator's."""
+    try:
+        changes.book.current(slab)
+    except NotFound:
+        return False
+    return True

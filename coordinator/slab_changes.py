@@ -31,6 +31,9 @@ class SlabChanges:
         self.book = book
         self.control = control
         self._settled: dict[SlabId, Epoch] = {}  # installed on all writable members
+        self.settled_count = 0  # grows with every change of a slab's members
+        self.change_count = 0  # grows with every `note_change`
+        self._changed_at: dict[SlabId, int] = {}
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
 
     async def failed(
@@ -63,13 +66,25 @@ class SlabChanges:
     ) -> SlabDescriptor:
         """Commit one transition and install it. Raises what the transition raises, and as `settle`
         reports."""
+        self.note_change(slab)
         outcome = (await self.book.change([slab], transition))[slab]
+        self.note_change(slab)
         if isinstance(outcome, CsvfsError):
             raise outcome
         error = (await self.settle([slab])).get(slab)
         if error is not None:
             raise error
         return self.book.current(slab)
+
+    def note_change(self, slab: SlabId) -> None:
+        """Its members are being changed, or it is new: a census that began earlier knows less of it."""
+        self.change_count += 1
+        self._changed_at[slab] = self.change_count
+
+    def has_changed(self, slab: SlabId, since: int) -> bool:
+        """Whether the slab got members or lost some after `change_count` was `since`: what was counted then may
+        miss a copy made meanwhile."""
+        return self._changed_at.get(slab, 0) > since
 
     async def settle(self, slabs: Iterable[SlabId]) -> dict[SlabId, CsvfsError]:
         """Install the committed epochs of `slabs` on all their writable members, dropping those where it
@@ -130,6 +145,7 @@ class SlabChanges:
     def _note_settled(self, descriptor: SlabDescriptor) -> None:
         if self._settled.get(descriptor.slab, 0) < descriptor.epoch:
             self._settled[descriptor.slab] = descriptor.epoch
+            self.settled_count += 1
             self.on_settled(descriptor)
 
     def unsettle(self, slabs: Iterable[SlabId]) -> None:
@@ -139,6 +155,7 @@ class SlabChanges:
 
     def forget(self, slab: SlabId) -> None:
         """The slab was removed."""
+        self._changed_at.pop(slab, None)
         self._settled.pop(slab, None)
 
     async def drop_node(self, node: NodeName, reason: str) -> list[SlabId]:
