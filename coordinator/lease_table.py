@@ -18,7 +18,7 @@ Invariants
       finish).
   T4  The table may believe that a session holds more than it does, never less.
 
-A **serial** marks when a session's lease was granted or last recalled. A reply is computed at one moment and
+A **serial** marks when a session's lease was granted, last recalled, or last spoken for in an answer. A reply is computed at one moment and
 leaves later, when its log is durable; it carries the lease only if the serial is still the same (see
 `lease_at_send`).
 """
@@ -177,6 +177,10 @@ class LeaseTable:
             inode.opened.discard(session)
             kept = max(kept, OPEN)
         self._lower_to(session, ino, inode, kept)
+        if session in inode.holders:
+            # A reply computed while the recall was unanswered may know less than what the recall was for.
+            self._serial += 1
+            inode.holders[session].serial = self._serial
         actions: list[Action] = []
         self._pump(ino, actions)
         return actions
@@ -240,10 +244,18 @@ class LeaseTable:
         return held.serial if held is not None else 0
 
     def lease_at_send(self, session: SessionKey, ino: InodeNo, serial: int | None) -> int:
-        """The lease that a reply computed under `serial` may carry now; NONE when it was recalled since."""
+        """The lease that a reply computed under `serial` may carry now; NONE when it was recalled since.
+
+        T2: while a recall is unanswered, its answer says what is held: a lease that left behind the recall would
+        be believed after the answer has given it up.
+        """
         inode = self._inodes.get(ino)
         held = inode.holders.get(session) if inode is not None and serial else None
-        return held.kind if held is not None and held.serial == serial else NONE
+        if inode is None or held is None or held.serial != serial:
+            return NONE
+        if session in inode.recalls:
+            return OPEN if session in inode.opened else NONE
+        return held.kind
 
     def writer(self, ino: InodeNo) -> SessionKey | None:
         """Who holds the write lease, whose size and times are the true ones."""
