@@ -3,11 +3,14 @@
 Place      coordinator floor, over cluster/membership.py. Reads only; a fact may be a moment old.
 """
 
+from typing import Any
+
 from csvfs.block.server_links import ServerAddress
 from csvfs.cluster.membership import View
 from csvfs.ids import DriveId, Incarnation, NodeName
 
 _DRIVE_OK = "ok"
+USAGE_AUTO = "auto"  # of `drives/<id>`: slabs are placed there; others: retired, removing, maintenance
 
 
 class ClusterFacts:
@@ -54,9 +57,31 @@ class ClusterFacts:
         return sorted(drive for drive in self.view.drives if self.node_of(drive) == node)
 
     def takes_slabs(self, drive: DriveId) -> bool:
-        """Whether new slabs may be placed on it."""
+        """Whether new slabs may be placed on it: it is in order, not retired, and not slow."""
         value = self.view.drives.get(drive)
-        return value is not None and (value.get("state") or _DRIVE_OK) == _DRIVE_OK
+        if value is None or (value.get("state") or _DRIVE_OK) != _DRIVE_OK:
+            return False
+        report = self._drive_report(drive)
+        return (value.get("usage") or USAGE_AUTO) == USAGE_AUTO and not (report.get("fault") or report.get("slow"))
+
+    def is_slow(self, drive: DriveId) -> bool:
+        return bool(self._drive_report(drive).get("slow"))
+
+    def drive_reports(self) -> dict[DriveId, tuple[str, int]]:
+        """Of drives whose server runs: (fault or empty, how often it was opened), as the server tells."""
+        found = {}
+        for drive in self.view.drives:
+            report = self._drive_report(drive)
+            if report:
+                found[drive] = (str(report.get("fault") or ""), int(report.get("opens") or 0))
+        return found
+
+    def _drive_report(self, drive: DriveId) -> dict[str, Any]:
+        node = self.node_of(drive)
+        server = self.view.servers.get(node) if node is not None else None
+        drives = server.get("drives") if server is not None else None
+        report = drives.get(drive.hex()) if isinstance(drives, dict) else None
+        return report if isinstance(report, dict) else {}
 
     def domain_of(self, node: NodeName) -> str:
         """The fault domain: two copies of a slab never share one."""

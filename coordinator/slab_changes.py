@@ -16,7 +16,7 @@ from coordinator.slab_book import SlabBook
 from csvfs.block import slab_state
 from csvfs.errors import CsvfsError, Fenced, LastCopy, Unavailable
 from csvfs.ids import DriveId, Epoch, NodeName, SlabId
-from csvfs.wire.block_messages import SlabDescriptor
+from csvfs.wire.block_messages import Member, SlabDescriptor
 
 log = logging.getLogger(__name__)
 
@@ -146,24 +146,33 @@ class SlabChanges:
 
         Returns  the slabs whose last in-sync copies it holds: those stay. Raises Fenced.
         """
+        return await self.drop_where(lambda member: member.node == node, f"node {node}", reason)
+
+    async def drop_drive(self, drive: DriveId, reason: str) -> list[SlabId]:
+        """As drop_node, for one drive that has failed while its server goes on."""
+        return await self.drop_where(lambda m: m.drive == drive, f"drive {drive.hex()[:8]}", reason)
+
+    async def drop_where(self, leaves: Callable[[Member], bool], what: str, reason: str) -> list[SlabId]:
         kept: list[SlabId] = []
         part: list[SlabId] = []
         dropped = 0
         for descriptor in self.book.all():
-            if any(member.node == node for member in descriptor.writable):
+            if any(leaves(member) for member in descriptor.writable):
                 part.append(descriptor.slab)
             if len(part) >= SLABS_PER_CHANGE_MAX:
-                dropped += await self._drop_node_from(part, node, kept)
+                dropped += await self._drop_from(part, leaves, kept)
                 part = []
         if part:
-            dropped += await self._drop_node_from(part, node, kept)
+            dropped += await self._drop_from(part, leaves, kept)
         if dropped:
-            log.warning("node %s dropped from %d slabs: %s", node, dropped, reason)
+            log.warning("%s dropped from %d slabs: %s", what, dropped, reason)
         return kept
 
-    async def _drop_node_from(self, slabs: list[SlabId], node: NodeName, kept: list[SlabId]) -> int:
+    async def _drop_from(
+        self, slabs: list[SlabId], leaves: Callable[[Member], bool], kept: list[SlabId]
+    ) -> int:
         def drop(descriptor: SlabDescriptor) -> SlabDescriptor:
-            drives = [member.drive for member in descriptor.writable if member.node == node]
+            drives = [member.drive for member in descriptor.writable if leaves(member)]
             return slab_state.drop_members(descriptor, drives)
 
         changed = []

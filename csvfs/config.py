@@ -81,6 +81,21 @@ class Options:
         "times may lag a crash by this much, as with lazytime of local file systems",
         "how often a mount reports the times of files it is writing",
     )  # fmt: skip
+    slow_drive_ms: int = _option(
+        50, "ms", 1, 60_000,
+        "ten times what a loaded hard disk takes; flash that takes so long is broken",
+        "a drive is slow when it takes longer than this and 10 times as long as its peers",
+    )  # fmt: skip
+    slow_drive_after_s: int = _option(
+        30, "s", 1, 3600,
+        "longer than garbage collection of a flash drive, or error recovery of a disk",
+        "a drive that is slow for this long is read around and given no new slabs",
+    )  # fmt: skip
+    slow_drive_retire_s: int = _option(
+        300, "s", 0, 86_400,
+        "a drive that has not recovered by then most often never does",
+        "a drive that is slow for this long is retired (0: never)",
+    )  # fmt: skip
     restart_backoff_max_ms: int = _option(
         5000, "ms", 0, 600_000,
         "a process that dies at once costs 5 starts a minute, not a core",

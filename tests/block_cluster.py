@@ -8,6 +8,7 @@ import trio
 from csvfs.block.block_service import BlockService
 from csvfs.block.bus import Bus
 from csvfs.block.drive_calls import DriveCalls
+from csvfs.block.drive_watch import DriveWatch
 from csvfs.block.formatting import format_drive
 from csvfs.block.server_links import ServerAddress, ServerLinks
 from csvfs.block.slab_state import begin_joining, complete_joining, drop_members
@@ -36,7 +37,13 @@ class Server:
         self.port = 0
         self.service: BlockService | None = None
         self.may_serve = True
+        self.reports: dict = {}
+        self.on_reports = self._keep
         self._scope: trio.CancelScope | None = None
+
+    async def _keep(self, reports: dict) -> None:
+        """What the watch over the drives tells the cluster."""
+        self.reports = reports
 
     async def start(self, nursery: trio.Nursery) -> None:
         self.incarnation += 1
@@ -50,7 +57,10 @@ class Server:
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
                 service.nursery = nursery
-                service.drives.open(self.drive_id, str(self.path), pool_id=POOL, cluster_id=CLUSTER)
+                self._open_drive()
+                watch = DriveWatch(service, self.on_reports)
+                nursery.start_soon(watch.watch_forever)
+                nursery.start_soon(watch.retry_forever, lambda served: self._open_drive())
                 listener = Listener(engine, ("127.0.0.1", 0), service.accept)
                 self.port = listener.port
                 nursery.start_soon(engine.run_forever)
@@ -64,6 +74,10 @@ class Server:
         service.close(clean=False)
         engine.close()
         self.service = None
+
+    def _open_drive(self) -> None:
+        assert self.service is not None
+        self.service.drives.open(self.drive_id, str(self.path), pool_id=POOL, cluster_id=CLUSTER)
 
     async def kill(self) -> None:
         """As kill -9: connections break, nothing is flushed or marked clean."""

@@ -6,6 +6,8 @@ Place      block floor, between drive_server.py (the process) and block_service.
 from dataclasses import asdict
 from typing import Any
 
+import trio
+
 from csvfs.block.block_service import BlockService, Client
 from csvfs.block.pull import Pull, Source
 from csvfs.block.served_drives import ServedDrive
@@ -164,6 +166,7 @@ class DriveCalls:
         return [
             [copy.volume, copy.slab, copy.epoch, copy.role, copy in served.in_service, drive.contents_lost]
             for copy in drive.slabs()
+            if not copy.damaged  # as good as none: whoever misses it has it made anew
         ]
 
     def locate(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +255,10 @@ class DriveCalls:
         service = self._service
         rows = []
         for served in service.drives:
-            row: dict[str, Any] = {"id": served.drive_id, "path": served.path, "state": served.state}
+            row: dict[str, Any] = {
+                "id": served.drive_id, "path": served.path, "state": served.state, "fault": served.fault,
+                "slow": served.slow, "latency": served.latency.to_map(trio.current_time()),
+            }  # fmt: skip
             if served.drive is not None:
                 drive = served.drive
                 row.update(
