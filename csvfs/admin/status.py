@@ -12,11 +12,11 @@ from typing import Any
 
 import trio
 
+from csvfs.admin import drive_state
 from csvfs.admin.cluster_view import (
     VOLUME_ONLINE,
     ClusterView,
     Record,
-    drive_in_order,
     read_cluster_view,
 )
 from csvfs.admin.peers import Peers, answer_or_error
@@ -32,10 +32,15 @@ class DriveStatus:
     id: str  # hex
     node: str
     path: str
-    state: str  # ok, or what is wrong with it
+    state: str  # OK, Lost communication ...: the words of drive_state.py
     size: int  # bytes for slabs
     free: int | None  # bytes; None: its server could not be asked
-    counters: dict[str, Any] = field(default_factory=dict)  # since the drive server started
+    counters: dict[str, Any] = field(default_factory=dict)  # since it was opened
+    health: str = drive_state.HEALTHY
+    reason: str = ""  # of the state
+    kind: str = ""  # nvme, ssd, hdd; empty: not known
+    usage: str = "auto"  # or retired, removing, maintenance
+    latency: dict[str, Any] = field(default_factory=dict)  # milliseconds by kind of operation
 
 
 @dataclass(slots=True)
@@ -151,17 +156,14 @@ def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStat
     ):
         node = record.text("node")
         reported = _reported_drive(servers.get(node), hex_id)
-        state, free = record.text("state", "ok"), None
-        if node not in view.alive:
-            state = "node down" if drive_in_order(record) else state
-        elif reported is not None:
-            free_slots = _number(reported, "free_slots")
-            free = None if free_slots is None else free_slots * slab_size
-            said = reported.get("state")
-            if drive_in_order(record) and isinstance(said, str):
-                state = said
-        elif node in servers:
-            state = "not open" if drive_in_order(record) else state
+        free_slots = _number(reported, "free_slots") if node in view.alive else None
+        condition = drive_state.condition_of(
+            record.value,
+            node_alive=node in view.alive,
+            server_runs=node in view.servers,
+            answered=node in servers,
+            reported=reported,
+        )
         size = record.number("slots") * slab_size or record.number("size")
         counters = reported.get("counters") if reported is not None else None
         found.append(
@@ -169,10 +171,15 @@ def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStat
                 id=hex_id,
                 node=node,
                 path=record.text("path"),
-                state=state,
+                state=condition.state,
                 size=size,
-                free=free,
+                free=None if free_slots is None else free_slots * slab_size,
                 counters=counters if isinstance(counters, dict) else {},
+                health=condition.health,
+                reason=condition.reason,
+                kind=record.text("kind"),
+                usage=drive_state.usage_of(record.value),
+                latency=reported.get("latency", {}) if reported is not None else {},
             )
         )
     return found
@@ -205,7 +212,7 @@ def node_statuses(
                 state="up" if up else "down",
                 address=record.text("address") if record else "",
                 drives=len(own),
-                drives_bad=[drive.path for drive in own if drive.state not in ("ok", "node down")],
+                drives_bad=[d.path for d in own if up and d.health != drive_state.HEALTHY and not note],
                 note=note,
             )
         )
