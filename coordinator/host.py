@@ -400,6 +400,8 @@ class Host:
                 self._nursery.start_soon(self._statfs, service, link, frame.request_id)
             elif name == "volume_status":
                 link.reply(frame.request_id, service.volume_status())
+            elif name == "scrub":
+                link.reply(frame.request_id, service.scrub.start())
             else:
                 raise BadRequest(f"call {name!r} needs a hello first")
         except CsvfsError as error:

@@ -35,6 +35,7 @@ from coordinator.metadata_log import MetadataLog
 from coordinator.metadata_space import MetadataSpace
 from coordinator.questions import Reply
 from coordinator.resync import Resync
+from coordinator.scrub import Scrub
 from coordinator.session_desk import SessionDesk
 from coordinator.sessions import Session
 from coordinator.slab_book import DataBook, MetadataBook
@@ -138,6 +139,10 @@ class Service:
         self.members = MembershipReactions(
             setup.volume, control, facts, [metadata_changes, self.changes], self.resync, self.slabs, self.desk
         )
+        self.scrub = Scrub(
+            metadata, self.batches, [self.changes, metadata_changes], control, facts, self.members.look_into,
+            slab_blocks=setup.slab_blocks,
+        )  # fmt: skip
         self._health = Health([book, data_book])
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
@@ -179,6 +184,7 @@ class Service:
                 nursery.start_soon(self._metadata_space.grow_forever)
                 nursery.start_soon(self.members.run_forever)
                 nursery.start_soon(self._janitor.run_forever)
+                nursery.start_soon(self.scrub.run_forever)
                 task_status.started()
         finally:
             self._nursery = None
@@ -445,7 +451,8 @@ class Service:
         ]
         return {
             **self._health.to_status(),
-            "jobs": self.resync.to_status(),
+            "jobs": [*self.resync.to_status(), *self.scrub.job_rows()],
+            "scrub": self.scrub.to_status(),
             "sessions": sessions,
             "term": self.setup.term,
             "batches": self.batches.batch_count,

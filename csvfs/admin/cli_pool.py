@@ -1,10 +1,12 @@
 """`csvfs pool`: all drives of the cluster together."""
 
+from typing import Any
+
 import click
 
 from csvfs.admin.cli_context import SIZE, Here, json_option, run_here, run_with_peers
-from csvfs.admin.cluster_view import Record
-from csvfs.admin.peers import Peers
+from csvfs.admin.cluster_view import Record, read_cluster_view
+from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.admin.pool_ops import create_pool, require_pool
 from csvfs.admin.render import note, print_json, print_table, size_or_unknown
 from csvfs.admin.status import ClusterStatus, collect_status
@@ -37,6 +39,28 @@ def create_command(name: str, slab_size: int, as_json: bool) -> None:
         print_json({"id": pool.id(), "name": name, "slab_size": slab_size})
     else:
         click.echo(f"pool {name} created; next: csvfs drive add PATH... on each node")
+
+
+@pool_group.command("scrub")
+@json_option
+def scrub_command(as_json: bool) -> None:
+    """Verify every copy of every volume now, and heal what has rotted; and the tables of all drives."""
+
+    async def work(here: Here, peers: Peers) -> dict[str, str]:
+        view = await read_cluster_view(here.store)
+        begun: dict[str, Any] = {}
+        errors: dict[str, str] = {}
+        for name in sorted(view.volumes):
+            await answer_or_error(peers.coordinator(view, name, "scrub"), name, begun, errors)
+        return {name: errors.get(name, "") for name in sorted(view.volumes)}
+
+    rows = run_with_peers(work)
+    if as_json:
+        print_json(rows)
+    for name, error in rows.items() if not as_json else ():
+        click.echo(f"volume {name}: {error or 'being scrubbed'}")
+    if any(rows.values()):
+        raise click.ClickException("not every volume is being scrubbed: try again")
 
 
 @pool_group.command("status")

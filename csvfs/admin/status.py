@@ -98,6 +98,7 @@ class VolumeStatus:
     free: int | None
     note: str = ""
     slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
+    scrub: dict[str, Any] = field(default_factory=dict)  # the last round; coordinator/scrub.py says what it has
 
 
 @dataclass(slots=True)
@@ -241,7 +242,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         health = UNKNOWN
     if record.text("state") != VOLUME_ONLINE and not record.text("error"):
         note = ""  # being created or deleted: it need not have a coordinator
-    slabs = reply.get("slabs")
+    slabs, scrub = reply.get("slabs"), reply.get("scrub")
     return VolumeStatus(
         name=record.name,
         resiliency=record.text("resiliency"),
@@ -253,6 +254,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         free=_number(figures, "free"),
         note=note,
         slabs=slabs if isinstance(slabs, dict) else {},
+        scrub=scrub if isinstance(scrub, dict) else {},
     )
 
 

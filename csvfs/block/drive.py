@@ -354,6 +354,16 @@ class Drive:
 
     # Flush, failure, close
 
+    def scrub_slot_table(self) -> int:
+        """Put right the halves of entries that rotted; how many. Raises DriveFailed."""
+        if self.failure is not None:
+            raise self.failed_error()
+        try:
+            with self._lock:
+                return self._table.scrub()
+        except OSError as error:
+            raise self.io_error("repair the slot table at", SlabId(0), 0, error) from None
+
     def rewrite_superblocks(self) -> None:
         """Write all copies of the current superblock anew. May run in another thread. Raises DriveFailed."""
         with self._flush_lock:

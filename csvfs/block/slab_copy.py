@@ -388,6 +388,24 @@ class SlabCopy:
                 bad.append(number)
         return bad
 
+    def has_blocks(self, block: int, count: int) -> bool:
+        """Whether any block of a range has a checksum: else there is nothing on the medium to read."""
+        sums = bytes(self._open().checksum_bytes[block << 2 : (block + count) << 2])
+        return sums.count(0) != len(sums)
+
+    def scrub_slice(self, block: int, count: int) -> tuple[list[int], int]:
+        """The blocks of a range that do not verify, and how many written bits were missing and have been set."""
+        bad = self.bad_blocks_scan(block, count)
+        tables = self._open()
+        repaired = 0
+        for number, checksum in enumerate(tables.checksums[block : block + count].tolist(), block):
+            if checksum != NEVER_WRITTEN and not tables.written[number >> 3] >> (number & 7) & 1:
+                tables.written[number >> 3] |= 1 << (number & 7)
+                repaired += number not in bad
+        self._drive.counters.checksum_errors += len(bad)
+        self._drive.counters.healed += repaired
+        return bad, repaired
+
     def verify_chunk(self, chunk: int) -> list[int]:
         """The blocks of a chunk that do not verify."""
         return self.bad_blocks_scan(chunk << _CHUNK_SHIFT, BLOCKS_PER_CHUNK)
