@@ -248,7 +248,7 @@ class DriveControl:
         answer = await self.call(node, "status", {})
         try:
             return [
-                DriveSpace(DriveId(bytes(row["id"])), node, int(row["free_slots"]))
+                DriveSpace(DriveId(bytes(row["id"])), node, int(row["free_slots"]), int(row["slots"]))
                 for row in answer["drives"]
                 if row["state"] == "ok"
             ]

@@ -11,6 +11,7 @@ free.
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -25,6 +26,7 @@ from coordinator.slab_changes import SlabChanges
 from coordinator.space import Trim
 from csvfs.block import slab_state
 from csvfs.block.placement import DriveSpace, choose_drives
+from csvfs.block.reserve import DriveSlots, reserve_slots
 from csvfs.errors import Conflict, CsvfsError, Fenced, NoSpace, NotFound, StaleEpoch
 from csvfs.ids import DriveId, NodeName, SlabId
 from csvfs.units import BLOCK_SIZE
@@ -36,6 +38,8 @@ AHEAD_SLABS = 2  # so much free space is kept, so that no write waits for a slab
 SLABS_AT_ONCE = 8  # created in parallel when a writer needs much
 TRIMS_AT_ONCE = 512
 TRIM_INTERVAL_S = 0.5
+TRIM_WAIT_S = 5.0  # a writer waits so long at most for space that was freed and is not trimmed yet
+TRIM_POLL_S = 0.05
 SPACE_INTERVAL_S = 5.0
 EMPTY_SLABS_KEPT = 4
 SPACES_WAIT_S_MAX = 1.0  # the first question for space waits so long for drive servers that hang
@@ -95,18 +99,24 @@ class SlabManager:
 
         Raises  NoSpace: neither the pool nor, once trimmed, the volume itself has so many.
         """
-        for attempt in range(3):
-            if self._metadata.statfs().free_blocks >= blocks:
-                return
+        deadline = trio.current_time() + TRIM_WAIT_S
+        while self._metadata.statfs().free_blocks < blocks:
             self._wanted_blocks = max(self._wanted_blocks, blocks)
             grown = self._grown
             self._grow_due.set()
             await grown.wait()
             if self._metadata.statfs().free_blocks >= blocks:
                 return
-            if self._shortage is not None and not await self._trim_once() and attempt:
+            if self._shortage is None or await self._trim_once():
+                continue
+            if not self._freed_blocks() or trio.current_time() >= deadline:
                 raise NoSpace(str(self._shortage))
-        raise NoSpace(f"{blocks} blocks are not free in this volume; see csvfs volume status")
+            await trio.sleep(TRIM_POLL_S)  # what was deleted is being trimmed by another task
+
+    def _freed_blocks(self) -> int:
+        """Blocks that no file has any more, and that are not free yet."""
+        statistics = self._metadata.statfs()
+        return statistics.slab_blocks - statistics.used_blocks - statistics.free_blocks
 
     def pool_changed(self) -> None:
         """Drive servers came or went."""
@@ -169,8 +179,17 @@ class SlabManager:
             log.warning("a data slab could not be created: %s", error)
             self._shortage = NoSpace(f"no slab could be created: {error}")
 
+    def slots_above_reserve(self) -> int:
+        """Free slots that data slabs may take; the rest is for repairs (block/reserve.py)."""
+        free = sum(space.free_slots for space in self.pool_spaces)
+        domain_of = self._facts.domain_of
+        drives = [DriveSlots(space.node, domain_of(space.node), space.slots) for space in self.pool_spaces]
+        return max(0, free - reserve_slots(drives, self._copies))
+
     async def _create_slab(self) -> SlabDescriptor:
         """Raises NoSpace, Fenced, and what the last try raised."""
+        if self.slots_above_reserve() < self._copies_now():
+            raise NoSpace("the pool is full but for the reserve that repairs need; delete files or add drives")
         slab = await self._batches.run(self._metadata.new_slab_id)
         self.creating.add(slab)
         try:
@@ -245,7 +264,7 @@ class SlabManager:
     def _take_slot(self, place: DriveSpace) -> None:
         for index, space in enumerate(self.pool_spaces):
             if space.drive == place.drive:
-                self.pool_spaces[index] = DriveSpace(space.drive, space.node, max(0, space.free_slots - 1))
+                self.pool_spaces[index] = replace(space, free_slots=max(0, space.free_slots - 1))
 
     async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
@@ -307,7 +326,7 @@ class SlabManager:
                 low = middle
             else:
                 high = middle - 1
-        return low
+        return min(low, self.slots_above_reserve() // copies)
 
     # -- trims -----------------------------------------------------------------------------------
 

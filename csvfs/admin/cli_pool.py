@@ -82,8 +82,10 @@ def status_command(as_json: bool) -> None:
     click.echo(
         f"pool {pool.name}: {format_size(pool.size)}, {format_size(used)} in use, "
         f"{format_size(pool.free)} free, "
-        f"slabs of {format_size(pool.slab_size)}"
+        f"{format_size(pool.reserve)} of it kept for repairs, slabs of {format_size(pool.slab_size)}"
     )
+    if pool.warning:
+        click.echo(pool.warning)
     rows = []
     for node in status.nodes:
         drives = [drive for drive in status.drives if drive.node == node.name]

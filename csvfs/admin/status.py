@@ -20,9 +20,11 @@ from csvfs.admin.cluster_view import (
     read_cluster_view,
 )
 from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
 from csvfs.store.interface import ClusterStore
 from csvfs.units import SLAB_SIZE_DEFAULT
 
+COPIES_USUAL = 3  # while there is no volume yet
 HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN = "Healthy", "Degraded", "No redundancy", "Unknown"
 HEALTH_WORDS = (HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN)
 
@@ -60,6 +62,9 @@ class PoolStatus:
     size: int  # bytes of all drives whose server answered
     free: int
     nodes_unknown: list[str]  # their drives are not counted
+    reserve: int = 0  # bytes of the free ones that are kept for repairs
+    percent_used: float = 0.0  # of what may be used
+    warning: str = ""
 
 
 @dataclass(slots=True)
@@ -98,7 +103,9 @@ class VolumeStatus:
     free: int | None
     note: str = ""
     slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
-    scrub: dict[str, Any] = field(default_factory=dict)  # the last round; coordinator/scrub.py says what it has
+    scrub: dict[str, Any] = field(
+        default_factory=dict
+    )  # the last round; coordinator/scrub.py says what it has
 
 
 @dataclass(slots=True)
@@ -224,11 +231,22 @@ def pool_status(view: ClusterView, drives: list[DriveStatus]) -> PoolStatus | No
     if view.pool is None:
         return None
     known = [drive for drive in drives if drive.free is not None]
+    slab_size = view.pool.number("slab_size", SLAB_SIZE_DEFAULT)
+    size, free = sum(drive.size for drive in known), sum(drive.free or 0 for drive in known)
+    copies = max((volume.number("copies", 1) for volume in view.volumes.values()), default=COPIES_USUAL)
+    counted = [
+        DriveSlots(d.node, view.domain_of(d.node), d.size // slab_size) for d in known if d.usage == "auto"
+    ]
+    reserve = reserve_slots(counted, copies) * slab_size
+    percent = percent_used(size, free, reserve)
     return PoolStatus(
         name=view.pool.text("name"),
-        slab_size=view.pool.number("slab_size", SLAB_SIZE_DEFAULT),
-        size=sum(drive.size for drive in known),
-        free=sum(drive.free or 0 for drive in known),
+        slab_size=slab_size,
+        size=size,
+        free=free,
+        reserve=reserve,
+        percent_used=percent,
+        warning=warning_of(percent),
         nodes_unknown=sorted({drive.node for drive in drives if drive.free is None}),
     )
 

@@ -23,6 +23,7 @@ class DriveSpace:
     drive: DriveId
     node: NodeName
     free_slots: int
+    slots: int = 0  # in all; 0: not known
 
 
 def node_is_domain(node: NodeName) -> str:
