@@ -315,7 +315,10 @@ class BlockService:
                 self.marks.flush_failed(drive, covered)
             return
         for copy, chunks in self.marks.flushed(covered).items():
-            copy.clear_active(chunks)
+            try:
+                copy.clear_active(chunks)
+            except CsvfsError as failure:  # its tables are damaged: the copy is made anew
+                log.warning("chunks of slab %d stay active: %s", copy.slab, failure)
 
     async def flush(self, served: ServedDrive) -> None:
         """As request_flush, awaited. Raises DriveFailed. Cancel safe."""

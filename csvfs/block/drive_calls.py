@@ -15,7 +15,7 @@ from csvfs.block.scrub import Healer, rate_of, scrub_blocks, scrub_tables
 from csvfs.block.served_drives import ServedDrive
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.slot_tables import pack_slot_header
-from csvfs.errors import BadRequest, CsvfsError, StaleEpoch
+from csvfs.errors import BadRequest, Corrupt, CsvfsError, DriveFailed, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable, field, optional_field
 from csvfs.net.engine import Engine
@@ -31,6 +31,14 @@ def _client(link: Link) -> Client:
         raise BadRequest("say hello first")
     client: Client = link.owner
     return client
+
+
+def _active_chunks(copy: SlabCopy) -> list[int]:
+    """None of a copy whose tables are damaged, or whose drive has failed just now: it is made anew or resynced."""
+    try:
+        return copy.active_chunks()
+    except (Corrupt, DriveFailed):
+        return []
 
 
 class DriveCalls:
@@ -213,7 +221,7 @@ class DriveCalls:
                 if copy.volume == volume:
                     chunks = [
                         chunk
-                        for chunk in copy.active_chunks()
+                        for chunk in _active_chunks(copy)
                         if (copy, chunk) in of_writer or (copy, chunk) not in of_all
                     ]
                     if chunks:
