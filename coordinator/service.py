@@ -29,6 +29,7 @@ from coordinator.eviction import Eviction
 from coordinator.health import Health
 from coordinator.janitor import Janitor
 from coordinator.leases import Leases
+from coordinator.lost import LostSlabs
 from coordinator.membership_reactions import MembershipReactions
 from coordinator.metadata import Metadata
 from coordinator.metadata_log import MetadataLog
@@ -143,6 +144,10 @@ class Service:
             metadata, self.batches, [self.changes, metadata_changes], control, facts, self.members.look_into,
             slab_blocks=setup.slab_blocks,
         )  # fmt: skip
+        self.lost = LostSlabs(
+            setup.name, setup.volume, metadata, self.changes, control, facts, book.store
+        )
+        self.lost.on_accepted = self.members.look_into
         self._health = Health([book, data_book])
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
@@ -394,6 +399,10 @@ class Service:
         slab, epoch = SlabId(arguments.number(args, "slab")), Epoch(arguments.number_or_zero(args, "epoch"))
         drives = [DriveId(drive) for drive in field(args, "drives", list) if isinstance(drive, bytes)]
         reason = f"{session.writer}: {args.get('reason')}"[:500]
+        torn = args.get("torn")
+        if torn:
+            await self.changes.equalize({slab: arguments.chunk_numbers(torn, self.setup.slab_blocks)})
+        self.lost.check(self.changes.book.current(slab))
         descriptor = await self.changes.failed(slab, epoch, drives, reason)
         if drives:
             self.members.look_into(drives)

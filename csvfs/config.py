@@ -81,6 +81,11 @@ class Options:
         "times may lag a crash by this much, as with lazytime of local file systems",
         "how often a mount reports the times of files it is writing",
     )  # fmt: skip
+    io_timeout_ms: int = _option(
+        60_000, "ms", 1000, 3_600_000,
+        "longer than a failover and a reboot; guests' disks time out after 30 to 180 s",
+        "reads and writes that cannot be done for this long fail with EIO",
+    )  # fmt: skip
     slow_drive_ms: int = _option(
         50, "ms", 1, 60_000,
         "ten times what a loaded hard disk takes; flash that takes so long is broken",

@@ -141,6 +141,14 @@ class Corrupt(CsvfsError):
     bad_blocks: tuple[int, ...] = ()
 
 
+class InputOutputError(CsvfsError):
+    """Reading or writing did not succeed within the volume's io_timeout: EIO, as of a broken disk."""
+
+
+class Lost(CsvfsError):
+    """All in-sync copies of a slab were on drives that have lost them: waiting would not help."""
+
+
 class DriveFailed(CsvfsError):
     """The drive gave an I/O error."""
 
