@@ -42,6 +42,7 @@ from coordinator.sessions import Session
 from coordinator.slab_book import DataBook, MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
+from coordinator.volume_facts import DESCRIPTION, description_of, pack_description
 from csvfs.block.bus import Bus
 from csvfs.errors import BadRequest, CsvfsError, Fenced, LeaseLost, NotCoordinator
 from csvfs.ids import DriveId, Epoch, Incarnation, InodeNo, NodeName, SlabId, Term, VolumeId
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 
 CALLS_MAX = 4_096  # of all sessions being worked on
 SLABS_ASKED_MAX = 65_536
+_ADD_DESCRIPTION = "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)"
 # Served before all sessions have reclaimed: they need no lease that is not held already.
 _EARLY_CALLS = frozenset(
     ("hello", "reclaim", "allocate", "commit", "release", "slab_failed", "slabs", "fsync", "goodbye")
@@ -109,6 +111,7 @@ class Service:
         """soon: see Batches."""
         self.setup = setup
         self._metadata = metadata
+        self._facts = facts
         self._may_serve = may_serve
         self.log = MetadataLog(bus, metadata.image, book.slabs, setup.slab_blocks)
         self.batches = Batches(metadata, self.log, may_serve, soon)
@@ -171,6 +174,15 @@ class Service:
     async def _wait_durable(self) -> None:
         await self.log.wait(self.log.position)
 
+    async def _describe_forever(self) -> None:
+        """Keep in the metadata what the cluster store says of the volume, so that the drives alone can tell."""
+        view = self._facts.view
+        while True:
+            packed = pack_description(view.volumes.get(self.setup.name, {}))
+            if packed != pack_description(description_of(self._metadata)) and len(packed) > 1:
+                await self.batches.run(partial(self._metadata.database.run, _ADD_DESCRIPTION, (DESCRIPTION, packed)))
+            await view.wait_changed()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled, or until another coordinator is at work: raises that."""
         self.desk.load()
@@ -190,6 +202,7 @@ class Service:
                 nursery.start_soon(self.members.run_forever)
                 nursery.start_soon(self._janitor.run_forever)
                 nursery.start_soon(self.scrub.run_forever)
+                nursery.start_soon(self._describe_forever)
                 task_status.started()
         finally:
             self._nursery = None

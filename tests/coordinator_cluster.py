@@ -138,7 +138,9 @@ class TestCluster:
     # -- the volume ------------------------------------------------------------------------------
 
     async def create_volume(self, copies: int = 3, size: int = 0) -> None:
-        value = {"id": VOLUME, "copies": copies, "size": size, "state": "creating", "resiliency": "mirror"}
+        value = {
+            "id": VOLUME, "name": NAME, "copies": copies, "size": size, "state": "creating", "resiliency": "mirror",
+        }  # fmt: skip
         await self.store.put(f"volumes/{NAME}", pack_value(value))
 
     async def volume(self) -> dict[str, Any]:
