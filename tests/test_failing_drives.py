@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from csvfs.block import drive_watch, slab_copy
-from csvfs.block.drive_faults import DELETED, FULL, IO_ERROR, OVERWRITTEN, READ_ONLY, TRUNCATED
+from csvfs.block.drive_faults import DAMAGED, DELETED, FULL, IO_ERROR, OVERWRITTEN, READ_ONLY, TRUNCATED
 from csvfs.units import BLOCK_SIZE, MIB
 from csvfs.wire.block_messages import ROLE_IN_SYNC
 from tests.coordinator_cluster import DRIVE_SIZE, TestCluster
@@ -196,6 +196,19 @@ async def test_a_copy_whose_tables_were_overwritten_is_made_anew_from_another_on
     await cluster.wait(lambda: (now := cluster.copy("n2", slab)) is not None and now is not copy)
     await wait_whole(cluster, service)
     assert cluster.copy("n2", slab).slot != old_slot
+    await writer.check()
+
+
+async def test_a_drive_whose_beginning_is_overwritten_is_not_believed_for_its_end(cluster, writer):
+    """Superblocks at the end are whole; tables and slot entries are zeros."""
+    service = await cluster.wait_serving()
+    with open(cluster.servers["n2"].path, "r+b") as file:
+        file.write(bytes(2 * MIB))
+    await writer.check()
+    await wait_failed(cluster, service, OVERWRITTEN)
+    await writer.write()
+    await cluster.wait(lambda: served(cluster).fault == DAMAGED)  # tried again, and refused
+    assert "drive reset" in served(cluster).state
     await writer.check()
 
 

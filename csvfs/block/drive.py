@@ -157,6 +157,13 @@ class Drive:
             else:
                 self._note_open(opens)
             self._table = SlotTable(self.fd, self.layout, self.id)
+            if 2 * len(self._table.quarantined) > self.slot_count:  # not rot: somebody wrote over it
+                count = len(self._table.quarantined)
+                damaged = Corrupt(
+                    f"drive {self.path}: {count} of {self.slot_count} entries of its slot table are gone; "
+                    "csvfs drive reset makes a new drive of it"
+                )
+                raise drive_faults.faulty(damaged, drive_faults.DAMAGED)
             self.repairs += self._table.repairs
             self._table.repair()
             self._find_slots()

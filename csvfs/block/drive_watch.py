@@ -78,6 +78,7 @@ class DriveWatch:
         self._in_thread = service.in_thread
         self._rules = rules
         self._retired: set[int] = set()
+        self._turn = 0
         self._published: dict[str, Any] | None = None
         self._retry_at: dict[int, float] = {}
         self._delays: dict[int, float] = {}
@@ -90,6 +91,7 @@ class DriveWatch:
             with trio.move_on_after(CHECK_INTERVAL_S):
                 await service.drive_failed.wait()
             service.drive_failed = trio.Event()
+            self._turn += 1
             for served in list(service.drives):
                 await self._look_after(served)
             await self._judge_latency()
@@ -113,7 +115,7 @@ class DriveWatch:
             return
         self._opened_at.setdefault(served.index, trio.current_time())
         if drive.failure is None:
-            report = await self._in_thread(check_medium, drive)
+            report = await self._in_thread(check_medium, drive, self._turn)
             if report.failure:
                 drive.fail(report.failure, report.fault)
             elif report.bad_copies and drive.failure is None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from csvfs.block.drive import Drive
 from csvfs.block.drive_faults import DELETED, MISSING, OVERWRITTEN, READ_ONLY, TRUNCATED, fault_of_errno
-from csvfs.block.layout import SUPERBLOCK_COPIES, SUPERBLOCK_SIZE
+from csvfs.block.layout import ENTRY_SIZE, SUPERBLOCK_COPIES, SUPERBLOCK_SIZE
+from csvfs.block.slot_table import parse_entry
 from csvfs.block.superblock import Superblock, parse_superblock
 from csvfs.errors import Corrupt
 
@@ -25,10 +26,13 @@ class MediumReport:
     bad_copies: list[int] = field(default_factory=list)
 
 
-def check_medium(drive: Drive) -> MediumReport:
-    """What the operating system says of the drive's file or device now. Never raises."""
+def check_medium(drive: Drive, turn: int = 0) -> MediumReport:
+    """What the operating system says of the drive's file or device now. Never raises.
+
+    Args  turn: another number at each call, by which another slot's entry is looked at.
+    """
     try:
-        return _check_file(drive) or _check_superblocks(drive)
+        return _check_file(drive) or _check_slot(drive, turn % drive.slot_count) or _check_superblocks(drive)
     except OSError as error:
         return MediumReport(f"it cannot be looked at: {error.strerror}", fault_of_errno(error.errno))
 
@@ -49,6 +53,19 @@ def _check_file(drive: Drive) -> MediumReport | None:
     if not status.st_mode & 0o222:
         return MediumReport("its file was made read-only", READ_ONLY)
     return None
+
+
+def _check_slot(drive: Drive, slot: int) -> MediumReport | None:
+    """Rot takes one half of an entry; both are taken by somebody who writes where he should not."""
+    if slot in drive.quarantined:
+        return None
+    for half in (0, 1):
+        try:
+            parse_entry(os.pread(drive.fd, ENTRY_SIZE, drive.layout.entry_offset(slot, half)), slot, drive.id)
+            return None
+        except Corrupt:
+            continue
+    return MediumReport("its slot table was overwritten by somebody else", OVERWRITTEN)
 
 
 def _check_superblocks(drive: Drive) -> MediumReport:
