@@ -61,22 +61,23 @@ class ClusterFacts:
         value = self.view.drives.get(drive)
         if value is None or (value.get("state") or _DRIVE_OK) != _DRIVE_OK:
             return False
-        report = self._drive_report(drive)
+        report = self.drive_report(drive)
         return (value.get("usage") or USAGE_AUTO) == USAGE_AUTO and not (report.get("fault") or report.get("slow"))
 
     def is_slow(self, drive: DriveId) -> bool:
-        return bool(self._drive_report(drive).get("slow"))
+        return bool(self.drive_report(drive).get("slow"))
 
     def drive_reports(self) -> dict[DriveId, tuple[str, int]]:
         """Of drives whose server runs: (fault or empty, how often it was opened), as the server tells."""
         found = {}
         for drive in self.view.drives:
-            report = self._drive_report(drive)
+            report = self.drive_report(drive)
             if report:
                 found[drive] = (str(report.get("fault") or ""), int(report.get("opens") or 0))
         return found
 
-    def _drive_report(self, drive: DriveId) -> dict[str, Any]:
+    def drive_report(self, drive: DriveId) -> dict[str, Any]:
+        """What its server tells of the drive (block/drive_watch.py); empty: nothing."""
         node = self.node_of(drive)
         server = self.view.servers.get(node) if node is not None else None
         drives = server.get("drives") if server is not None else None

@@ -90,7 +90,7 @@ class LostSlabs:
             return FOREIGN  # it was removed from the pool
         if self._facts.server(node) is None:
             return f"node {node} is down"
-        return self._facts.drive_reports().get(drive, ("", 0))[0]
+        return str(self._facts.drive_report(drive).get("fault") or "")
 
     # -- listing ---------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from coordinator.space import Trim
 from csvfs.block import slab_state
 from csvfs.block.placement import DriveSpace, choose_drives
 from csvfs.block.reserve import DriveSlots, reserve_slots
-from csvfs.errors import Conflict, CsvfsError, Fenced, NoSpace, NotFound, StaleEpoch
+from csvfs.errors import Conflict, CsvfsError, Fenced, LastCopy, NoSpace, NotFound, StaleEpoch
 from csvfs.ids import DriveId, NodeName, SlabId
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import SlabDescriptor
@@ -383,7 +383,10 @@ class SlabManager:
                 raise
             except CsvfsError as error:
                 drives = [] if isinstance(error, StaleEpoch) else [member.drive]
-                await self._changes.failed(slab, descriptor.epoch, drives, f"a trim failed: {error}")
+                try:
+                    await self._changes.failed(slab, descriptor.epoch, drives, f"a trim failed: {error}")
+                except LastCopy as last:  # other slabs shall not wait for this one
+                    log.info("slab %d is not trimmed now: %s", slab, last)
                 return False
         # A member that joined meanwhile copied from one that was trimmed already, or not yet: only an
         # unchanged epoch says that all have it.

@@ -27,7 +27,7 @@ from csvfs.block.bus_writes import PendingWrite, SlabState
 from csvfs.block.given_up import GivenUpWrites, MakeEqual
 from csvfs.block.local_reader import LocalReader
 from csvfs.block.server_links import ServerLinks
-from csvfs.errors import CsvfsError, DriveFailed, Fenced, StaleEpoch, TimedOut, Unavailable
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, Lost, StaleEpoch, TimedOut, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId, VolumeId
 from csvfs.wire.block_messages import (
     BLOCK_HEAD,
@@ -288,9 +288,13 @@ class Bus:
             raise Unavailable(f"slab {before.slab} is still at epoch {before.epoch}: {reason}")
 
     def _give_up_late(self, state: SlabState, error: CsvfsError) -> None:
-        late = state.take_parked_before(trio.current_time() - self._io_timeout_s)
+        """Writes that have waited long enough; all of them where waiting is known to be in vain."""
+        if isinstance(error, Lost):
+            late = state.take_parked()
+        else:
+            late = state.take_parked_before(trio.current_time() - self._io_timeout_s)
         if late:
-            self._given_up.add(state.descriptor.slab, late, error, self._io_timeout_s)
+            self._given_up.add(state.descriptor.slab, late, error)
 
     def _fail_parked(self, state: SlabState, error: CsvfsError) -> None:
         for write in state.take_parked():

@@ -33,16 +33,15 @@ class GivenUpWrites:
         self._writes: dict[SlabId, list[PendingWrite]] = {}
         self._wanted = trio.Event()
 
-    def add(self, slab: SlabId, writes: list[PendingWrite], error: CsvfsError, timeout_s: float) -> None:
+    def add(self, slab: SlabId, writes: list[PendingWrite], error: CsvfsError) -> None:
         """Answer the writes with an error."""
         log.error("slab %d: %d writes given up: %s", slab, len(writes), error)
         self._writes.setdefault(slab, []).extend(writes)
         self._wanted.set()
         for write in writes:
             write.attempt += 1  # late answers of members mean nothing any more
-            write.finish(
-                InputOutputError(f"slab {slab} could not be written within {timeout_s:g} s: {error}")
-            )
+            waited_s = trio.current_time() - write.parked_since
+            write.finish(InputOutputError(f"slab {slab} could not be written for {waited_s:.0f} s: {error}"))
 
     async def run_forever(self) -> None:
         """Have slabs made equal, over failures, until cancelled."""
