@@ -10,6 +10,7 @@ from csvfs.admin.peers import Peers
 from csvfs.admin.render import note, print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import DriveStatus, collect_status
 from csvfs.block.device_facts import KINDS
+from csvfs.errors import BadRequest
 from csvfs.units import format_size
 
 
@@ -66,6 +67,8 @@ def locate_command(drive: str, blink_s: float, as_json: bool) -> None:
         return locate_drive(find_drive(await read_cluster_view(here.store), drive), here.config.node)
 
     found = run_here(work)
+    if blink_s and not found.here:
+        raise BadRequest(f"drive {found.id[:8]} is on node {found.node}: run this there to make it blink")
     if as_json:
         print_json(found)
     else:
@@ -79,8 +82,6 @@ def locate_command(drive: str, blink_s: float, as_json: bool) -> None:
         if not found.here:
             note(f"its device is known on node {found.node}: run this there")
     if blink_s:
-        if not found.here:
-            raise click.ClickException(f"the drive is on node {found.node}: run this there to make it blink")
         with progress(f"blinking {found.path}"):
             blink(found.path, blink_s)
 

@@ -13,6 +13,7 @@ from csvfs.admin.pool_ops import create_pool, require_pool
 from csvfs.admin.pool_recover import CLUSTER_NAME, Recovery, rebuild, require_empty_store, scan
 from csvfs.admin.render import note, print_json, print_table, size_or_unknown
 from csvfs.admin.status import ClusterStatus, collect_status
+from csvfs.errors import Unavailable
 from csvfs.units import SLAB_SIZE_DEFAULT, format_size
 
 
@@ -63,7 +64,7 @@ def scrub_command(as_json: bool) -> None:
     for name, error in rows.items() if not as_json else ():
         click.echo(f"volume {name}: {error or 'being scrubbed'}")
     if any(rows.values()):
-        raise click.ClickException("not every volume is being scrubbed: try again")
+        raise Unavailable("not every volume is being scrubbed: try again")
 
 
 @pool_group.command("recover")

@@ -13,6 +13,7 @@ from csvfs.admin.lost_ranges import LostReport, accept_loss, lost_report
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status
+from csvfs.errors import Unavailable
 
 ONLINE_TIMEOUT_S = 60.0
 MOUNT_TIMEOUT_S = 30.0
@@ -149,7 +150,7 @@ def repair_command(name: str, accept_data_loss: bool, yes: bool, as_json: bool) 
     for row in rows if not as_json else ():
         click.echo(f"slab {row['slab']}: {row.get('error') or row['took']}")
     if any(row.get("error") for row in rows):
-        raise click.ClickException("not everything could be done: try again")
+        raise Unavailable("not everything could be done: try again")
 
 
 def print_lost(name: str, report: LostReport) -> None:
