@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from csvfs.units import GIB
+from csvfs.units import GIB, MIB
 from tests.lab_cluster import LabCluster, needs_lab, running_lab, wait_for
 
 pytestmark = [pytest.mark.lab, needs_lab]
@@ -86,3 +86,28 @@ def scrubbed(cluster: LabCluster) -> bool:
     status = json.loads(cluster.run("n1", "csvfs", "volume", "status", "Volume1", "--json"))
     scrub = status["volume"]["scrub"]
     return bool(scrub["finished"]) and not scrub["under_way"]
+
+
+def test_a_volume_that_runs_full_says_enospc_loses_nothing_and_takes_writes_again_after_a_delete():
+    with running_lab(nodes=3, drives=1, drive_size=512 * MIB) as small:
+        small.run("n1", "csvfs", "volume", "create", "Volume1", "--copies", "3")
+        for node in ("n1", "n2", "n3"):
+            wait_for(lambda node=node: mounted(small, node), within_s=30)
+        script = f"""
+cd {VOLUME}
+i=0
+while said=$(LC_ALL=C dd if=/dev/urandom of=f$i bs=1M count=16 conv=fsync 2>&1); do i=$((i+1)); done
+rm -f f$i
+echo "$said" | grep -c 'No space left'
+"""
+        assert small.run("n1", "bash", "-c", script).strip() == b"1"
+        names = sorted(small.run("n1", "ls", VOLUME).split())
+        assert len(names) > 10
+        sums = small.run("n1", "bash", "-c", f"cd {VOLUME} && sha256sum *")
+        assert small.run("n3", "bash", "-c", f"cd {VOLUME} && sha256sum *") == sums
+        small.run("n2", "bash", "-c", f"cd {VOLUME} && rm {names[0].decode()} {names[1].decode()}")
+        again = f"cd {VOLUME} && dd if=/dev/urandom of=again bs=1M count=24 conv=fsync 2>&1"
+        wait_for(lambda: b"No space" not in small.run("n2", "bash", "-c", again, check=False), within_s=30)
+        kept = b"\n".join(line for line in sums.splitlines() if line.split()[1] in names[2:])
+        after = small.run("n1", "bash", "-c", f"cd {VOLUME} && sha256sum f*")
+        assert after.strip() == kept
