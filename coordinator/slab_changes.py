@@ -186,13 +186,14 @@ class SlabChanges:
 
     # -- making members equal --------------------------------------------------------------------
 
-    async def equalize(self, chunks: dict[SlabId, set[int]]) -> None:
+    async def equalize(self, chunks: dict[SlabId, set[int]], lost: list[SlabId] | None = None) -> None:
         """Make `chunks` of each slab the same on all its writable members, as one in-sync member has them.
 
         Their writer is fenced everywhere. What it was told is complete is on every in-sync member, so
         whichever is the source, nothing acknowledged is lost; what it was not told may go either way, but the
         same way.
-        Raises  LastCopy, Unavailable: not now; call again. Fenced.
+        Args    lost: slabs of which no in-sync copy can be reached are added here, and left as they are.
+        Raises  LastCopy (without `lost`), Unavailable: not now; call again. Fenced.
         """
         pending = list(chunks)
         while pending:
@@ -202,8 +203,10 @@ class SlabChanges:
             failures = await self.settle(alive)
             for slab in alive:
                 if slab in failures:
-                    raise failures[slab]
-                if not await self._equalize_slab(slab, sorted(chunks[slab])):
+                    if lost is None or not isinstance(failures[slab], LastCopy):
+                        raise failures[slab]
+                    lost.append(slab)
+                elif not await self._equalize_slab(slab, sorted(chunks[slab])):
                     pending.append(slab)
 
     async def _equalize_slab(self, slab: SlabId, chunks: list[int]) -> bool:

@@ -150,6 +150,7 @@ async def test_a_copy_whose_header_rotted_is_made_anew(cluster, service, mount):
 
 
 async def test_writers_and_a_scrub_do_not_get_in_each_others_way(cluster, service, mount, monkeypatch):
+    monkeypatch.setattr(scrub_module, "RATE_ASKED_MIB_S", 40)
     ino, _ = await make_file(mount, 200)
     scrubbing = service.scrub.round.finished
     service.scrub.start()

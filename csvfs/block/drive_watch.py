@@ -1,8 +1,8 @@
 """The watch over a drive server's drives: takes failed ones out, tries them again, tells the cluster.
 
 Place      block floor, between served_drives.py and drive_server.py.
-Tasks      watch_forever looks at every open drive, one after the other, so a drive is never closed while it is
-           looked at; retry_forever opens those that are not open.
+Tasks      watch_forever and one task per drive that is being looked at, which is the only one that closes it;
+           retry_forever opens those that are not open.
 Rule       A failed drive is closed as after a kill. Its copies are in service no more; when it opens again they
            wait for their coordinators, as after a restart of the drive server, and are resynced.
 """
@@ -78,6 +78,7 @@ class DriveWatch:
         self._in_thread = service.in_thread
         self._rules = rules
         self._retired: set[int] = set()
+        self._busy: set[int] = set()  # drives that are being looked at
         self._turn = 0
         self._published: dict[str, Any] | None = None
         self._retry_at: dict[int, float] = {}
@@ -85,7 +86,11 @@ class DriveWatch:
         self._opened_at: dict[int, float] = {}
 
     async def watch_forever(self) -> None:
-        """Raises nothing that a drive could cause."""
+        """Raises nothing that a drive could cause. One that hangs holds up its own task only."""
+        async with trio.open_nursery() as nursery:
+            await self._watch_in(nursery)
+
+    async def _watch_in(self, nursery: trio.Nursery) -> None:
         while True:
             service = self._service
             with trio.move_on_after(CHECK_INTERVAL_S):
@@ -93,9 +98,17 @@ class DriveWatch:
             service.drive_failed = trio.Event()
             self._turn += 1
             for served in list(service.drives):
-                await self._look_after(served)
+                if served.index not in self._busy:
+                    self._busy.add(served.index)
+                    nursery.start_soon(self._look_once, served)
             await self._judge_latency()
             await self.tell()
+
+    async def _look_once(self, served: ServedDrive) -> None:
+        try:
+            await self._look_after(served)
+        finally:
+            self._busy.discard(served.index)
 
     async def tell(self) -> None:
         """Publish what has changed; what cannot be told now is told at the next look."""
@@ -139,6 +152,7 @@ class DriveWatch:
         self._service.forget_copies()
         self._service.marks.forget_drive(drive)
         served.state, served.fault = f"failed: {drive.failure}", drive.fault
+        self._service.drive_failed.set()  # the cluster is told now, however long closing takes
         await self._in_thread(drive.end_failed)
         self._service.end_flusher(served)
         try:
