@@ -9,6 +9,7 @@ from typing import Any
 from csvfs.errors import BadRequest
 from csvfs.ids import InodeNo
 from csvfs.net.calls import field, optional_field
+from csvfs.units import BLOCKS_PER_CHUNK
 
 I64_MAX = (1 << 63) - 1
 U32_MAX = (1 << 32) - 1
@@ -43,6 +44,16 @@ def time_ns(args: Args, name: str) -> int | None:
 
 def flag(args: Args, name: str) -> bool:
     return bool(optional_field(args, name, bool))
+
+
+def chunk_numbers(value: Any, slab_blocks: int) -> set[int]:
+    """Numbers of chunks within a slab. Raises BadRequest."""
+    chunk_count = slab_blocks // BLOCKS_PER_CHUNK
+    if not isinstance(value, list) or len(value) > chunk_count:
+        raise BadRequest("chunks must be a list of numbers, each once")
+    if not all(isinstance(chunk, int) and 0 <= chunk < chunk_count for chunk in value):
+        raise BadRequest(f"chunks must lie between 0 and {chunk_count - 1}")
+    return set(value)
 
 
 def rows(args: Args, name: str, width: int, count_max: int) -> list[list[Any]]:

@@ -3,13 +3,16 @@
 Place      coordinator floor, over cluster/membership.py. Reads only; a fact may be a moment old.
 """
 
+from typing import Any
+
 from coordinator.repair_plan import REMOVING, RETIRED
 from csvfs.block.server_links import ServerAddress
 from csvfs.cluster.membership import View
 from csvfs.ids import DriveId, Incarnation, NodeName
 
 _DRIVE_OK = "ok"
-_USAGE_AUTO = "auto"
+USAGE_AUTO = "auto"  # of `drives/<id>`: slabs are placed there; others: retired, removing, removed, maintenance
+_USAGE_MAINTENANCE = "maintenance"  # takes no new slabs, but is not emptied either
 
 
 class ClusterFacts:
@@ -56,16 +59,46 @@ class ClusterFacts:
         return sorted(drive for drive in self.view.drives if self.node_of(drive) == node)
 
     def takes_slabs(self, drive: DriveId) -> bool:
-        """Whether new slabs may be placed on it."""
+        """Whether new slabs may be placed on it: it is in order, not retired, and not slow."""
+        value = self.view.drives.get(drive)
+        if value is None or not self.stays(drive) or (value.get("usage") or USAGE_AUTO) != USAGE_AUTO:
+            return False
+        report = self.drive_report(drive)
+        return not (report.get("fault") or report.get("slow"))
+
+    def stays(self, drive: DriveId) -> bool:
+        """Whether copies on it are to stay there, be it up or down, fast or slow."""
         value = self.view.drives.get(drive)
         in_order = value is not None and (value.get("state") or _DRIVE_OK) == _DRIVE_OK
         return in_order and self.usage(drive) is None
 
     def usage(self, drive: DriveId) -> str | None:
-        """None: it is used as usual; else why its copies shall be elsewhere: `retired` or `removing`."""
+        """None: its copies may stay; else why they shall be elsewhere: `retired` or `removing`."""
         value = self.view.drives.get(drive)
         usage = value.get("usage") if value is not None else None
-        return None if usage in (None, _USAGE_AUTO) else RETIRED if usage != REMOVING else REMOVING
+        if usage in (None, "", USAGE_AUTO, _USAGE_MAINTENANCE):
+            return None
+        return RETIRED if usage != REMOVING else REMOVING
+
+    def is_slow(self, drive: DriveId) -> bool:
+        return bool(self.drive_report(drive).get("slow"))
+
+    def drive_reports(self) -> dict[DriveId, tuple[str, int]]:
+        """Of drives whose server runs: (fault or empty, how often it was opened), as the server tells."""
+        found = {}
+        for drive in self.view.drives:
+            report = self.drive_report(drive)
+            if report:
+                found[drive] = (str(report.get("fault") or ""), int(report.get("opens") or 0))
+        return found
+
+    def drive_report(self, drive: DriveId) -> dict[str, Any]:
+        """What its server tells of the drive (block/drive_watch.py); empty: nothing."""
+        node = self.node_of(drive)
+        server = self.view.servers.get(node) if node is not None else None
+        drives = server.get("drives") if server is not None else None
+        report = drives.get(drive.hex()) if isinstance(drives, dict) else None
+        return report if isinstance(report, dict) else {}
 
     def domain_of(self, node: NodeName) -> str:
         """The fault domain: two copies of a slab never share one."""

@@ -192,6 +192,42 @@ class DriveControl:
             self.links.drop(member.node, f"a trim failed: {error}")
             raise
 
+    async def scrub(
+        self, member: Member, slab: SlabId, block: int, count: int, rate_mib_s: int
+    ) -> tuple[list[int], int]:
+        """Verify a range of a member's copy: (bad blocks, what was put right there already).
+
+        Raises  Corrupt: the copy as a whole is damaged. DriveFailed, Unavailable, Fenced.
+        """
+        args = {"drive": member.drive, "slab": slab, "block": block, "count": count, "rate_mib_s": rate_mib_s}
+        answer = await self._pull_links.call(member.node, "scrub", args, timeout_s=PULL_TIMEOUT_S)
+        try:
+            return [int(number) for number in answer["bad"]], int(answer["repaired"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"node {member.node} answered scrub with nonsense: {error!r}") from None
+
+    async def scrub_tables(self, node: NodeName, drive: DriveId) -> int:
+        """Put right superblocks and slot table of a drive; how much was wrong."""
+        answer = await self._pull_links.call(node, "scrub_tables", {"drive": drive}, timeout_s=PULL_TIMEOUT_S)
+        return int(answer["repaired"]) if isinstance(answer, dict) and "repaired" in answer else 0
+
+    async def heal_from(
+        self, target: Member, source: Member, descriptor: SlabDescriptor, blocks: list[int]
+    ) -> tuple[int, list[int]]:
+        """Have `target` rewrite bad blocks from `source`: (how many were, those that `source` has bad too)."""
+        where = self._source_of(source.node)
+        if where is None:
+            raise Unavailable(f"node {source.node} runs no drive server now")
+        args = {
+            "drive": target.drive, "slab": descriptor.slab, "epoch": descriptor.epoch, "term": self.term,
+            "source": {"address": where[0], "port": where[1], "drive": source.drive}, "blocks": blocks,
+        }  # fmt: skip
+        answer = await self._pull_links.call(target.node, "heal_from", args, timeout_s=PULL_TIMEOUT_S)
+        try:
+            return int(answer["healed"]), [int(block) for block in answer["left"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"node {target.node} answered heal_from with nonsense: {error!r}") from None
+
     # -- questions -------------------------------------------------------------------------------
 
     async def copies(self, node: NodeName, drive: DriveId) -> list[Copy]:

@@ -91,7 +91,7 @@ class DriveWatch:
         """Equal as long as no plan can have changed because of a drive."""
         return (
             frozenset(self._serving),
-            frozenset((drive, self._facts.usage(drive)) for drive in self._facts.view.drives),
+            frozenset((d, self._facts.usage(d), self._facts.takes_slabs(d)) for d in self._facts.view.drives),
             frozenset(d for d, away in self._away.items() if self._away_s(away) >= self._retire_after_s),
             frozenset((node, self._facts.domain_of(node)) for node in self._facts.drive_nodes()),
         )
@@ -106,6 +106,6 @@ class DriveWatch:
         return [space for drive, space in self._serving.items() if self._facts.takes_slabs(drive)]
 
     def domains_that_stay(self) -> set[str]:
-        """Fault domains with a drive that takes slabs, up or down."""
-        nodes = {self._facts.node_of(d) for d in self._facts.view.drives if self._facts.takes_slabs(d)}
+        """Fault domains with a drive whose copies are to stay, up or down."""
+        nodes = {self._facts.node_of(d) for d in self._facts.view.drives if self._facts.stays(d)}
         return {self._facts.domain_of(node) for node in nodes if node is not None}

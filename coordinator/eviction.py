@@ -69,9 +69,17 @@ class Eviction:
             for drive, slab, marked in await self._control.active(node, session.writer):
                 if slab < METADATA_SLAB_ID_MIN and self._is_writable_member(slab, drive):
                     chunks.setdefault(slab, set()).update(marked)
+        lost: list[SlabId] = []
         if chunks:
             log.info("making %d slabs equal that %s was writing", len(chunks), session.writer)
-            await self._changes.equalize(chunks)
+            await self._changes.equalize(chunks, lost)
+        if lost:
+            # Nobody can read them, and whoever brings them back begins at a new epoch, from one copy; until then
+            # the chunks stay marked (I3). The leases need not wait for it.
+            log.warning(
+                "%d slabs that %s was writing have no copy that can be reached", len(lost), session.writer
+            )
+            return
         for node in reached:
             await self._control.settle_writer(node, session.writer, minimum)
 

@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any
 
@@ -409,6 +409,12 @@ class Host:
                 link.reply(frame.request_id, service.volume_status())
             elif name in ("job_control", "drive_members"):
                 self._nursery.start_soon(self._answer_admin, service, link, frame.request_id, name, args)
+            elif name == "scrub":
+                link.reply(frame.request_id, service.scrub.start())
+            elif name == "lost":
+                self._nursery.start_soon(_answer, link, frame.request_id, service.lost.listing)
+            elif name == "accept_data_loss":
+                self._nursery.start_soon(_answer, link, frame.request_id, service.lost.accept_data_loss)
             else:
                 raise BadRequest(f"call {name!r} needs a hello first")
         except CsvfsError as error:
@@ -449,6 +455,16 @@ class Host:
     async def _statfs(self, service: Service, link: Link, request_id: int) -> None:
         await service.slabs.wait_spaces()
         link.reply(request_id, service.statfs())
+
+
+async def _answer(link: Link, request_id: int, question: Callable[[], Awaitable[Any]]) -> None:
+    try:
+        link.reply(request_id, await question())
+    except CsvfsError as error:
+        link.reply_error(request_id, error)
+    except Exception:
+        log.exception("a question of %s failed in a way nobody planned for", link.peer)
+        link.reply_error(request_id, CsvfsError("the question failed; the log of the coordinator says how"))
 
 
 def _wants_coordinator(value: dict[str, Any]) -> bool:

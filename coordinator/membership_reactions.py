@@ -6,7 +6,8 @@ Tasks      one that follows the view and one that restores, so that a slow resto
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 import trio
 
@@ -50,6 +51,8 @@ class MembershipReactions:
         self._known: dict[NodeName, Incarnation] = {}
         self._gone: set[NodeName] = set()
         self._suspects: set[NodeName] = set()
+        self._reports: dict[DriveId, tuple[str, int]] = {}  # of drives, as their servers tell
+        self._failed: set[DriveId] = set()  # to be dropped
         self._look_due = trio.Event()
         self._drop_due = trio.Event()
         self._patience_ends = 0.0
@@ -67,6 +70,7 @@ class MembershipReactions:
         self._next_slab = self._slabs.next_slab_id
         self._known = self._servers()
         self._patience_ends = trio.current_time() + PATIENCE_S
+        self._follow_drives()
         self._look_due.set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_forever)
@@ -89,14 +93,30 @@ class MembershipReactions:
             if servers != self._known:
                 self._slabs.pool_changed()
             self._known = servers
+            self._follow_drives()
             self._desk.evict_dead_nodes()
             await self._facts.view.wait_changed()
+
+    def _follow_drives(self) -> None:
+        """Drives that fail while their server goes on, and those that are open again."""
+        reports = self._facts.drive_reports()
+        for drive, (fault, opens) in reports.items():
+            before = self._reports.get(drive, ("", 0))
+            if fault and fault != before[0]:
+                self._failed.add(drive)
+                self._drop_due.set()
+            elif not fault and (before[0] or (before[1] and opens != before[1])):
+                self._look_due.set()
+        if reports != self._reports:
+            self._slabs.pool_changed()
+        self._reports = reports
 
     async def _drop_forever(self) -> None:
         while True:
             await self._drop_due.wait()
             self._drop_due = trio.Event()
             gone, self._gone = self._gone, set()
+            failed, self._failed = self._failed, set()
             suspects, self._suspects = self._suspects, set()
             for node in suspects - gone:
                 try:
@@ -109,17 +129,22 @@ class MembershipReactions:
                 self._control.links.drop(node, "its drive server is gone")
                 self._resync.cancel(self._facts.drives_of(node))
                 for changes in self._books:
-                    await self._drop(changes, node)
+                    await self._drop(f"node {node}", partial(changes.drop_node, node, "its drive server is gone"))
+            for drive in sorted(failed):
+                self._resync.cancel([drive])
+                fault = self._reports.get(drive, ("gone", 0))[0]
+                for changes in self._books:
+                    await self._drop(f"drive {drive.hex()[:8]}", partial(changes.drop_drive, drive, fault))
 
-    async def _drop(self, changes: SlabChanges, node: NodeName) -> None:
+    async def _drop(self, what: str, drop: Callable[[], Awaitable[list[SlabId]]]) -> None:
         try:
-            kept = await changes.drop_node(node, "its drive server is gone")
+            kept = await drop()
             if kept:
-                log.warning("node %s holds the last copies of %d slabs: they wait for it", node, len(kept))
+                log.warning("%s holds the last copies of %d slabs: they wait for it", what, len(kept))
         except Fenced:
             raise
         except CsvfsError as error:
-            log.warning("node %s is not dropped yet: %s", node, error)
+            log.warning("%s is not dropped yet: %s", what, error)
 
     async def _restore_forever(self) -> None:
         while True:

@@ -106,6 +106,7 @@ class Metadata:
         database.begin()
         database.run(_ADD_SETTING, ("volume", volume))
         database.run(_ADD_SETTING, ("hash_key", hash_key))
+        database.run(_ADD_SETTING, ("created", now_ns.to_bytes(8, "little")))
         metadata = Metadata(database, volume, hash_key)
         metadata.names.make_root(now_ns)
         metadata.commit()
@@ -141,6 +142,11 @@ class Metadata:
             slab_blocks=counters.slab_blocks,
             name_size_max=NAME_SIZE_MAX,
         )
+
+    def created_ns(self) -> int:
+        """When the volume was made: ns since the epoch, of the wall clock of that machine."""
+        rows = self.database.rows("SELECT value FROM settings WHERE name = 'created'")
+        return int.from_bytes(rows[0][0], "little") if rows else 0
 
     @property
     def checkpoint_due(self) -> bool:

@@ -31,16 +31,19 @@ from coordinator.health import Health
 from coordinator.janitor import Janitor
 from coordinator.job_record import JobRecord
 from coordinator.leases import Leases
+from coordinator.lost import LostSlabs
 from coordinator.membership_reactions import MembershipReactions
 from coordinator.metadata import Metadata
 from coordinator.metadata_log import MetadataLog
 from coordinator.metadata_space import MetadataSpace
 from coordinator.questions import Reply
+from coordinator.scrub import Scrub
 from coordinator.session_desk import SessionDesk
 from coordinator.sessions import Session
 from coordinator.slab_book import DataBook, MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
+from coordinator.volume_facts import DESCRIPTION, description_of, pack_description
 from csvfs.block.bus import Bus
 from csvfs.errors import BadRequest, CsvfsError, Fenced, LeaseLost, NotCoordinator
 from csvfs.ids import DriveId, Epoch, Incarnation, InodeNo, NodeName, SlabId, Term, VolumeId
@@ -54,6 +57,7 @@ log = logging.getLogger(__name__)
 
 CALLS_MAX = 4_096  # of all sessions being worked on
 SLABS_ASKED_MAX = 65_536
+_ADD_DESCRIPTION = "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)"
 # Served before all sessions have reclaimed: they need no lease that is not held already.
 _EARLY_CALLS = frozenset(
     ("hello", "reclaim", "allocate", "commit", "release", "slab_failed", "slabs", "fsync", "goodbye")
@@ -110,6 +114,7 @@ class Service:
         """soon: see Batches."""
         self.setup = setup
         self._metadata = metadata
+        self._facts = facts
         self._may_serve = may_serve
         self.log = MetadataLog(bus, metadata.image, book.slabs, setup.slab_blocks)
         self.batches = Batches(metadata, self.log, may_serve, soon)
@@ -145,6 +150,14 @@ class Service:
         self.members = MembershipReactions(
             setup.volume, control, facts, [metadata_changes, self.changes], self.resync, self.slabs, self.desk
         )
+        self.scrub = Scrub(
+            setup.name, metadata, self.batches, [self.changes, metadata_changes], control, facts,
+            self.members.look_into, slab_blocks=setup.slab_blocks, is_paused=lambda: record.is_paused("scrub"),
+        )  # fmt: skip
+        self.lost = LostSlabs(
+            setup.name, setup.volume, metadata, self.changes, control, facts, book.store
+        )
+        self.lost.on_accepted = self.members.look_into
         self._health = Health([book, data_book], self.healing.wanted)
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
@@ -168,6 +181,15 @@ class Service:
     async def _wait_durable(self) -> None:
         await self.log.wait(self.log.position)
 
+    async def _describe_forever(self) -> None:
+        """Keep in the metadata what the cluster store says of the volume, so that the drives alone can tell."""
+        view = self._facts.view
+        while True:
+            packed = pack_description(view.volumes.get(self.setup.name, {}))
+            if packed != pack_description(description_of(self._metadata)) and len(packed) > 1:
+                await self.batches.run(partial(self._metadata.database.run, _ADD_DESCRIPTION, (DESCRIPTION, packed)))
+            await view.wait_changed()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled, or until another coordinator is at work: raises that."""
         self.desk.load()
@@ -186,6 +208,8 @@ class Service:
                 nursery.start_soon(self._metadata_space.grow_forever)
                 nursery.start_soon(self.members.run_forever)
                 nursery.start_soon(self._janitor.run_forever)
+                nursery.start_soon(self.scrub.run_forever)
+                nursery.start_soon(self._describe_forever)
                 task_status.started()
         finally:
             self._nursery = None
@@ -395,6 +419,10 @@ class Service:
         slab, epoch = SlabId(arguments.number(args, "slab")), Epoch(arguments.number_or_zero(args, "epoch"))
         drives = [DriveId(drive) for drive in field(args, "drives", list) if isinstance(drive, bytes)]
         reason = f"{session.writer}: {args.get('reason')}"[:500]
+        torn = args.get("torn")
+        if torn:
+            await self.changes.equalize({slab: arguments.chunk_numbers(torn, self.setup.slab_blocks)})
+        self.lost.check(self.changes.book.current(slab))
         descriptor = await self.changes.failed(slab, epoch, drives, reason)
         if drives:
             self.members.look_into(drives)
@@ -452,7 +480,8 @@ class Service:
         ]
         return {
             **self._health.to_status(),
-            "jobs": self.healing.to_status(),
+            "jobs": [*self.healing.to_status(), *self.scrub.job_rows()],
+            "scrub": self.scrub.to_status(),
             "sessions": sessions,
             "term": self.setup.term,
             "batches": self.batches.batch_count,

@@ -96,7 +96,7 @@ class MetadataBook:
     term."""
 
     def __init__(self, store: ClusterStore, volume_name: str, term: Term) -> None:
-        self._store = store
+        self.store = store
         self._key = f"meta/{volume_name}"
         self._term_key = f"term/{volume_name}"
         self._term = term
@@ -158,7 +158,7 @@ class MetadataBook:
         raise Conflict(f"{self._key} changed {CAS_TRIES_MAX} times while a slab was being added")
 
     async def _read(self) -> tuple[Item, Item]:
-        term_item, item = await self._store.get(self._term_key), await self._store.get(self._key)
+        term_item, item = await self.store.get(self._term_key), await self.store.get(self._key)
         if term_item is None or _term_of(term_item) != self._term:
             raise NotCoordinator(
                 f"term {self._term} of {self._key} is over: another node coordinates the volume"
@@ -180,7 +180,7 @@ class MetadataBook:
             Compare(self._key, item.revision),
         ]
         value = pack_descriptors(descriptors.values())
-        if not (await self._store.transact(compares, [Put(self._key, value)])).succeeded:
+        if not (await self.store.transact(compares, [Put(self._key, value)])).succeeded:
             return False
         self._descriptors = descriptors
         return True

@@ -16,7 +16,7 @@ from coordinator.slab_book import SlabBook
 from csvfs.block import slab_state
 from csvfs.errors import CsvfsError, Fenced, LastCopy, Unavailable
 from csvfs.ids import DriveId, Epoch, NodeName, SlabId
-from csvfs.wire.block_messages import SlabDescriptor
+from csvfs.wire.block_messages import Member, SlabDescriptor
 
 log = logging.getLogger(__name__)
 
@@ -163,24 +163,33 @@ class SlabChanges:
 
         Returns  the slabs whose last in-sync copies it holds: those stay. Raises Fenced.
         """
+        return await self.drop_where(lambda member: member.node == node, f"node {node}", reason)
+
+    async def drop_drive(self, drive: DriveId, reason: str) -> list[SlabId]:
+        """As drop_node, for one drive that has failed while its server goes on."""
+        return await self.drop_where(lambda m: m.drive == drive, f"drive {drive.hex()[:8]}", reason)
+
+    async def drop_where(self, leaves: Callable[[Member], bool], what: str, reason: str) -> list[SlabId]:
         kept: list[SlabId] = []
         part: list[SlabId] = []
         dropped = 0
         for descriptor in self.book.all():
-            if any(member.node == node for member in descriptor.writable):
+            if any(leaves(member) for member in descriptor.writable):
                 part.append(descriptor.slab)
             if len(part) >= SLABS_PER_CHANGE_MAX:
-                dropped += await self._drop_node_from(part, node, kept)
+                dropped += await self._drop_from(part, leaves, kept)
                 part = []
         if part:
-            dropped += await self._drop_node_from(part, node, kept)
+            dropped += await self._drop_from(part, leaves, kept)
         if dropped:
-            log.warning("node %s dropped from %d slabs: %s", node, dropped, reason)
+            log.warning("%s dropped from %d slabs: %s", what, dropped, reason)
         return kept
 
-    async def _drop_node_from(self, slabs: list[SlabId], node: NodeName, kept: list[SlabId]) -> int:
+    async def _drop_from(
+        self, slabs: list[SlabId], leaves: Callable[[Member], bool], kept: list[SlabId]
+    ) -> int:
         def drop(descriptor: SlabDescriptor) -> SlabDescriptor:
-            drives = [member.drive for member in descriptor.writable if member.node == node]
+            drives = [member.drive for member in descriptor.writable if leaves(member)]
             return slab_state.drop_members(descriptor, drives)
 
         changed = []
@@ -194,13 +203,14 @@ class SlabChanges:
 
     # -- making members equal --------------------------------------------------------------------
 
-    async def equalize(self, chunks: dict[SlabId, set[int]]) -> None:
+    async def equalize(self, chunks: dict[SlabId, set[int]], lost: list[SlabId] | None = None) -> None:
         """Make `chunks` of each slab the same on all its writable members, as one in-sync member has them.
 
         Their writer is fenced everywhere. What it was told is complete is on every in-sync member, so
         whichever is the source, nothing acknowledged is lost; what it was not told may go either way, but the
         same way.
-        Raises  LastCopy, Unavailable: not now; call again. Fenced.
+        Args    lost: slabs of which no in-sync copy can be reached are added here, and left as they are.
+        Raises  LastCopy (without `lost`), Unavailable: not now; call again. Fenced.
         """
         pending = list(chunks)
         while pending:
@@ -210,8 +220,10 @@ class SlabChanges:
             failures = await self.settle(alive)
             for slab in alive:
                 if slab in failures:
-                    raise failures[slab]
-                if not await self._equalize_slab(slab, sorted(chunks[slab])):
+                    if lost is None or not isinstance(failures[slab], LastCopy):
+                        raise failures[slab]
+                    lost.append(slab)
+                elif not await self._equalize_slab(slab, sorted(chunks[slab])):
                     pending.append(slab)
 
     async def _equalize_slab(self, slab: SlabId, chunks: list[int]) -> bool:

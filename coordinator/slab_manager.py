@@ -26,7 +26,8 @@ from coordinator.slab_changes import SlabChanges
 from coordinator.space import Trim
 from csvfs.block import slab_state
 from csvfs.block.placement import DriveSpace, choose_drives
-from csvfs.errors import Conflict, CsvfsError, Fenced, NoSpace, NotFound, StaleEpoch
+from csvfs.block.reserve import DriveSlots, reserve_slots
+from csvfs.errors import Conflict, CsvfsError, Fenced, LastCopy, NoSpace, NotFound, StaleEpoch
 from csvfs.ids import DriveId, NodeName, SlabId
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import SlabDescriptor
@@ -37,6 +38,8 @@ AHEAD_SLABS = 2  # so much free space is kept, so that no write waits for a slab
 SLABS_AT_ONCE = 8  # created in parallel when a writer needs much
 TRIMS_AT_ONCE = 512
 TRIM_INTERVAL_S = 0.5
+TRIM_WAIT_S = 5.0  # a writer waits so long at most for space that was freed and is not trimmed yet
+TRIM_POLL_S = 0.05
 SPACE_INTERVAL_S = 5.0
 EMPTY_SLABS_KEPT = 4
 SPACES_WAIT_S_MAX = 1.0  # the first question for space waits so long for drive servers that hang
@@ -97,18 +100,24 @@ class SlabManager:
 
         Raises  NoSpace: neither the pool nor, once trimmed, the volume itself has so many.
         """
-        for attempt in range(3):
-            if self._metadata.statfs().free_blocks >= blocks:
-                return
+        deadline = trio.current_time() + TRIM_WAIT_S
+        while self._metadata.statfs().free_blocks < blocks:
             self._wanted_blocks = max(self._wanted_blocks, blocks)
             grown = self._grown
             self._grow_due.set()
             await grown.wait()
             if self._metadata.statfs().free_blocks >= blocks:
                 return
-            if self._shortage is not None and not await self._trim_once() and attempt:
+            if self._shortage is None or await self._trim_once():
+                continue
+            if not self._freed_blocks() or trio.current_time() >= deadline:
                 raise NoSpace(str(self._shortage))
-        raise NoSpace(f"{blocks} blocks are not free in this volume; see csvfs volume status")
+            await trio.sleep(TRIM_POLL_S)  # what was deleted is being trimmed by another task
+
+    def _freed_blocks(self) -> int:
+        """Blocks that no file has any more, and that are not free yet."""
+        statistics = self._metadata.statfs()
+        return statistics.slab_blocks - statistics.used_blocks - statistics.free_blocks
 
     def pool_changed(self) -> None:
         """Drive servers came or went."""
@@ -171,8 +180,17 @@ class SlabManager:
             log.warning("a data slab could not be created: %s", error)
             self._shortage = NoSpace(f"no slab could be created: {error}")
 
+    def slots_above_reserve(self) -> int:
+        """Free slots that data slabs may take; the rest is for repairs (block/reserve.py)."""
+        free = sum(space.free_slots for space in self.pool_spaces)
+        domain_of = self._facts.domain_of
+        drives = [DriveSlots(space.node, domain_of(space.node), space.slots) for space in self.pool_spaces]
+        return max(0, free - reserve_slots(drives, self._copies))
+
     async def _create_slab(self) -> SlabDescriptor:
         """Raises NoSpace, Fenced, and what the last try raised."""
+        if self.slots_above_reserve() < self._copies_now():
+            raise NoSpace("the pool is full but for the reserve that repairs need; delete files or add drives")
         slab = await self._batches.run(self._metadata.new_slab_id)
         self.creating.add(slab)
         try:
@@ -316,7 +334,7 @@ class SlabManager:
                 low = middle
             else:
                 high = middle - 1
-        return low
+        return min(low, self.slots_above_reserve() // copies)
 
     # -- trims -----------------------------------------------------------------------------------
 
@@ -373,7 +391,10 @@ class SlabManager:
                 raise
             except CsvfsError as error:
                 drives = [] if isinstance(error, StaleEpoch) else [member.drive]
-                await self._changes.failed(slab, descriptor.epoch, drives, f"a trim failed: {error}")
+                try:
+                    await self._changes.failed(slab, descriptor.epoch, drives, f"a trim failed: {error}")
+                except LastCopy as last:  # other slabs shall not wait for this one
+                    log.info("slab %d is not trimmed now: %s", slab, last)
                 return False
         # A member that joined meanwhile copied from one that was trimmed already, or not yet: only an
         # unchanged epoch says that all have it.

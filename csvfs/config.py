@@ -91,6 +91,26 @@ class Options:
         "programs may get half as slow again while copies are made",
         "how repair weighs against programs: 1 very low, 2 low, 3 medium, 4 high, 5 very high; see csvfs job speed",
     )  # fmt: skip
+    io_timeout_ms: int = _option(
+        60_000, "ms", 1000, 3_600_000,
+        "longer than a failover and a reboot; guests' disks time out after 30 to 180 s",
+        "reads and writes that cannot be done for this long fail with EIO",
+    )  # fmt: skip
+    slow_drive_ms: int = _option(
+        50, "ms", 1, 60_000,
+        "ten times what a loaded hard disk takes; flash that takes so long is broken",
+        "a drive is slow when it takes longer than this and 10 times as long as its peers",
+    )  # fmt: skip
+    slow_drive_after_s: int = _option(
+        30, "s", 1, 3600,
+        "longer than garbage collection of a flash drive, or error recovery of a disk",
+        "a drive that is slow for this long is read around and given no new slabs",
+    )  # fmt: skip
+    slow_drive_retire_s: int = _option(
+        300, "s", 0, 86_400,
+        "a drive that has not recovered by then most often never does",
+        "a drive that is slow for this long is retired (0: never)",
+    )  # fmt: skip
     restart_backoff_max_ms: int = _option(
         5000, "ms", 0, 600_000,
         "a process that dies at once costs 5 starts a minute, not a core",

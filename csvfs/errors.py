@@ -12,10 +12,12 @@ class CsvfsError(Exception):
     """Base of all errors that csvfs raises on purpose.
 
     A message names the thing, the numbers and the next step, in one line.
+    `fault`: of a drive that cannot be used, a word of block/drive_faults.py (does not go over a wire).
     """
 
     posix_errno: ClassVar[int] = errno.EIO
     retryable: ClassVar[bool] = False
+    fault: str = ""
 
 
 class BadRequest(CsvfsError):
@@ -137,6 +139,14 @@ class Corrupt(CsvfsError):
     """
 
     bad_blocks: tuple[int, ...] = ()
+
+
+class InputOutputError(CsvfsError):
+    """Reading or writing did not succeed within the volume's io_timeout: EIO, as of a broken disk."""
+
+
+class Lost(CsvfsError):
+    """All in-sync copies of a slab were on drives that have lost them: waiting would not help."""
 
 
 class DriveFailed(CsvfsError):

@@ -8,6 +8,7 @@ import trio
 from csvfs.block.block_service import BlockService
 from csvfs.block.bus import Bus
 from csvfs.block.drive_calls import DriveCalls
+from csvfs.block.drive_watch import DriveWatch
 from csvfs.block.formatting import format_drive
 from csvfs.block.server_links import ServerAddress, ServerLinks
 from csvfs.block.slab_state import begin_joining, complete_joining, drop_members
@@ -37,7 +38,13 @@ class Server:
         self.port = 0
         self.service: BlockService | None = None
         self.may_serve = True
+        self.reports: dict = {}
+        self.on_reports = self._keep
         self._scope: trio.CancelScope | None = None
+
+    async def _keep(self, reports: dict) -> None:
+        """What the watch over the drives tells the cluster."""
+        self.reports = reports
 
     async def start(self, nursery: trio.Nursery) -> None:
         self.incarnation += 1
@@ -51,8 +58,10 @@ class Server:
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
                 service.nursery = nursery
-                for drive_id, path in self.drives.items():
-                    service.drives.open(drive_id, str(path), pool_id=POOL, cluster_id=CLUSTER)
+                self._open_drives()
+                watch = DriveWatch(service, self.on_reports)
+                nursery.start_soon(watch.watch_forever)
+                nursery.start_soon(watch.retry_forever, lambda served: self._open_drives())
                 listener = Listener(engine, ("127.0.0.1", 0), service.accept)
                 self.port = listener.port
                 nursery.start_soon(engine.run_forever)
@@ -66,6 +75,11 @@ class Server:
         service.close(clean=False)
         engine.close()
         self.service = None
+
+    def _open_drives(self) -> None:
+        assert self.service is not None
+        for drive_id, path in self.drives.items():
+            self.service.drives.open(drive_id, str(path), pool_id=POOL, cluster_id=CLUSTER)
 
     async def kill(self) -> None:
         """As kill -9: connections break, nothing is flushed or marked clean."""

@@ -112,9 +112,24 @@ class TestCluster:
 
     async def start_server(self, name: str) -> None:
         server = self.servers[name]
+        registered = trio.Event()
+
+        async def publish(reports: dict[str, Any]) -> None:
+            await registered.wait()
+            server.reports = reports
+            await self._register(server)
+
+        server.on_reports = publish
         await server.start(self.nursery)
-        value = {"address": "127.0.0.1", "port": server.port, "unix": "", "incarnation": server.incarnation}
-        await self.store.put(f"servers/{name}", pack_value(value), self.lease)
+        await self._register(server)
+        registered.set()
+
+    async def _register(self, server: Server) -> None:
+        value = {
+            "address": "127.0.0.1", "port": server.port, "unix": "", "incarnation": server.incarnation,
+            "drives": server.reports,
+        }  # fmt: skip
+        await self.store.put(f"servers/{server.node}", pack_value(value), self.lease)
 
     async def kill_server(self, name: str, *, noticed: bool = True) -> None:
         await self.servers[name].kill()
@@ -160,7 +175,9 @@ class TestCluster:
     # -- the volume ------------------------------------------------------------------------------
 
     async def create_volume(self, copies: int = 3, size: int = 0) -> None:
-        value = {"id": VOLUME, "copies": copies, "size": size, "state": "creating", "resiliency": "mirror"}
+        value = {
+            "id": VOLUME, "name": NAME, "copies": copies, "size": size, "state": "creating", "resiliency": "mirror",
+        }  # fmt: skip
         await self.store.put(f"volumes/{NAME}", pack_value(value))
 
     async def volume(self) -> dict[str, Any]:

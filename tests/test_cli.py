@@ -368,7 +368,8 @@ def test_drives_are_formatted_and_made_known(cluster: Cluster, formatted: list[s
     rows = cluster.json("drive", "list")
     assert [(row["node"], row["path"]) for row in rows] == [("n1", path) for path in paths]
     value = cluster.value(f"drives/{rows[0]['id']}")
-    assert (value["size"], value["kind"], value["state"], value["slots"]) == (GIB, "file", "ok", 15)
+    assert (value["size"], value["backing"], value["state"], value["slots"]) == (GIB, "file", "ok", 15)
+    assert value["kind"] in ("", "nvme", "ssd", "hdd")
 
 
 def test_one_refused_drive_leaves_all_unwritten(cluster: Cluster, formatted: list[str]) -> None:
@@ -380,7 +381,8 @@ def test_one_refused_drive_leaves_all_unwritten(cluster: Cluster, formatted: lis
 
 def test_a_dry_run_writes_nothing(cluster: Cluster, formatted: list[str]) -> None:
     (path,) = make_files(cluster.top, "a")
-    assert f"would add {path}: file, 1.0 GiB" in cluster.run("drive", "add", "--dry-run", path).stdout
+    shown = cluster.run("drive", "add", "--kind", "ssd", "--dry-run", path).stdout
+    assert f"would add {path}: file, ssd, 1.0 GiB" in shown
     assert formatted == []
     assert cluster.json("drive", "list") == []
 

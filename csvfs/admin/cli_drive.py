@@ -5,9 +5,12 @@ import click
 from csvfs.admin import drive_life, drive_ops
 from csvfs.admin.cli_context import Here, json_option, run_here, run_with_peers, yes_option
 from csvfs.admin.cluster_view import USAGE_AUTO, Record, read_cluster_view
+from csvfs.admin.drive_locate import DriveLocation, blink, find_drive, locate_drive
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import note, print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import DriveStatus, collect_status
+from csvfs.block.device_facts import KINDS
+from csvfs.errors import BadRequest
 from csvfs.units import format_size
 
 
@@ -29,12 +32,13 @@ def list_command(as_json: bool) -> None:
         print_json(drives)
         return
     print_table(
-        ("DRIVE", "NODE", "PATH", "STATE", ">SIZE", ">FREE", ">BAD BLOCKS", ">HEALED"),
+        ("DRIVE", "NODE", "PATH", "KIND", "STATE", ">SIZE", ">FREE", ">BAD BLOCKS", ">HEALED"),
         [
             (
                 drive.id[:8],
                 drive.node,
                 drive.path,
+                drive.kind or None,
                 drive.state,
                 format_size(drive.size),
                 size_or_unknown(drive.free),
@@ -45,13 +49,49 @@ def list_command(as_json: bool) -> None:
         ],
         empty="no drives yet: csvfs drive add PATH... on each node",
     )
+    for drive in drives:
+        if drive.reason:
+            note(f"{drive.id[:8]} on {drive.node}: {drive.reason}")
+
+
+@drive_group.command("locate")
+@click.argument("drive", metavar="DRIVE")
+@click.option(
+    "--blink", "blink_s", type=click.FloatRange(0, 3600), default=0, help="Seconds; on its own node."
+)
+@json_option
+def locate_command(drive: str, blink_s: float, as_json: bool) -> None:
+    """Say where a drive is: node, path, device, serial number. DRIVE is the beginning of its id, or its path."""
+
+    async def work(here: Here) -> DriveLocation:
+        return locate_drive(find_drive(await read_cluster_view(here.store), drive), here.config.node)
+
+    found = run_here(work)
+    if blink_s and not found.here:
+        raise BadRequest(f"drive {found.id[:8]} is on node {found.node}: run this there to make it blink")
+    if as_json:
+        print_json(found)
+    else:
+        rows = {"drive": found.id, "node": found.node, "path": found.path, "kind": found.kind or "not known"}
+        if found.here:
+            rows |= {"device": found.device, "model": found.model, "serial": found.serial}
+        for title, value in rows.items():
+            click.echo(f"{title + ':':9}{value or 'none'}")
+        for link in found.links:
+            click.echo(f"{'link:':9}{link}")
+        if not found.here:
+            note(f"its device is known on node {found.node}: run this there")
+    if blink_s:
+        with progress(f"blinking {found.path}"):
+            blink(found.path, blink_s)
 
 
 @drive_group.command("add")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--kind", type=click.Choice(KINDS), default=None, help="What they are; by default detected.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @json_option
-def add_command(paths: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def add_command(paths: tuple[str, ...], kind: str | None, dry_run: bool, as_json: bool) -> None:
     """Format blank disks or files of this node and add them to the pool.
 
     A path that is not blank (partitions, a file system, RAID, in use, too small) is refused with its reason,
@@ -66,10 +106,10 @@ def add_command(paths: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
             click.echo(f"drive {drive.name[:8]} added: {drive.text('path')}, {size}")
 
     async def check(here: Here) -> list[drive_ops.DriveCandidate]:
-        return await drive_ops.check_candidates(here.store, paths)
+        return await drive_ops.check_candidates(here.store, paths, kind)
 
     async def add(here: Here) -> None:
-        await drive_ops.add_drives(here.store, here.config.node, paths, announce)
+        await drive_ops.add_drives(here.store, here.config.node, paths, announce, kind)
 
     if dry_run:
         candidates = run_here(check)
@@ -77,7 +117,10 @@ def add_command(paths: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
             print_json(candidates)
             return
         for candidate in candidates:
-            click.echo(f"would add {candidate.path}: {candidate.kind}, {format_size(candidate.size)}")
+            kind_text = candidate.kind or "of unknown kind"
+            click.echo(
+                f"would add {candidate.path}: {candidate.backing}, {kind_text}, {format_size(candidate.size)}"
+            )
         return
     run_here(add)
     if as_json:

@@ -1,14 +1,20 @@
 """`csvfs pool`: all drives of the cluster together."""
 
+import os
+from typing import Any
+
 import click
+import trio
 
 from csvfs.admin.cli_context import SIZE, Here, json_option, run_here, run_with_peers
-from csvfs.admin.cluster_view import Record
+from csvfs.admin.cluster_view import Record, read_cluster_view
 from csvfs.admin.job_ops import control_jobs
-from csvfs.admin.peers import Peers
+from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.admin.pool_ops import create_pool, require_pool
+from csvfs.admin.pool_recover import CLUSTER_NAME, Recovery, rebuild, require_empty_store, scan
 from csvfs.admin.render import note, print_json, print_table, size_or_unknown
 from csvfs.admin.status import ClusterStatus, collect_status
+from csvfs.errors import Unavailable
 from csvfs.units import SLAB_SIZE_DEFAULT, format_size
 
 
@@ -54,6 +60,71 @@ def optimize_command(as_json: bool) -> None:
         click.echo(f"levelling the drives for {', '.join(sorted(answers)) or 'no volumes'}: csvfs job watch")
 
 
+@pool_group.command("scrub")
+@json_option
+def scrub_command(as_json: bool) -> None:
+    """Verify every copy of every volume now, and heal what has rotted; and the tables of all drives."""
+
+    async def work(here: Here, peers: Peers) -> dict[str, str]:
+        view = await read_cluster_view(here.store)
+        begun: dict[str, Any] = {}
+        errors: dict[str, str] = {}
+        for name in sorted(view.volumes):
+            await answer_or_error(peers.coordinator(view, name, "scrub"), name, begun, errors)
+        return {name: errors.get(name, "") for name in sorted(view.volumes)}
+
+    rows = run_with_peers(work)
+    if as_json:
+        print_json(rows)
+    for name, error in rows.items() if not as_json else ():
+        click.echo(f"volume {name}: {error or 'being scrubbed'}")
+    if any(rows.values()):
+        raise Unavailable("not every volume is being scrubbed: try again")
+
+
+@pool_group.command("recover")
+@click.option(
+    "--drives", "paths", multiple=True, required=True, type=click.Path(), help="A drive; once for each."
+)
+@click.argument("more", metavar="[PATH]...", nargs=-1, type=click.Path())
+@click.option("--cluster-name", default=CLUSTER_NAME, show_default=True, help="It is on no drive.")
+@click.option("--dry-run", is_flag=True, help="Say what is there, write nothing.")
+@json_option
+def recover_command(
+    paths: tuple[str, ...], more: tuple[str, ...], cluster_name: str, dry_run: bool, as_json: bool
+) -> None:
+    """Rebuild the cluster store from the drives alone, after it was lost: csvfs pool recover --drives PATH...
+
+    Give all drives of the pool. Nothing on them is changed, and a cluster store that is not empty is refused. Says what
+    could not be recovered.
+    """
+
+    async def work(here: Here) -> Recovery:
+        if not dry_run:
+            await require_empty_store(here.store)
+        given = [os.path.realpath(path) for path in (*paths, *more)]
+        found = await trio.to_thread.run_sync(scan, given)
+        if not dry_run:
+            await rebuild(here.store, found, cluster_name)
+        return found
+
+    found = run_here(work)
+    if as_json:
+        print_json(found)
+        return
+    click.echo(
+        f"pool {found.pool.hex()[:8]}: slabs of {format_size(found.slab_size)}, {len(found.drives)} drives"
+    )
+    for hex_id, value in sorted(found.drives.items()):
+        click.echo(f"drive {hex_id[:8]}: {value['path']}, of node {value['node']}")
+    for volume in found.volumes:
+        click.echo(f"volume {volume.name}: {volume.files} files and directories")
+    for problem in found.problems:
+        click.echo(f"not recovered: {problem}")
+    click.echo("a drive that was not given may hold newer copies: give all there are")
+    click.echo("nothing was written" if dry_run else "next: csvfs node run on each node")
+
+
 @pool_group.command("status")
 @json_option
 def status_command(as_json: bool) -> None:
@@ -73,8 +144,10 @@ def status_command(as_json: bool) -> None:
     click.echo(
         f"pool {pool.name}: {format_size(pool.size)}, {format_size(used)} in use, "
         f"{format_size(pool.free)} free, "
-        f"slabs of {format_size(pool.slab_size)}"
+        f"{format_size(pool.reserve)} of it kept for repairs, slabs of {format_size(pool.slab_size)}"
     )
+    if pool.warning:
+        click.echo(pool.warning)
     rows = []
     for node in status.nodes:
         drives = [drive for drive in status.drives if drive.node == node.name]

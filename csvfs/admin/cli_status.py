@@ -68,6 +68,8 @@ def print_status(status: ClusterStatus, console: Console) -> None:
         console.print("no cluster in this cluster store yet: csvfs cluster create NAME")
         return
     console.print(f"cluster {status.cluster}, {pool_line(status)}")
+    if status.pool is not None and status.pool.warning:
+        console.print(status.pool.warning, style="yellow" if status.pool.percent_used < 90 else "red")
     console.print()
     if status.nodes:
         columns = ("NODE", "STATE", "ADDRESS", "DRIVES", "NOTE")

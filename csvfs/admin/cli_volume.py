@@ -1,19 +1,33 @@
 """`csvfs volume`: what virtual machines live on."""
 
+import time
+from typing import Any
+
 import click
 
 from csvfs.admin import volume_ops
 from csvfs.admin.cli_context import SIZE, Here, json_option, run_with_peers, yes_option
 from csvfs.admin.cli_status import job_line, resiliency_text, volume_row
 from csvfs.admin.cluster_view import ALIVE, read_cluster_view
+from csvfs.admin.lost_ranges import LostReport, accept_loss, lost_report
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status
+from csvfs.errors import Unavailable
 
 ONLINE_TIMEOUT_S = 60.0
 MOUNT_TIMEOUT_S = 30.0
 MOVE_TIMEOUT_S = 60.0
 DELETE_TIMEOUT_S = 120.0
+
+
+min_copies_option = click.option(
+    "--min-copies",
+    type=click.IntRange(1, 3),
+    default=1,
+    show_default=True,
+    help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
+)
 
 
 @click.group("volume")
@@ -39,16 +53,23 @@ def volume_group() -> None:
 @click.option(
     "--size", type=SIZE, default=0, show_default="as large as the pool", help="At least 64M, like 500G."
 )
+@min_copies_option
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1, 3600), default=ONLINE_TIMEOUT_S, hidden=True)
 @json_option
 def create_command(
-    name: str, resiliency: str, copies: int | None, size: int, timeout_s: float, as_json: bool
+    name: str,
+    resiliency: str,
+    copies: int | None,
+    size: int,
+    min_copies: int,
+    timeout_s: float,
+    as_json: bool,
 ) -> None:
     """Create volume NAME and wait until it is mounted on this node."""
 
     async def work(here: Here, peers: Peers) -> str:
         volume = await volume_ops.create_volume(
-            here.store, name, resiliency=resiliency, copies=copies, size=size
+            here.store, name, resiliency=resiliency, copies=copies, size=size, min_copies=min_copies
         )
         path = here.config.cluster_root / name
         with progress(f"creating volume {name}"):
@@ -80,11 +101,88 @@ def list_command(as_json: bool) -> None:
     )
 
 
+@volume_group.command("set")
+@click.argument("name")
+@min_copies_option
+def set_command(name: str, min_copies: int) -> None:
+    """Change volume NAME while it is in use."""
+
+    async def work(here: Here, peers: Peers) -> None:
+        await volume_ops.set_min_copies(here.store, name, min_copies)
+
+    run_with_peers(work)
+    click.echo(f"volume {name}: writes want {min_copies} copies in sync")
+
+
+@volume_group.command("repair")
+@click.argument("name")
+@click.option(
+    "--accept-data-loss", is_flag=True, help="Go on with stale copies, or zeros, where all is lost."
+)
+@yes_option
+@json_option
+def repair_command(name: str, accept_data_loss: bool, yes: bool, as_json: bool) -> None:
+    """Give up what is lost of volume NAME. Everything else is repaired by itself, without this command.
+
+    For slabs of which no in-sync copy can be reached (csvfs volume status NAME --lost): the newest stale copy goes on,
+    or zeros where there is none. It is written down in the cluster store for ever. There is no way back: first try to
+    bring back a drive.
+    """
+    if not accept_data_loss:
+        raise click.UsageError("repairs go on by themselves; this is for --accept-data-loss only")
+
+    async def look(here: Here, peers: Peers) -> LostReport:
+        return await lost_report(here.store, peers, name)
+
+    async def accept(here: Here, peers: Peers) -> list[dict[str, Any]]:
+        return await accept_loss(here.store, peers, name)
+
+    report = run_with_peers(look)
+    if not report.slabs:
+        click.echo(f"nothing of volume {name} is lost")
+        return
+    if not yes:
+        print_lost(name, report)
+        click.confirm("Give up what was in these slabs, for ever?", abort=True, err=True)
+    rows = run_with_peers(accept)
+    if as_json:
+        print_json(rows)
+    for row in rows if not as_json else ():
+        click.echo(f"slab {row['slab']}: {row.get('error') or row['took']}")
+    if any(row.get("error") for row in rows):
+        raise Unavailable("not everything could be done: try again")
+
+
+def print_lost(name: str, report: LostReport) -> None:
+    if not report.slabs:
+        click.echo(f"nothing of volume {name} is lost")
+        return
+    for slab in report.slabs:
+        stale = f"; stale copies: {slab.stale}" if slab.stale else "; no other copy"
+        click.echo(f"slab {slab.slab}: {', '.join(slab.why)}{stale}")
+    if not report.files:
+        click.echo("no file has anything there")
+    for file in report.files:
+        ranges = ", ".join(f"{start} to {start + size - 1}" for start, size in file.ranges)
+        click.echo(f"{file.path}: bytes {ranges}")
+    if report.file_count > len(report.files):
+        click.echo(f"and {report.file_count - len(report.files)} more files")
+
+
 @volume_group.command("status")
 @click.argument("name")
+@click.option("--lost", is_flag=True, help="List the slabs without an in-sync copy, and the files in them.")
 @json_option
-def status_command(name: str, as_json: bool) -> None:
+def status_command(name: str, lost: bool, as_json: bool) -> None:
     """Show one volume: health, space, and what is being repaired."""
+
+    async def look(here: Here, peers: Peers) -> LostReport:
+        return await lost_report(here.store, peers, name)
+
+    if lost:
+        report = run_with_peers(look)
+        print_json(report) if as_json else print_lost(name, report)
+        return
 
     async def work(here: Here, peers: Peers) -> ClusterStatus:
         (await read_cluster_view(here.store)).volume(name)
@@ -113,6 +211,8 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
     }
     if volume.slabs:
         lines["slabs"] = ", ".join(f"{count} {state}" for state, count in volume.slabs.items())
+    if volume.scrub.get("finished"):
+        lines["scrubbed"] = scrub_text(volume.scrub)
     if volume.note:
         lines["note"] = volume.note
     for title, value in lines.items():
@@ -121,11 +221,41 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
         click.echo(f"{'repairing:':13}{job_line(job).partition(': ')[2]}")
 
 
+def scrub_text(scrub: dict[str, Any]) -> str:
+    """Of the last round that went through, in words."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(int(scrub["finished"]) // 10**9))
+    if scrub.get("under_way"):
+        return f"{when}, and being scrubbed now"
+    lost = f", {scrub['lost']} LOST: no copy has them" if scrub.get("lost") else ""
+    return f"{when}: {scrub.get('found', 0)} errors found, {scrub.get('healed', 0)} healed{lost}"
+
+
 def _status() -> ClusterStatus:
     async def work(here: Here, peers: Peers) -> ClusterStatus:
         return await collect_status(here.store, peers)
 
     return run_with_peers(work)
+
+
+@volume_group.command("scrub")
+@click.argument("name")
+@json_option
+def scrub_command(name: str, as_json: bool) -> None:
+    """Verify every copy of volume NAME now, and heal what has rotted. It happens every four weeks anyway.
+
+    Returns at once; csvfs volume status NAME shows how far it is and what it has found.
+    """
+
+    async def work(here: Here, peers: Peers) -> dict[str, Any]:
+        view = await read_cluster_view(here.store)
+        view.volume(name)
+        return dict(await peers.coordinator(view, name, "scrub"))
+
+    answer = run_with_peers(work)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"volume {name} is being scrubbed: see csvfs volume status {name}")
 
 
 @volume_group.command("move")

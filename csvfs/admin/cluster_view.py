@@ -123,7 +123,7 @@ def drive_in_order(drive: Record) -> bool:
 
 
 def drive_usage(drive: Record) -> str:
-    """auto, retired, removing or removed."""
+    """auto, retired, removing, removed or maintenance."""
     return drive.text("usage") or USAGE_AUTO
 
 

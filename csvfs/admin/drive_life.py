@@ -25,7 +25,7 @@ from csvfs.admin.cluster_view import (
     read_cluster_view,
     takes_slabs,
 )
-from csvfs.admin.drive_ops import label_of, put_drive, slab_size_of
+from csvfs.admin.drive_ops import DriveCandidate, label_of, put_drive, slab_size_of
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.admin.pool_ops import require_cluster, require_pool
 from csvfs.block.formatting import reformat_drive
@@ -247,5 +247,5 @@ async def _rejoin(store: ClusterStore, node: NodeName, drive: Record) -> Record:
         label=label_of(path),
     )
     superblock = await trio.to_thread.run_sync(make)
-    kind, slots = drive.text("kind"), superblock.layout.slot_count
-    return await put_drive(store, node, path, new_id, superblock.size, kind, slots)
+    as_before = DriveCandidate(path, superblock.size, drive.text("backing"), drive.text("kind"))
+    return await put_drive(store, node, as_before, new_id, superblock.layout.slot_count)

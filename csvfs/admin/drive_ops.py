@@ -16,6 +16,7 @@ import trio
 
 from csvfs.admin.cluster_view import DRIVE_OK, DRIVES, Record
 from csvfs.admin.pool_ops import require_cluster, require_pool
+from csvfs.block.device_facts import device_facts
 from csvfs.block.eligibility import check_drive
 from csvfs.block.formatting import format_drive
 from csvfs.errors import BadRequest, CsvfsError, NotFound
@@ -33,11 +34,14 @@ class DriveCandidate:
 
     path: str  # absolute, links resolved: what the drive server will open
     size: int  # bytes
-    kind: str  # file or block
+    backing: str  # file or block
+    kind: str  # nvme, ssd, hdd; empty: not known
 
 
-async def check_candidates(store: ClusterStore, paths: Sequence[str]) -> list[DriveCandidate]:
-    """Look at every path, write nothing.
+async def check_candidates(
+    store: ClusterStore, paths: Sequence[str], kind: str | None = None
+) -> list[DriveCandidate]:
+    """Look at every path, write nothing. `kind`: of all; None: as the machine says.
 
     Raises  DriveRefused with the reason by name, BadRequest (one path twice), NotFound (no cluster, no pool,
             no such file), OSError (it cannot be opened).
@@ -46,7 +50,7 @@ async def check_candidates(store: ClusterStore, paths: Sequence[str]) -> list[Dr
     pool = await require_pool(store)
     candidates: list[DriveCandidate] = []
     for given in paths:
-        candidate = _look_at(given)
+        candidate = _look_at(given, kind)
         if any(other.path == candidate.path for other in candidates):
             raise BadRequest(f"{given} is given twice; name every drive once")
         check = partial(
@@ -70,7 +74,7 @@ def label_of(path: str) -> str:
     return os.path.basename(path).encode()[:LABEL_SIZE_MAX].decode(errors="ignore")
 
 
-def _look_at(given: str) -> DriveCandidate:
+def _look_at(given: str, kind: str | None) -> DriveCandidate:
     path = os.path.realpath(given)
     try:
         path.encode()
@@ -84,20 +88,25 @@ def _look_at(given: str) -> DriveCandidate:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise BadRequest(f"{given} is neither a file nor a block device")
-        return DriveCandidate(path, os.lseek(fd, 0, os.SEEK_END), "block" if stat.S_ISBLK(mode) else "file")
+        backing = "block" if stat.S_ISBLK(mode) else "file"
+        return DriveCandidate(path, os.lseek(fd, 0, os.SEEK_END), backing, kind or device_facts(path).kind)
     finally:
         os.close(fd)
 
 
 async def add_drives(
-    store: ClusterStore, node: NodeName, paths: Sequence[str], announce: Callable[[Record], None]
+    store: ClusterStore,
+    node: NodeName,
+    paths: Sequence[str],
+    announce: Callable[[Record], None],
+    kind: str | None = None,
 ) -> None:
     """Check all, then format each and put its key; the node's drive server sees the key and opens the drive.
 
     Raises  as check_candidates; CsvfsError naming the drive that was formatted but not made known.
     Cancel  a drive that is being formatted is finished and stays unknown; it can be blanked and added again.
     """
-    for candidate in await check_candidates(store, paths):
+    for candidate in await check_candidates(store, paths, kind):
         announce(await _add_drive(store, node, candidate))
 
 
@@ -116,21 +125,28 @@ async def _add_drive(store: ClusterStore, node: NodeName, candidate: DriveCandid
         label=label_of(candidate.path),
     )
     superblock = await trio.to_thread.run_sync(make)
-    slots = superblock.layout.slot_count
-    return await put_drive(store, node, candidate.path, drive, candidate.size, candidate.kind, slots)
+    return await put_drive(store, node, candidate, drive, superblock.layout.slot_count)
 
 
 async def put_drive(
-    store: ClusterStore, node: NodeName, path: str, drive: DriveId, size: int, kind: str, slots: int
+    store: ClusterStore, node: NodeName, candidate: DriveCandidate, drive: DriveId, slots: int
 ) -> Record:
     """Make a drive that was just formatted known to the cluster. Raises CsvfsError, saying what to do."""
-    value = {"node": node, "path": path, "size": size, "kind": kind, "state": DRIVE_OK, "slots": slots}
+    value = {
+        "node": node,
+        "path": candidate.path,
+        "size": candidate.size,
+        "kind": candidate.kind,
+        "backing": candidate.backing,
+        "state": DRIVE_OK,
+        "slots": slots,
+    }
     key = DRIVES + drive.hex()
     try:
         known = await store.transact([Compare(key, 0)], [Put(key, pack_value(value))])
     except CsvfsError as error:
         raise CsvfsError(
-            f"{path} was formatted as drive {drive.hex()[:8]} but not made known to the cluster: "
+            f"{candidate.path} was formatted as drive {drive.hex()[:8]} but not made known to the cluster: "
             f"{error}; blank it (wipefs -a, or a new file) and add it again"
         ) from None
     assert known.succeeded, "16 random bytes name one drive"

@@ -45,10 +45,22 @@ class Peers:
             raise Unavailable(f"volume {volume} has no coordinator at the moment")
         return await self._call(_address(owner), None, name, {"volume": volume, **args})
 
+    async def coordinator_slowly(self, view: ClusterView, volume: str, name: str, timeout_s: float) -> Any:
+        """As coordinator, for a call that takes its time: at most `timeout_s`."""
+        owner = view.owners.get(volume)
+        if owner is None:
+            raise Unavailable(f"volume {volume} has no coordinator at the moment")
+        return await self._call(_address(owner), None, name, {"volume": volume}, timeout_s)
+
     async def _call(
-        self, address: Address, hello: dict[str, Any] | None, name: str, args: dict[str, Any]
+        self,
+        address: Address,
+        hello: dict[str, Any] | None,
+        name: str,
+        args: dict[str, Any],
+        timeout_s: float | None = None,
     ) -> Any:
-        deadline = trio.current_time() + CALL_TIMEOUT_S
+        deadline = trio.current_time() + (timeout_s or CALL_TIMEOUT_S)
         link = await connect(self._engine, address, timeout_s=CALL_TIMEOUT_S)
         try:
             if hello is not None:

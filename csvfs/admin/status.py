@@ -12,22 +12,22 @@ from typing import Any
 
 import trio
 
+from csvfs.admin import drive_state
 from csvfs.admin.cluster_view import (
-    DRIVE_OK,
-    USAGE_AUTO,
     VOLUME_ONLINE,
     ClusterView,
     Record,
-    drive_in_order,
-    drive_usage,
     read_cluster_view,
 )
 from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
 from csvfs.store.interface import ClusterStore
 from csvfs.units import SLAB_SIZE_DEFAULT
 
+COPIES_USUAL = 3  # while there is no volume yet
 HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN = "Healthy", "Degraded", "No redundancy", "Unknown"
-STATES_FINE = ("ok", "node down", "retired", "removing", "removed")  # of a drive: nothing is wrong with it itself
+# What was decided about a drive: nothing is wrong with it itself.
+DECIDED_STATES = (drive_state.RETIRED, drive_state.REMOVING, drive_state.IN_MAINTENANCE)
 HEALTH_WORDS = (HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN)
 
 
@@ -36,10 +36,15 @@ class DriveStatus:
     id: str  # hex
     node: str
     path: str
-    state: str  # ok, or what is wrong with it
+    state: str  # OK, Lost communication ...: the words of drive_state.py
     size: int  # bytes for slabs
     free: int | None  # bytes; None: its server could not be asked
-    counters: dict[str, Any] = field(default_factory=dict)  # since the drive server started
+    counters: dict[str, Any] = field(default_factory=dict)  # since it was opened
+    health: str = drive_state.HEALTHY
+    reason: str = ""  # of the state
+    kind: str = ""  # nvme, ssd, hdd; empty: not known
+    usage: str = "auto"  # or retired, removing, removed, maintenance
+    latency: dict[str, Any] = field(default_factory=dict)  # milliseconds by kind of operation
 
 
 @dataclass(slots=True)
@@ -59,6 +64,9 @@ class PoolStatus:
     size: int  # bytes of all drives whose server answered
     free: int
     nodes_unknown: list[str]  # their drives are not counted
+    reserve: int = 0  # bytes of the free ones that are kept for repairs
+    percent_used: float = 0.0  # of what may be used
+    warning: str = ""
 
 
 @dataclass(slots=True)
@@ -104,6 +112,9 @@ class VolumeStatus:
     free: int | None
     note: str = ""
     slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
+    scrub: dict[str, Any] = field(
+        default_factory=dict
+    )  # the last round; coordinator/scrub.py says what it has
 
 
 @dataclass(slots=True)
@@ -162,19 +173,14 @@ def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStat
     ):
         node = record.text("node")
         reported = _reported_drive(servers.get(node), hex_id)
-        state, free = record.text("state", "ok"), None
-        if node not in view.alive:
-            state = "node down" if drive_in_order(record) else state
-        elif reported is not None:
-            free_slots = _number(reported, "free_slots")
-            free = None if free_slots is None else free_slots * slab_size
-            said = reported.get("state")
-            if drive_in_order(record) and isinstance(said, str):
-                state = said
-        elif node in servers:
-            state = "not open" if drive_in_order(record) else state
-        if state == DRIVE_OK and drive_usage(record) != USAGE_AUTO:
-            state = drive_usage(record)
+        free_slots = _number(reported, "free_slots") if node in view.alive else None
+        condition = drive_state.condition_of(
+            record.value,
+            node_alive=node in view.alive,
+            server_runs=node in view.servers,
+            answered=node in servers,
+            reported=reported,
+        )
         size = record.number("slots") * slab_size or record.number("size")
         counters = reported.get("counters") if reported is not None else None
         found.append(
@@ -182,10 +188,15 @@ def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStat
                 id=hex_id,
                 node=node,
                 path=record.text("path"),
-                state=state,
+                state=condition.state,
                 size=size,
-                free=free,
+                free=None if free_slots is None else free_slots * slab_size,
                 counters=counters if isinstance(counters, dict) else {},
+                health=condition.health,
+                reason=condition.reason,
+                kind=record.text("kind"),
+                usage=drive_state.usage_of(record.value),
+                latency=reported.get("latency", {}) if reported is not None else {},
             )
         )
     return found
@@ -218,22 +229,37 @@ def node_statuses(
                 state="up" if up else "down",
                 address=record.text("address") if record else "",
                 drives=len(own),
-                drives_bad=[drive.path for drive in own if drive.state not in STATES_FINE],
+                drives_bad=[d.path for d in own if up and not note and _is_bad(d)],
                 note=note,
             )
         )
     return found
 
 
+def _is_bad(drive: DriveStatus) -> bool:
+    return drive.health != drive_state.HEALTHY and drive.state not in DECIDED_STATES
+
+
 def pool_status(view: ClusterView, drives: list[DriveStatus]) -> PoolStatus | None:
     if view.pool is None:
         return None
     known = [drive for drive in drives if drive.free is not None]
+    slab_size = view.pool.number("slab_size", SLAB_SIZE_DEFAULT)
+    size, free = sum(drive.size for drive in known), sum(drive.free or 0 for drive in known)
+    copies = max((volume.number("copies", 1) for volume in view.volumes.values()), default=COPIES_USUAL)
+    counted = [
+        DriveSlots(d.node, view.domain_of(d.node), d.size // slab_size) for d in known if d.usage == "auto"
+    ]
+    reserve = reserve_slots(counted, copies) * slab_size
+    percent = percent_used(size, free, reserve)
     return PoolStatus(
         name=view.pool.text("name"),
-        slab_size=view.pool.number("slab_size", SLAB_SIZE_DEFAULT),
-        size=sum(drive.size for drive in known),
-        free=sum(drive.free or 0 for drive in known),
+        slab_size=slab_size,
+        size=size,
+        free=free,
+        reserve=reserve,
+        percent_used=percent,
+        warning=warning_of(percent),
         nodes_unknown=sorted({drive.node for drive in drives if drive.free is None}),
     )
 
@@ -247,7 +273,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         health = UNKNOWN
     if record.text("state") != VOLUME_ONLINE and not record.text("error"):
         note = ""  # being created or deleted: it need not have a coordinator
-    slabs = reply.get("slabs")
+    slabs, scrub = reply.get("slabs"), reply.get("scrub")
     return VolumeStatus(
         name=record.name,
         resiliency=record.text("resiliency"),
@@ -259,6 +285,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         free=_number(figures, "free"),
         note=note,
         slabs=slabs if isinstance(slabs, dict) else {},
+        scrub=scrub if isinstance(scrub, dict) else {},
     )
 
 

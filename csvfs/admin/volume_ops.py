@@ -81,6 +81,22 @@ def check_size(size: int) -> None:
         )
 
 
+def check_min_copies(min_copies: int, copies: int) -> None:
+    """Raises BadRequest: a volume never has more copies in sync than it has copies."""
+    if not 1 <= min_copies <= copies:
+        raise BadRequest(f"--min-copies {min_copies} of a volume with {copies}: from 1 to {copies}")
+
+
+async def set_min_copies(store: ClusterStore, name: str, min_copies: int) -> Record:
+    """Mounts follow within a moment. Raises NotFound, BadRequest, Conflict, Unavailable."""
+
+    def change(volume: Record) -> bytes:
+        check_min_copies(min_copies, volume.number("copies", 1))
+        return volume.packed_with(min_copies=min_copies)
+
+    return await change_volume(store, name, change)
+
+
 def check_domains(view: ClusterView, copies: int) -> None:
     """Every copy needs a fault domain of its own. BadRequest: how many there are, and what would do."""
     domains = view.domains_with_drives
@@ -103,7 +119,13 @@ def check_domains(view: ClusterView, copies: int) -> None:
 
 
 async def create_volume(
-    store: ClusterStore, name: str, *, resiliency: str, copies: int | None, size: int
+    store: ClusterStore,
+    name: str,
+    *,
+    resiliency: str,
+    copies: int | None,
+    size: int,
+    min_copies: int = 1,
 ) -> Record:
     """Ask the cluster for a volume; it is there once `wait_volume_online` returns.
 
@@ -114,6 +136,7 @@ async def create_volume(
     check_name(name, "volume")
     copies = copies_of(resiliency, copies)
     check_size(size)
+    check_min_copies(min_copies, copies)
     await require_pool(store)
     view = await read_cluster_view(store)
     if name in view.volumes:
@@ -125,6 +148,7 @@ async def create_volume(
         "resiliency": resiliency,
         "copies": copies,
         "size": size,
+        "min_copies": min_copies,
         "state": VOLUME_CREATING,
         "created": time.time_ns(),
     }

@@ -13,12 +13,13 @@ Invariants
 
 import logging
 from collections.abc import Callable
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 from typing import Any, cast
 
 import trio
 from crc32c import crc32c
 
+from csvfs.block import latency
 from csvfs.block.compression import shrink
 from csvfs.block.drive import Drive
 from csvfs.block.flusher import Flushed, Flusher
@@ -31,6 +32,7 @@ from csvfs.errors import (
     Corrupt,
     CsvfsError,
     Disconnected,
+    DriveFailed,
     Fenced,
     LeaseLost,
     ProtocolError,
@@ -56,6 +58,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK_SHIFT = BLOCKS_PER_CHUNK.bit_length() - 1
 _HEAD_SIZE = BLOCK_HEAD.size
+WRITE_SLOW_S = 0.001
 
 
 class Client:
@@ -101,6 +104,7 @@ class BlockService:
         self._fences: dict[tuple[VolumeId, str], Incarnation] = {}
         self._terms: dict[VolumeId, int] = {}
         self._flushers: dict[int, Flusher] = {}
+        self.drive_failed = trio.Event()  # replaced by drive_watch.py, which looks after the drives when it is set
         self.refused = 0  # frames and links refused, for status
 
     # -- links -----------------------------------------------------------------------------------
@@ -173,6 +177,8 @@ class BlockService:
         except ProtocolError:
             raise  # closes the link
         except CsvfsError as error:
+            if isinstance(error, DriveFailed):
+                self.drive_failed.set()
             link.reply_error(frame.request_id, error)
 
     def _resolve(self, link: Link, index: int, slab: int) -> tuple[Client, SlabCopy]:
@@ -205,7 +211,11 @@ class BlockService:
             raise StaleEpoch(f"slab {slab} is at epoch {copy.epoch}, not {epoch}")
         self._check_range(copy, block, count)
         _verify_payload(copy, block, payload, checksums)
+        began = perf_counter()
         copy.write_blocks(block, payload, bytes(packed))
+        took_s = perf_counter() - began
+        if took_s > WRITE_SLOW_S:  # the page cache takes microseconds: what took longer waited for the medium
+            self._note_slow_write(index, took_s)
         marks = client.marks
         marks.below = below
         first = block >> _CHUNK_SHIFT
@@ -214,6 +224,9 @@ class BlockService:
             marks.marks[(copy, chunk)] = sequence
         link.send(Kind.WRITTEN, frame.request_id)
         return client
+
+    def _note_slow_write(self, index: int, took_s: float) -> None:
+        self.drives.by_index(index).latency.record_slow_write(took_s, trio.current_time())
 
     def _read(self, link: Link, frame: Frame) -> None:
         began_ns = perf_counter_ns()
@@ -231,17 +244,19 @@ class BlockService:
         if got is None:
             assert self.nursery is not None
             noted_ns = began_ns if client.foreground else 0
-            args = (link, frame.request_id, copy, block, count, compressed, noted_ns)
-            self.nursery.start_soon(self._read_slowly, *args)
+            served = self.drives.by_index(index)
+            args = (link, frame.request_id, served, copy, block, count, compressed, noted_ns)
+            self.nursery.start_soon(self._read_cold, *args)
             return
         link.send(Kind.READ_DATA, frame.request_id, got[0], got[1])
         if client.foreground:
             self.foreground.note(perf_counter_ns() - began_ns)
 
-    async def _read_slowly(
+    async def _read_cold(
         self,
         link: Link,
         request_id: int,
+        served: ServedDrive,
         copy: SlabCopy,
         block: int,
         count: int,
@@ -253,11 +268,16 @@ class BlockService:
         Args  compressed: then compress them in a thread. noted_ns: when a request came that somebody waits for; 0:
               nobody does.
         """
+        measured = served.latency
+        token = measured.begin(latency.READ, trio.current_time())
         try:
-            await self._in_thread(copy.warm_blocks, block, count)
+            try:
+                await self.in_thread(copy.warm_blocks, block, count)
+            finally:
+                measured.end(token, trio.current_time())
             packed, data = copy.read_blocks(block, count)
             if compressed:
-                data = await self._in_thread(shrink, data) or data
+                data = await self.in_thread(shrink, data) or data
             link.send(Kind.READ_DATA, request_id, packed, data)
             if noted_ns:
                 self.foreground.note(perf_counter_ns() - noted_ns)
@@ -296,24 +316,39 @@ class BlockService:
 
     def request_flush(self, served: ServedDrive, flushed: Flushed) -> None:
         """Call `flushed(error)` when everything taken before is on the medium (I8). Raises DriveFailed."""
-        drive = served.opened()
+        drive, measured = served.opened(), served.latency
         flusher = self._flushers.get(served.index)
         if flusher is None:
             flusher = self._flushers[served.index] = Flusher(
                 self.engine,
                 served.path,
-                lambda: self.marks.begin_flush(drive),
+                lambda: (self.marks.begin_flush(drive), measured.begin(latency.FLUSH, trio.current_time())),
                 drive.flush,
-                lambda covered, error: self._after_flush(drive, cast(set[Chunk], covered), error),
+                lambda began, error: self._after_flush(served, drive, cast(tuple[set[Chunk], int], began), error),
             )
         flusher.request(flushed)
 
-    def _after_flush(self, drive: Drive, covered: set[Chunk], error: CsvfsError | None) -> None:
+    def end_flusher(self, served: ServedDrive) -> None:
+        """The drive has failed, and no flush of it is under way any more."""
+        flusher = self._flushers.pop(served.index, None)
+        if flusher is not None:
+            flusher.close()
+
+    def _after_flush(
+        self, served: ServedDrive, drive: Drive, began: tuple[set[Chunk], int], error: CsvfsError | None
+    ) -> None:
+        covered, token = began
+        served.latency.end(token, trio.current_time())
         if error is not None:
-            self.marks.flush_failed(drive, covered)
+            self.drive_failed.set()
+            if served.drive is drive:
+                self.marks.flush_failed(drive, covered)
             return
         for copy, chunks in self.marks.flushed(covered).items():
-            copy.clear_active(chunks)
+            try:
+                copy.clear_active(chunks)
+            except CsvfsError as failure:  # its tables are damaged: the copy is made anew
+                log.warning("chunks of slab %d stay active: %s", copy.slab, failure)
 
     async def flush(self, served: ServedDrive) -> None:
         """As request_flush, awaited. Raises DriveFailed. Cancel safe."""
@@ -366,7 +401,7 @@ class BlockService:
         self._flushers.clear()
         self.drives.close(clean=clean)
 
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run what may wait for a disk in a thread; its end is seen at once, by trio."""
         self.engine.trio_awaited += 1
         try:

@@ -14,6 +14,7 @@ Invariants
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -23,9 +24,10 @@ import trio
 
 from csvfs.block.bus_reads import Reader
 from csvfs.block.bus_writes import PendingWrite, SlabState
+from csvfs.block.given_up import GivenUpWrites, MakeEqual
 from csvfs.block.local_reader import LocalReader
 from csvfs.block.server_links import ServerLinks
-from csvfs.errors import CsvfsError, DriveFailed, Fenced, StaleEpoch, TimedOut, Unavailable
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, Lost, StaleEpoch, TimedOut, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId, VolumeId
 from csvfs.wire.block_messages import (
     BLOCK_HEAD,
@@ -73,9 +75,17 @@ class Bus:
         volume: VolumeId,
         local_node: NodeName,
         silence_ms_max: int = SILENCE_MS_MAX,
+        io_timeout_s: float = math.inf,
+        make_equal: MakeEqual | None = None,
     ) -> None:
-        """`silence_ms_max`: a server that owes answers and gives none for so long is given up."""
+        """
+        silence_ms_max   a server that owes answers and gives none for so long is given up
+        io_timeout_s     a write that its slab's members have not taken for so long is given up (given_up.py)
+        """
         self.links = links
+        self.min_copies = 1  # writes wait while fewer are in sync
+        self._io_timeout_s = io_timeout_s
+        self._given_up = GivenUpWrites(make_equal)
         self._silence_ms_max = silence_ms_max
         self._engine = links.engine
         self.on_fenced: Callable[[Fenced], None] = lambda error: None
@@ -137,7 +147,7 @@ class Bus:
         state = write.state
         targets = state.targets
         if targets is None:
-            targets = state.find_targets(self.links)
+            targets = state.find_targets(self.links, self.min_copies)
             if targets is None:
                 self._park(write)
                 return
@@ -199,6 +209,7 @@ class Bus:
             nursery.start_soon(self._local.run_forever)
             nursery.start_soon(self.links.watch_forever, self._silence_ms_max)
             nursery.start_soon(self._tell_completed_forever)
+            nursery.start_soon(self._given_up.run_forever)
             while True:
                 await self._repair_wanted.wait()
                 self._repair_wanted = trio.Event()
@@ -228,6 +239,7 @@ class Bus:
                     return
                 except CsvfsError as error:
                     log.warning("slab %d waits: %s", slab, error)
+                    self._give_up_late(state, error)
                     await trio.sleep(delay_s)
                     delay_s = min(2 * delay_s, REPAIR_RETRY_S_MAX)
                     continue
@@ -260,13 +272,27 @@ class Bus:
                 reason = reason or str(error)
         failed = [drive for drive, error in failures.items() if _is_members_fault(error)]
         drives = list(dict.fromkeys(unreachable + failed))
-        if not drives and not failures and before.writable:
+        if not drives and not failures and len(before.in_sync) >= self.min_copies:
             return  # all are reachable (again) and nothing else was wrong: send again
         self.learn(
             await self._owner.slab_failed(before.slab, before.epoch, drives, reason or "no reason known")
         )
+        if len(state.descriptor.in_sync) < self.min_copies:
+            count = len(state.descriptor.in_sync)
+            raise Unavailable(
+                f"slab {before.slab} has {count} copies in sync, writing wants {self.min_copies} (--min-copies)"
+            )
         if state.descriptor.epoch == before.epoch and (failures or unreachable):
             raise Unavailable(f"slab {before.slab} is still at epoch {before.epoch}: {reason}")
+
+    def _give_up_late(self, state: SlabState, error: CsvfsError) -> None:
+        """Writes that have waited long enough; all of them where waiting is known to be in vain."""
+        if isinstance(error, Lost):
+            late = state.take_parked()
+        else:
+            late = state.take_parked_before(trio.current_time() - self._io_timeout_s)
+        if late:
+            self._given_up.add(state.descriptor.slab, late, error)
 
     def _fail_parked(self, state: SlabState, error: CsvfsError) -> None:
         for write in state.take_parked():

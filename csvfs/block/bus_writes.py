@@ -6,6 +6,8 @@ Place      block floor, under bus.py. No I/O of its own.
 import bisect
 from collections.abc import Callable
 
+import trio
+
 from csvfs.block.server_links import ServerLinks
 from csvfs.errors import CsvfsError
 from csvfs.ids import DriveId
@@ -29,6 +31,7 @@ class PendingWrite:
         "done",
         "epoch",
         "failed",
+        "parked_since",
         "remaining",
         "sequence",
         "state",
@@ -54,6 +57,7 @@ class PendingWrite:
         self.epoch = 0  # of the last sending
         self.remaining = 0
         self.failed = False
+        self.parked_since = 0.0  # seconds of the trio clock; 0: never
         self.complete = False
 
     def finish(self, error: CsvfsError | None) -> None:
@@ -80,8 +84,8 @@ class SlabState:
         self.targets = None
         self._failures.clear()
 
-    def find_targets(self, links: ServerLinks) -> list[Target] | None:
-        """The open links to all writable members; None: one is missing, or there is no member."""
+    def find_targets(self, links: ServerLinks, min_copies: int) -> list[Target] | None:
+        """The open links to all writable members; None: one is missing, or too few are in sync."""
         targets: list[Target] = []
         for member in self.descriptor.writable:
             server = links.ready(member.node)
@@ -89,7 +93,7 @@ class SlabState:
             if server is None or remote is None or remote.state != "ok" or server.link.closed is not None:
                 return None
             targets.append((server.link, remote.index, member.drive))
-        if not self.descriptor.in_sync:
+        if len(self.descriptor.in_sync) < min_copies:
             return None
         self.targets = targets
         return targets
@@ -106,7 +110,15 @@ class SlabState:
         return failures if epoch == self.descriptor.epoch else {}
 
     def park(self, write: PendingWrite) -> None:
+        if not write.parked_since:
+            write.parked_since = trio.current_time()
         bisect.insort(self.parked, write, key=lambda parked: parked.sequence)
+
+    def take_parked_before(self, when: float) -> list[PendingWrite]:
+        """Those that have been waiting since `when` or longer."""
+        late = [write for write in self.parked if write.parked_since <= when]
+        self.parked = [write for write in self.parked if write.parked_since > when]
+        return late
 
     def take_parked(self) -> list[PendingWrite]:
         """All parked writes in the order they were given (I4); none is parked afterwards."""

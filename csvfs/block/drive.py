@@ -21,6 +21,7 @@ import threading
 from dataclasses import dataclass
 from typing import NoReturn
 
+from csvfs.block import drive_faults
 from csvfs.block.in_use import open_locked
 from csvfs.block.layout import ACTIVE_MAP_OFFSET, Layout
 from csvfs.block.medium import (
@@ -71,7 +72,8 @@ class DriveCounters:
 class Drive:
     """Use `Drive.open`; then `close`.
 
-    failure    why the drive is failed for good; None: it is not.
+    failure    why the drive is failed until it is opened anew; None: it is not. `fault`: the same as a word
+               of drive_faults.py.
     fd         its descriptor, for this package.
     unclean    it was not closed cleanly before this open.
     contents_lost  unclean, and the page cache may be gone too (another boot, replugged, failed flush): see
@@ -86,6 +88,7 @@ class Drive:
         self.fd = fd
         self._boot_id = machine_boot_id() if boot_id is None else boot_id
         self.failure: str | None = None
+        self.fault = ""
         self.counters = DriveCounters()
         self._lock = threading.Lock()  # of the slot table, the free slots and the slots being deleted
         self._flush_lock = threading.Lock()  # taken before _lock; one flush at a time advances the deletes
@@ -94,9 +97,8 @@ class Drive:
         try:
             found = read_superblock(fd, size)
         except Corrupt as error:
-            raise Corrupt(
-                f"drive {path}: {error}; if it held a copy, remove it from the pool and add a new one"
-            ) from None
+            damaged = Corrupt(f"drive {path}: {error}; csvfs drive reset makes a new drive of it")
+            raise drive_faults.faulty(damaged, error.fault or drive_faults.DAMAGED) from None
         self.superblock: Superblock = found.superblock
         self._superblock_sequence = highest_sequence(fd, size)
         self.repairs: list[str] = found.repairs
@@ -136,9 +138,11 @@ class Drive:
             drive = cls(path, fd, boot_id)
             found = drive.superblock
             if pool_id is not None and found.pool_id != pool_id:
-                raise DriveRefused(f"drive {path} is in a foreign pool ({found.pool_id.hex()})")
+                refused = DriveRefused(f"drive {path} is in a foreign pool ({found.pool_id.hex()})")
+                raise drive_faults.faulty(refused, drive_faults.FOREIGN)
             if cluster_id is not None and found.cluster_id != cluster_id:
-                raise DriveRefused(f"drive {path} is of a foreign cluster ({found.cluster_id.hex()})")
+                refused = DriveRefused(f"drive {path} is of a foreign cluster ({found.cluster_id.hex()})")
+                raise drive_faults.faulty(refused, drive_faults.FOREIGN)
             drive._load()
         except BaseException:
             os.close(fd)
@@ -153,6 +157,13 @@ class Drive:
             else:
                 self._note_open(opens)
             self._table = SlotTable(self.fd, self.layout, self.id)
+            if 2 * len(self._table.quarantined) > self.slot_count:  # not rot: somebody wrote over it
+                count = len(self._table.quarantined)
+                damaged = Corrupt(
+                    f"drive {self.path}: {count} of {self.slot_count} entries of its slot table are gone; "
+                    "csvfs drive reset makes a new drive of it"
+                )
+                raise drive_faults.faulty(damaged, drive_faults.DAMAGED)
             self.repairs += self._table.repairs
             self._table.repair()
             self._find_slots()
@@ -162,7 +173,8 @@ class Drive:
                 self._note_open(opens)
             self._tables = OpenTables(self)
         except OSError as error:
-            raise DriveFailed(f"drive {self.path}: cannot be opened for writing: {error.strerror}") from None
+            failed = DriveFailed(f"drive {self.path}: cannot be opened for writing: {error.strerror}")
+            raise drive_faults.faulty(failed, drive_faults.fault_of_errno(error.errno)) from None
 
     def _note_open(self, opens: int) -> None:
         boot_id, sequence = self._boot_id, disk_sequence(self.fd)
@@ -250,12 +262,14 @@ class Drive:
     def create_slab(self, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: Term) -> SlabCopy:
         """Give a slab a free slot, in which all blocks are never written; durable after the next flush.
 
-        Idempotent: a slab that is here already is returned as it is.
+        Idempotent: a slab that is here already is returned as it is, unless it is damaged and shall join.
         Raises  NoSpace: no free slot. BadRequest. DriveFailed.
         """
         copy = self._copies.get((volume, slab))
         if copy is not None:
-            return copy
+            if role != ROLE_JOINING or not self._is_damaged(copy):
+                return copy
+            self.delete_slab(volume, slab)  # whoever joins has another copy to be made anew from
         if len(volume) != 16 or not 0 <= slab < 1 << 64 or not 0 <= term < 1 << 64:
             raise BadRequest(f"volume of {len(volume)} bytes, slab {slab} or term {term}: out of range")
         _check_epoch_and_role(epoch, role)
@@ -347,6 +361,38 @@ class Drive:
 
     # Flush, failure, close
 
+    def scrub_slot_table(self) -> int:
+        """Put right the halves of entries that rotted; how many. Raises DriveFailed."""
+        if self.failure is not None:
+            raise self.failed_error()
+        try:
+            with self._lock:
+                return self._table.scrub()
+        except OSError as error:
+            raise self.io_error("repair the slot table at", SlabId(0), 0, error) from None
+
+    def rewrite_superblocks(self) -> None:
+        """Write all copies of the current superblock anew. May run in another thread. Raises DriveFailed."""
+        with self._flush_lock:
+            if self.failure is None:
+                write_superblock(self.fd, self.superblock)
+
+    def end_failed(self) -> None:
+        """Wait until no flush uses a failed drive any more, and note what the medium has lost. Then `close`.
+
+        May run in another thread. A write that failed is no reason to distrust the active maps (they were
+        stored before it); a flush that fails now is (D3).
+        """
+        assert self.failure is not None
+        with self._flush_lock:
+            if self.fault in (drive_faults.DELETED, drive_faults.TRUNCATED, drive_faults.OVERWRITTEN):
+                return
+            try:
+                os.fdatasync(self.fd)
+            except OSError:
+                with contextlib.suppress(DriveFailed):
+                    self._note(failed=True)
+
     def flush(self) -> None:
         """All that was written before this call is on the medium when it returns. May run in another thread.
 
@@ -365,13 +411,19 @@ class Drive:
                     self._advance_delete(slot, stage)
             except OSError as error:
                 self.counters.io_errors += 1
-                self._fail(f"flush: {error.strerror}")
+                self._fail(f"flush: {error.strerror}", drive_faults.fault_of_errno(error.errno))
             self._check_still_there()
             self.counters.flushes += 1
 
-    def _fail(self, why: str) -> NoReturn:
+    def fail(self, why: str, fault: str) -> None:
+        """Nothing is read or written any more until the drive is closed and opened anew; the first reason
+        stays."""
+        if self.failure is None:
+            self.failure, self.fault = why, fault
+
+    def _fail(self, why: str, fault: str) -> NoReturn:
         """D4, noted on the drive too if it still takes that: the next open then trusts no active map."""
-        self.failure = why
+        self.fail(why, fault)
         with contextlib.suppress(DriveFailed):
             self._note(failed=True)
         raise self.failed_error()
@@ -394,24 +446,30 @@ class Drive:
             return
         status = os.fstat(self.fd)
         if status.st_nlink == 0:
-            self._fail("its file was deleted")
+            self._fail("its file was deleted", drive_faults.DELETED)
         if status.st_size < self.superblock.size:
-            self.failure = f"its file was truncated to {status.st_size} of {self.superblock.size} B"
-            raise self.failed_error()  # noted nowhere: writing would make the file long again
+            # Noted nowhere: writing would make the file long again.
+            why = f"its file was truncated to {status.st_size} of {self.superblock.size} B"
+            self.fail(why, drive_faults.TRUNCATED)
+            raise self.failed_error()
 
     def failed_error(self) -> DriveFailed:
         return DriveFailed(
-            f"drive {self.path} is failed ({self.failure}); replace it and remove it from the pool"
+            f"drive {self.path} is failed ({self.failure}); it is tried again by itself, see csvfs drive list"
         )
 
     def io_error(self, action: str, slab: SlabId, block: int, error: OSError) -> DriveFailed:
-        """Count an I/O error and name it."""
+        """Count an I/O error and name it. One of a write fails the drive as a whole: so its copies leave the
+        in-sync sets at once, instead of one by one as they are written to."""
         self.counters.io_errors += 1
         name = f"{error.strerror} (errno {error.errno})"
+        if action != "read":
+            self.fail(f"cannot {action}: {error.strerror}", drive_faults.fault_of_errno(error.errno))
         return DriveFailed(f"drive {self.path}: cannot {action} slab {slab} block {block}: {name}")
 
     def truncated_error(self, slab: SlabId, block: int) -> DriveFailed:
         self.counters.io_errors += 1
+        self.fail("its file was truncated", drive_faults.TRUNCATED)
         return DriveFailed(f"drive {self.path}: slab {slab} block {block} is past its end: it was truncated")
 
     def close(self, *, clean: bool = True) -> None:
@@ -436,12 +494,21 @@ class Drive:
                     self._note(clean=True)  # D1
             finally:
                 os.close(self.fd)
-                self.failure = self.failure or "it was closed"
+                self.fail("it was closed", drive_faults.NOT_OPENED)
 
     def open_tables(self, copy: SlabCopy) -> SlotTables:
         """The tables of a copy; see OpenTables.open. Raises NotFound too: the slab was deleted."""
         self._check_here(copy)
         return self._tables.open(copy)
+
+    def close_tables(self, copy: SlabCopy) -> None:
+        self._tables.close_one(copy)
+
+    def _is_damaged(self, copy: SlabCopy) -> bool:
+        with contextlib.suppress(Corrupt):
+            if copy.tables is None and not copy.damaged:
+                self._tables.open(copy)
+        return copy.damaged
 
     def _check_here(self, copy: SlabCopy) -> None:
         if self._copies.get((copy.volume, copy.slab)) is not copy:

@@ -9,12 +9,14 @@ from typing import Any
 import trio
 
 from csvfs.block.block_service import BlockService, Client
+from csvfs.block.medium_check import check_medium
 from csvfs.block.pace import INTERVAL_S, SPEEDS, Pacer
 from csvfs.block.pull import Pull, Source
+from csvfs.block.scrub import Healer, rate_of, scrub_blocks, scrub_tables
 from csvfs.block.served_drives import ServedDrive
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.slot_tables import pack_slot_header
-from csvfs.errors import BadRequest, CsvfsError, StaleEpoch
+from csvfs.errors import BadRequest, Corrupt, CsvfsError, DriveFailed, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable, field, optional_field
 from csvfs.net.engine import Engine
@@ -30,6 +32,14 @@ def _client(link: Link) -> Client:
         raise BadRequest("say hello first")
     client: Client = link.owner
     return client
+
+
+def _active_chunks(copy: SlabCopy) -> list[int]:
+    """None of a copy whose tables are damaged, or whose drive has failed just now: it is made anew or resynced."""
+    try:
+        return copy.active_chunks()
+    except (Corrupt, DriveFailed):
+        return []
 
 
 class DriveCalls:
@@ -62,6 +72,9 @@ class DriveCalls:
                 "status": self.status,
                 "locate": self.locate,
                 "read_table": self.read_table,
+                "scrub": self.scrub,
+                "scrub_tables": self.scrub_tables,
+                "heal_from": self.heal_from,
             }
         )
 
@@ -175,6 +188,7 @@ class DriveCalls:
         return [
             [copy.volume, copy.slab, copy.epoch, copy.role, copy in served.in_service, drive.contents_lost]
             for copy in drive.slabs()
+            if not copy.damaged  # as good as none: whoever misses it has it made anew
         ]
 
     def locate(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +230,7 @@ class DriveCalls:
                 if copy.volume == volume:
                     chunks = [
                         chunk
-                        for chunk in copy.active_chunks()
+                        for chunk in _active_chunks(copy)
                         if (copy, chunk) in of_writer or (copy, chunk) not in of_all
                     ]
                     if chunks:
@@ -297,13 +311,54 @@ class DriveCalls:
         load = self._service.foreground.load(trio.current_time(), pulling=True)
         return {"latency_us": load.latency_us, "baseline_us": load.baseline_us}
 
+    # -- scrub -----------------------------------------------------------------------------------
+
+    async def scrub(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """Verify a range of a copy that is in service: blocks `block` to `block + count - 1`."""
+        served = self._drive(args)
+        slab = SlabId(field(args, "slab", int))
+        copy = self._service.drives.copy_in_service(served, _client(link).volume, slab)
+        rate = rate_of(optional_field(args, "rate_mib_s", int))
+        return (await scrub_blocks(copy, field(args, "block", int), field(args, "count", int), rate)).to_wire()
+
+    async def scrub_tables(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """Superblocks and slot table of a drive: put right where they rotted."""
+        served = self._drive(args)
+        drive = served.opened()
+        report = await trio.to_thread.run_sync(check_medium, drive)
+        if report.bad_copies and not report.failure:
+            await trio.to_thread.run_sync(drive.rewrite_superblocks)
+            drive.counters.healed += len(report.bad_copies)
+        for _ in range(2):  # entries that were changed just now come to rest: only such can be compared
+            await self._service.flush(served)
+        repaired = scrub_tables(served.opened())
+        for _ in range(2 if repaired else 0):
+            await self._service.flush(served)
+        return {"repaired": repaired + len(report.bad_copies)}
+
+    async def heal_from(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """Rewrite `blocks` of an in-sync copy, as far as they do not verify, from another in-sync one."""
+        self._check_term(link, args)
+        served, copy = self._copy(link, args)
+        healer = Healer(
+            self._engine, self._service.cluster, f"healer/{self._service.node}/{copy.slab}/{served.index}"
+        )
+        source = Source.from_wire(field(args, "source", dict))
+        epoch = Epoch(field(args, "epoch", int))
+        if copy.epoch != epoch:
+            raise StaleEpoch(f"slab {copy.slab} is at epoch {copy.epoch}, not {epoch}")
+        return await healer.heal(copy, source, epoch, field(args, "blocks", list))
+
     # -- the rest --------------------------------------------------------------------------------
 
     def status(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         service = self._service
         rows = []
         for served in service.drives:
-            row: dict[str, Any] = {"id": served.drive_id, "path": served.path, "state": served.state}
+            row: dict[str, Any] = {
+                "id": served.drive_id, "path": served.path, "state": served.state, "fault": served.fault,
+                "slow": served.slow, "latency": served.latency.to_map(trio.current_time()),
+            }  # fmt: skip
             if served.drive is not None:
                 drive = served.drive
                 row.update(

@@ -2,7 +2,7 @@
 
 Place      block floor; started by `csvfs node run`.
 Tasks      the engine; drives_forever opens drives as `drives/` in the cluster store lists them; sweep_forever
-           flushes and unmarks when nobody else does; retry_forever tries drives that could not be opened.
+           flushes and unmarks when nobody else does; those of drive_watch.py see to drives that fail.
 Ends       on SIGTERM: drives are flushed and closed cleanly. On an exception that nobody planned for: at once,
            and its parent starts it again.
 """
@@ -18,6 +18,8 @@ import trio
 
 from csvfs.block.block_service import BlockService
 from csvfs.block.drive_calls import DriveCalls
+from csvfs.block.drive_watch import DriveWatch, SlowRules
+from csvfs.block.latency import FLOOR_S, KINDS
 from csvfs.block.served_drives import ServedDrive
 from csvfs.cluster.liveness import Liveness
 from csvfs.config import NodeConfig, load_config
@@ -25,8 +27,9 @@ from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, VolumeId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, Listener
-from csvfs.store.interface import ClusterStore
+from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.store.opening import open_store
+from csvfs.wire.control import unpack_value
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,6 @@ SWEEP_INTERVAL_S = 2.0
 # this many (256 MiB), or at the latest after SWEEPS_TO_FLUSH sweeps.
 MARKS_MAX = 4_096
 SWEEPS_TO_FLUSH = 5
-RETRY_INTERVAL_S = 5.0
 USAGE_REMOVED = "removed"  # of a drive's key: no slab needs it any more, the key is about to go
 
 
@@ -49,6 +51,13 @@ class DriveServer:
         self.liveness = Liveness(config.liveness_path, Incarnation(int(os.environ["CSVFS_NODE_INCARNATION"])))
         self.service = BlockService(self.engine, config.node, cluster, incarnation, self.liveness.may_serve)
         self.calls = DriveCalls(self.service, self.engine)
+        options = config.options
+        self.watch = DriveWatch(
+            self.service, self._publish, peers=self._peer_latencies, retire=self._retire,
+            rules=SlowRules(options.slow_drive_ms / 1000, options.slow_drive_after_s, options.slow_drive_retire_s),
+        )  # fmt: skip
+        self._key: dict[str, Any] = {}  # the value of `servers/<node>`, but for the drives
+        self._lease = 0
         self._pool: bytes | None = None
         self._rows: dict[str, dict[str, Any]] = {}
 
@@ -66,7 +75,8 @@ class DriveServer:
                 await self._register(lease, tcp.port)
                 nursery.start_soon(self._drives_forever)
                 nursery.start_soon(self._sweep_forever)
-                nursery.start_soon(self._retry_forever)
+                nursery.start_soon(self.watch.retry_forever, self._open_again)
+                nursery.start_soon(self.watch.watch_forever)
         finally:
             self.service.close()
 
@@ -74,14 +84,51 @@ class DriveServer:
         self.service.accept(link)
 
     async def _register(self, lease: int, port: int) -> None:
-        value = {
+        self._lease = lease
+        self._key = {
             "address": self.config.address,
             "port": port,
             "unix": str(self.config.drive_server_socket),
             "incarnation": self.service.incarnation,
         }
-        await self.store.put(f"servers/{self.config.node}", msgpack.packb(value), lease)
+        await self.watch.tell()
         log.info("drive server of %s listens on port %d", self.config.node, port)
+
+    async def _publish(self, drives: dict[str, Any]) -> None:
+        value = {**self._key, "drives": drives}
+        await self.store.put(f"servers/{self.config.node}", msgpack.packb(value), self._lease)
+
+    async def _peer_latencies(self) -> dict[str, list[float]]:
+        """As the other nodes' drive servers tell them; what they do not tell is at most the floor."""
+        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        try:
+            items = await self.store.list("servers/")
+        except Unavailable:
+            return found
+        for item in items:
+            if item.key != f"servers/{self.config.node}":
+                for report in (unpack_value(item.value).get("drives") or {}).values():
+                    if not report.get("fault"):
+                        for kind in KINDS:
+                            told_ms = (report.get("latency_ms") or {}).get(kind)
+                            found[kind].append(told_ms / 1000 if told_ms else FLOOR_S)
+        return found
+
+    async def _retire(self, served: ServedDrive) -> None:
+        """Set `usage: retired` of a slow drive, unless one is retired already: one at a time, then a human."""
+        try:
+            items = {item.key: item for item in await self.store.list("drives/")}
+            values = {key: unpack_value(item.value) for key, item in items.items()}
+            key = f"drives/{served.drive_id.hex()}"
+            if key not in values or any(value.get("usage") == "retired" for value in values.values()):
+                log.error("drive %s is slow for long: csvfs drive retire it", served.path)
+                return
+            value = {**values[key], "usage": "retired", "why": f"slow: {served.latency.describe()}"}
+            put = Put(key, msgpack.packb(value), items[key].lease)
+            done = await self.store.transact([Compare(key, items[key].revision)], [put])
+            log.error("drive %s is retired (%s): %s", served.path, done.succeeded, value["why"])
+        except CsvfsError as error:
+            log.error("drive %s is slow for long and cannot be retired: %s", served.path, error)
 
     # -- drives ----------------------------------------------------------------------------------
 
@@ -103,6 +150,8 @@ class DriveServer:
             served = self.service.drives.open(
                 drive_id, row["path"], pool_id=self._pool, cluster_id=self.service.cluster
             )
+            if served.drive is not None:
+                self.service.drive_failed.set()  # the watch tells the cluster that it is open
             if served.drive is not None and self.service.nursery is not None:
                 self.service.nursery.start_soon(self._remove_deleted_volumes, served)
 
@@ -129,11 +178,10 @@ class DriveServer:
                 log.warning("the cluster store cannot be reached: %s", error)
                 await trio.sleep(1)
 
-    async def _retry_forever(self) -> None:
-        while True:
-            await trio.sleep(RETRY_INTERVAL_S)
-            for key, row in list(self._rows.items()):
-                self._take_row(key, row)
+    def _open_again(self, served: ServedDrive) -> None:
+        key = f"drives/{served.drive_id.hex()}"
+        if key in self._rows:
+            self._take_row(key, self._rows[key])
 
     async def _remove_deleted_volumes(self, served: ServedDrive) -> None:
         """Free slabs of volumes that were deleted while the drive was away: only those with a tombstone."""

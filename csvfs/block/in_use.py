@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from csvfs.block.drive_faults import IN_USE, MISSING, fault_of_errno, faulty
 from csvfs.errors import DriveRefused
 
 
@@ -120,14 +121,17 @@ def open_locked(path: str) -> int:
         exclusive = os.O_EXCL if is_block_device(path) else 0
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
     except FileNotFoundError:
-        raise DriveRefused(f"drive {path} is missing; attach it, or remove it from the pool") from None
+        refused = DriveRefused(f"drive {path} is missing; attach it, or remove it from the pool")
+        raise faulty(refused, MISSING) from None
     except OSError as error:
-        raise DriveRefused(f"drive {path} cannot be opened: {error.strerror}{describe_users(path)}") from None
+        refused = DriveRefused(f"drive {path} cannot be opened: {error.strerror}{describe_users(path)}")
+        raise faulty(refused, fault_of_errno(error.errno)) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
-        raise DriveRefused(f"drive {path} is in use by another process{describe_users(path)}") from None
+        refused = DriveRefused(f"drive {path} is in use by another process{describe_users(path)}")
+        raise faulty(refused, IN_USE) from None
     return fd
 
 

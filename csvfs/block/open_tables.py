@@ -35,17 +35,19 @@ class OpenTables:
         Raises  Corrupt: another slab's metadata, or damage. DriveFailed: they cannot be read.
         """
         drive, layout = self._drive, self._drive.layout
+        header = pack_slot_header(drive.id, copy.volume, copy.slab, copy.slot)
         try:
             raw = read_slot_metadata(drive.fd, layout, copy.slot)
-            check_slot_header(raw, layout, pack_slot_header(drive.id, copy.volume, copy.slab, copy.slot))
+            check_slot_header(raw, layout, header)
         except DriveFailed as error:
             drive.counters.io_errors += 1
             raise DriveFailed(f"drive {drive.path}: slab {copy.slab}: {error}") from None
         except Corrupt as error:
+            copy.damaged = True
             raise Corrupt(f"drive {drive.path}: slab {copy.slab}: {error}") from None
         while len(self._copies) >= OPEN_TABLES_MAX:
             self._close_one_unused()
-        copy.tables = SlotTables(self._view, layout, copy.slot)
+        copy.tables = SlotTables(self._view, layout, copy.slot, header)
         self._copies[copy.slot] = copy
         return copy.tables
 

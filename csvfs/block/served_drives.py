@@ -6,12 +6,16 @@ Rule       After a start of this process no copy is in service until a coordinat
 """
 
 import logging
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from csvfs.block.drive import Drive
+from csvfs.block.drive_faults import NOT_OPENED, READ_ONLY, SWAPPED, fault_of, faulty
+from csvfs.block.latency import DriveLatency
 from csvfs.block.slab_copy import SlabCopy
-from csvfs.errors import CsvfsError, DriveFailed, NotFound, Unavailable
+from csvfs.errors import CsvfsError, DriveFailed, DriveRefused, NotFound, Unavailable
 from csvfs.ids import DriveId, PoolId, SlabId, VolumeId
 
 log = logging.getLogger(__name__)
@@ -19,7 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ServedDrive:
-    """`drive` None: it could not be opened, `state` says why in one line."""
+    """`drive` None: it could not be opened, or has failed: `state` says why in one line, `fault` in one word.
+
+    slow    its latency is an outlier (latency.py), and has been for long enough.
+    """
 
     index: int
     drive_id: DriveId
@@ -27,6 +34,10 @@ class ServedDrive:
     drive: Drive | None
     state: str
     in_service: set[SlabCopy] = field(default_factory=set)
+    fault: str = NOT_OPENED
+    latency: DriveLatency = field(default_factory=DriveLatency)
+    slow: bool = False
+    slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
 
     def opened(self) -> Drive:
         """Raises DriveFailed when the drive is not open."""
@@ -35,12 +46,27 @@ class ServedDrive:
         return self.drive
 
 
+def check_writable(path: str) -> None:
+    """Raises DriveRefused for a file whose write permission was taken away: root could write it all the same."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # whoever opens it says why
+    if stat.S_ISREG(mode) and not mode & 0o222:
+        refused = DriveRefused(f"drive {path} is read-only: its write permission was taken away; chmod u+w it")
+        raise faulty(refused, READ_ONLY)
+
+
 class ServedDrives:
     """Indexes are given once per drive id and process, so a link may keep using them."""
 
     def __init__(self) -> None:
         self._by_index: list[ServedDrive] = []
         self._by_id: dict[DriveId, ServedDrive] = {}
+
+    def of_drive(self, drive: Drive) -> ServedDrive | None:
+        """Who serves an open drive; None: it was taken out."""
+        return next((served for served in self._by_index if served.drive is drive), None)
 
     def __iter__(self) -> Iterator[ServedDrive]:
         return iter(self._by_index)
@@ -56,19 +82,22 @@ class ServedDrives:
             return served
         served.path = path
         try:
+            check_writable(path)
             drive = Drive.open(path, pool_id=PoolId(pool_id), cluster_id=cluster_id)
             if drive.id != drive_id:
                 found = drive.id.hex()[:8]
                 drive.close()
-                raise DriveFailed(
+                swapped = DriveFailed(
                     f"{path} holds drive {found}, not {drive_id.hex()[:8]}: the paths were swapped"
                 )
+                raise faulty(swapped, SWAPPED)
         except (CsvfsError, OSError) as error:
             if served.state != str(error):
                 log.error("drive %s at %s is not served: %s", drive_id.hex()[:8], path, error)
-            served.state = str(error)
+            served.state, served.fault = str(error), fault_of(error)
         else:
-            served.drive, served.state = drive, "ok"
+            served.drive, served.state, served.fault = drive, "ok", ""
+            served.latency, served.slow, served.slow_since = DriveLatency(), False, None
             log.info("serving drive %s at %s: %d slabs", drive_id.hex()[:8], path, len(list(drive.slabs())))
         return served
 
@@ -124,4 +153,4 @@ class ServedDrives:
                 except (CsvfsError, OSError) as error:
                     log.error("drive %s was not closed cleanly: %s", served.path, error)
                 served.drive = None
-                served.state = "closed"
+                served.state, served.fault = "closed", NOT_OPENED

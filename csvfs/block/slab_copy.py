@@ -53,6 +53,7 @@ class SlabCopy:
         "_fd",
         "_since_joining",
         "block_count",
+        "damaged",
         "data_offset",
         "epoch",
         "recently_used",
@@ -89,6 +90,7 @@ class SlabCopy:
         self.block_count = drive.layout.blocks_per_slab
         self.tables: SlotTables | None = None  # None: not open; Drive.open_tables opens and closes them
         self.recently_used = False
+        self.damaged = False  # its tables are not those of this slab: it must be made anew from another copy
         self._since_joining: bytearray | None = None
 
     def __repr__(self) -> str:
@@ -102,8 +104,24 @@ class SlabCopy:
         """The tables, opened when they are not. Every operation starts here."""
         if self._drive.failure is not None:
             raise self._drive.failed_error()
+        if self.damaged:
+            raise self._damaged_error()
         self.recently_used = True
         return self.tables or self._drive.open_tables(self)
+
+    def _check_header(self, tables: SlotTables) -> None:
+        """Before blocks without a checksum are taken for holes. Raises Corrupt: the tables were overwritten."""
+        if not tables.header_holds:
+            self.damaged = True
+            self._drive.close_tables(self)
+            self._drive.counters.checksum_errors += 1
+            raise self._damaged_error()
+
+    def _damaged_error(self) -> Corrupt:
+        return Corrupt(
+            f"drive {self._drive.path}: slab {self.slab}: its tables are damaged; another copy must be read, and "
+            "this one made anew"
+        )
 
     def _check_range(self, block: int, count: int) -> None:
         if block < 0 or count <= 0 or block + count > self.block_count:
@@ -254,6 +272,8 @@ class SlabCopy:
         if any_bits(tables.written, block, block + count):
             bits = tables.written
             raise self._bad(b for b in range(block, block + count) if bits[b >> 3] >> (b & 7) & 1)
+        if not tables.header_holds:
+            self._check_header(tables)
         self._drive.counters.reads += 1
         return ZERO_BLOCK if count == 1 else bytes(count << _BLOCK_SHIFT)
 
@@ -280,6 +300,7 @@ class SlabCopy:
         if bad:
             raise self._bad(bad)
         if holes:
+            self._check_header(tables)
             data = bytearray(data)
             for start in holes:
                 data[start : start + BLOCK_SIZE] = ZERO_BLOCK
@@ -317,6 +338,7 @@ class SlabCopy:
     def _is_good(self, tables: SlotTables, block: int) -> bool:
         checksum = tables.checksums[block]
         if checksum == NEVER_WRITTEN:
+            self._check_header(tables)
             return not tables.written[block >> 3] >> (block & 7) & 1
         data = self._raw_block(block)
         return len(data) == BLOCK_SIZE and self._checksum(data, block) == checksum
@@ -343,6 +365,7 @@ class SlabCopy:
     def bad_blocks_scan(self, block: int, count: int) -> list[int]:
         """The blocks of a range that do not verify: for scrub and repair. Counts no checksum errors."""
         tables = self._open()
+        self._check_header(tables)
         self._check_range(block, count)
         numbers = range(block, block + count)
         sums = tables.checksums[block : block + count].tolist()
@@ -364,6 +387,24 @@ class SlabCopy:
             if not good:
                 bad.append(number)
         return bad
+
+    def has_blocks(self, block: int, count: int) -> bool:
+        """Whether any block of a range has a checksum: else there is nothing on the medium to read."""
+        sums = bytes(self._open().checksum_bytes[block << 2 : (block + count) << 2])
+        return sums.count(0) != len(sums)
+
+    def scrub_slice(self, block: int, count: int) -> tuple[list[int], int]:
+        """The blocks of a range that do not verify, and how many written bits were missing and have been set."""
+        bad = self.bad_blocks_scan(block, count)
+        tables = self._open()
+        repaired = 0
+        for number, checksum in enumerate(tables.checksums[block : block + count].tolist(), block):
+            if checksum != NEVER_WRITTEN and not tables.written[number >> 3] >> (number & 7) & 1:
+                tables.written[number >> 3] |= 1 << (number & 7)
+                repaired += number not in bad
+        self._drive.counters.checksum_errors += len(bad)
+        self._drive.counters.healed += repaired
+        return bad, repaired
 
     def verify_chunk(self, chunk: int) -> list[int]:
         """The blocks of a chunk that do not verify."""

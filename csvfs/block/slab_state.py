@@ -116,6 +116,20 @@ def forget_history(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescriptor
     return _with(descriptor, replace(member, since=SINCE_UNKNOWN))
 
 
+def accept_loss(descriptor: SlabDescriptor, drive: DriveId, node: NodeName, epoch: Epoch) -> SlabDescriptor:
+    """A human has given up the last in-sync copies: `drive` alone goes on, with a copy of `epoch`.
+
+    All others have a history that is not ours any more: they are copied in full. The one exception to I1.
+    """
+    others = tuple(
+        Member(m.drive, m.node, ROLE_ABSENT, SINCE_UNKNOWN) for m in descriptor.members if m.drive != drive
+    )
+    survivor = Member(drive, node, ROLE_IN_SYNC, SINCE_UNKNOWN)
+    if len(others) == len(descriptor.members):
+        others = others[:-1]  # on another drive than any before: as many copies as there were
+    return SlabDescriptor(descriptor.slab, Epoch(max(descriptor.epoch, epoch) + 1), (survivor, *others))
+
+
 def member_of(descriptor: SlabDescriptor, drive: DriveId, role: int) -> Member:
     """The member on `drive`. Raises Conflict when there is none, or it is in another role."""
     for member in descriptor.members:

@@ -178,6 +178,23 @@ class SlotTable:
                 os.fdatasync(self._fd)
                 self.settle(self.unsettled())
 
+    def scrub(self) -> int:
+        """Rewrite halves at rest that are not what they were written as; how many. Both are durable after the next
+        two flushes (T1: one is overwritten while the other holds, or both do not). Raises OSError."""
+        repaired = 0
+        halves = [_read_half(self._fd, self._layout, half) for half in (0, 1)]
+        for slot, entry in enumerate(self.entries):
+            if entry is None or slot in self._unsettled:
+                continue
+            start = slot * ENTRY_SIZE
+            wanted = pack_entry(entry, self._drive_id)
+            bad = [half for half in (0, 1) if halves[half][start : start + ENTRY_SIZE] != wanted]
+            if bad:
+                self._write(bad[0], entry)
+                self._unsettled[slot] = Unsettled(bad[0], len(bad) == 1, entry.sequence)
+                repaired += len(bad)
+        return repaired
+
     def entry(self, slot: int) -> SlotEntry:
         """Raises Corrupt when the slot is quarantined."""
         entry = self.entries[slot]

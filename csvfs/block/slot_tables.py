@@ -57,22 +57,29 @@ def check_slot_header(raw: bytes, layout: Layout, wanted: bytes) -> None:
 class SlotTables:
     """Views of one slot's tables: u32 per block and per chunk, a bit per chunk and per block."""
 
-    __slots__ = ("active", "checksum_bytes", "checksums", "epochs", "written")
+    __slots__ = ("active", "checksum_bytes", "checksums", "epochs", "header", "header_wanted", "written")
 
-    def __init__(self, mapping: memoryview, layout: Layout, slot: int) -> None:
+    def __init__(self, mapping: memoryview, layout: Layout, slot: int, header_wanted: bytes) -> None:
         start = slot * layout.metadata_stride
         epochs = start + layout.checksums_size
         maps = epochs + layout.epochs_size
         self.checksum_bytes = mapping[start : start + 4 * layout.blocks_per_slab]
         self.checksums = self.checksum_bytes.cast("I")
         self.epochs = mapping[epochs : epochs + 4 * layout.chunks_per_slab].cast("I")
+        # Without a checksum nothing vouches for a block but the header: zeroed tables must not be holes.
+        self.header = mapping[maps : maps + SLOT_HEADER_SIZE]
+        self.header_wanted = header_wanted
         active = maps + ACTIVE_MAP_OFFSET
         self.active = mapping[active : active + layout.chunks_per_slab // 8]
         written = maps + WRITTEN_MAP_OFFSET
         self.written = mapping[written : written + layout.blocks_per_slab // 8]
 
+    @property
+    def header_holds(self) -> bool:
+        return self.header == self.header_wanted
+
     def release(self) -> None:
-        for view in (self.checksums, self.checksum_bytes, self.epochs, self.active, self.written):
+        for view in (self.checksums, self.checksum_bytes, self.epochs, self.header, self.active, self.written):
             view.release()
 
 

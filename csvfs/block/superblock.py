@@ -11,6 +11,7 @@ import os
 import struct
 from dataclasses import dataclass, field, replace
 
+from csvfs.block.drive_faults import TRUNCATED, faulty
 from csvfs.block.layout import (
     SUPERBLOCK_COPIES,
     SUPERBLOCK_SIZE,
@@ -218,7 +219,7 @@ def read_superblock(fd: int, size: int) -> Found:
         raise Corrupt(f"no superblock is readable ({reasons})")
     current = choose_current(valid)
     if current.size > size:
-        raise Corrupt(f"truncated: {size} B are left of {current.size} B")
+        raise faulty(Corrupt(f"truncated: {size} B are left of {current.size} B"), TRUNCATED)
     found = Found(current)
     for number, copy in enumerate(copies):
         if isinstance(copy, Corrupt):

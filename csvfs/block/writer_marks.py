@@ -93,6 +93,13 @@ class MarkBook:
                 unmark.setdefault(chunk[0], []).append(chunk[1])
         return unmark
 
+    def forget_drive(self, drive: Any) -> None:
+        """The drive has failed: its copies are others when it is opened again, all marked on the drive itself."""
+        for marks in self._writers.values():
+            for chunk in [chunk for chunk in marks.marks if chunk[0].drive is drive]:
+                del marks.marks[chunk]
+        self._awaiting_flush.pop(drive, None)
+
     def forget(self, copy: Any) -> None:
         """The slab copy was deleted."""
         for marks in self._writers.values():

@@ -62,6 +62,11 @@ class CoordinatorOfSlabs:
         args = {"slab": slab, "epoch": epoch, "drives": drives, "reason": reason}
         return SlabDescriptor.from_wire(await self._session.call("slab_failed", args))
 
+    async def make_equal(self, slab: SlabId, chunks: list[int]) -> None:
+        """See given_up.py."""
+        args = {"slab": slab, "epoch": 0, "drives": [], "reason": "writes were given up", "torn": chunks}
+        await self._session.call("slab_failed", args)
+
 
 def server_directory(view: View) -> Callable[[NodeName], ServerAddress | None]:
     """Where drive servers listen, as the cluster store says now."""
@@ -95,6 +100,11 @@ class MountProcess:
         self._view = View()
         self._end = trio.Event()
         self.failure: CsvfsError | None = None
+
+    def _follow_volume(self, bus: Bus) -> None:
+        """What `volumes/<name>` says now: it may be changed while we are mounted."""
+        min_copies = self._view.volumes.get(self._volume_name, {}).get("min_copies")
+        bus.min_copies = max(1, min_copies) if isinstance(min_copies, int) else 1
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT, or until it cannot go on. Raises CsvfsError: it could not begin."""
@@ -153,6 +163,7 @@ class MountProcess:
             connect=partial(connect, self._engine, timeout_s=options.connect_timeout_ms / 1000),
             on_fenced=self._fail,
             on_contact=guard.contact,
+            io_timeout_s=options.io_timeout_ms / 1000,
         )
         links = ServerLinks(
             self._engine,
@@ -164,13 +175,18 @@ class MountProcess:
             local_node=node,
         )
         self._view.on_change(links.check_servers)  # a node without power breaks no connection
+        owner = CoordinatorOfSlabs(session)
         bus = Bus(
             links,
-            CoordinatorOfSlabs(session),
+            owner,
             volume=volume,
             local_node=node,
             silence_ms_max=options.write_timeout_ms,
+            io_timeout_s=options.io_timeout_ms / 1000,
+            make_equal=owner.make_equal,
         )
+        self._view.on_change(lambda: self._follow_volume(bus))
+        self._follow_volume(bus)
         bus.on_fenced = self._fail
         fd = device.open_device()
         notifier = KernelNotifier(fd)
@@ -182,6 +198,7 @@ class MountProcess:
             guard=guard,
             nursery=nursery,
             times_s=times_s,
+            io_timeout_s=options.io_timeout_ms / 1000,
         )
         session.holder = table
         nursery.start_soon(session.run_forever)

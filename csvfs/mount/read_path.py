@@ -10,7 +10,7 @@ from bisect import bisect_right
 
 import trio
 
-from csvfs.errors import TimedOut
+from csvfs.errors import InputOutputError, TimedOut, Unavailable
 from csvfs.mount.file_state import FileState
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Leases
@@ -20,6 +20,7 @@ from csvfs.volume.extents import FILE_BLOCKS_MAX, Piece
 from csvfs.volume.file_io import ZEROS, BlockBus, Data
 from csvfs.wire.block_messages import BLOCK_COUNT_MAX
 
+RETRY_S = 0.2
 _BLOCK_SHIFT = BLOCK_SIZE.bit_length() - 1
 _BLOCK_MASK = BLOCK_SIZE - 1
 
@@ -82,7 +83,8 @@ class ReadPath:
 
         The caller answers the kernel without another await: a recall waits for reads under way to be
         answered.
-        Raises  NotFound; Unavailable, TimedOut after io_timeout_s; Corrupt: no copy verified. Cancel safe.
+        Raises  NotFound; Unavailable, TimedOut, InputOutputError after io_timeout_s; Corrupt: no copy verified;
+                Lost. Cancel safe.
         """
         deadline = time.monotonic() + self._io_timeout_s
         state = self._leases.state(ino)
@@ -103,13 +105,23 @@ class ReadPath:
                 pieces = state.extents.pieces(first, count) if leased else None
                 if pieces is not None:
                     state.stuck.pop(token, None)
-                    return await self._read_leased(state, offset, wanted, pieces)
+                    try:
+                        return await self._read_leased(state, offset, wanted, pieces)
+                    except Unavailable as error:
+                        await self._wait_again(error, deadline)
+                        continue
                 if first + count > FILE_BLOCKS_MAX:
                     first = count = 0  # of no file; the lease will say where this one ends
                 await self._leases.acquire(state, state.lease_to_read, first, count)
         finally:
             state.waiting -= 1
             state.stuck.pop(token, None)
+
+    async def _wait_again(self, error: Unavailable, deadline: float) -> None:
+        """No copy can be reached now; a recall need not wait for us meanwhile. Raises InputOutputError."""
+        if time.monotonic() + RETRY_S >= deadline:
+            raise InputOutputError(f"not read within {self._io_timeout_s:g} s: {error}")
+        await trio.sleep(RETRY_S)
 
     async def _read_leased(self, state: FileState, offset: int, size: int, pieces: list[Piece]) -> list[Data]:
         token = object()

@@ -1,0 +1,113 @@
+"""Drive files of a real lab truncated, deleted, overwritten, made read-only under fio: no error, and what can comes back."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from csvfs.units import GIB, MIB
+from tests.lab_cluster import LabCluster, needs_lab, running_lab, wait_for
+
+pytestmark = [pytest.mark.lab, needs_lab]
+
+VOLUME = "/clusterstorage/Volume1"
+FIO = (
+    "fio", "--name=t", "--ioengine=psync", "--direct=1", "--bs=4k", "--size=48M", "--rw=randwrite", "--verify=crc32c",
+    "--verify_fatal=1", "--do_verify=1", "--fallocate=none", f"--filename={VOLUME}/fio", "--loops=6", "--output-format=json",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[LabCluster]:
+    with running_lab(nodes=3, drives=2, drive_size=1 * GIB) as cluster:
+        cluster.run("n1", "csvfs", "volume", "create", "Volume1", "--copies", "3")
+        for node in ("n1", "n2", "n3"):
+            wait_for(lambda node=node: mounted(cluster, node), within_s=30)
+        yield cluster
+
+
+def mounted(cluster: LabCluster, node: str) -> bool:
+    return b"ok" in cluster.run(node, "sh", "-c", f"mountpoint -q {VOLUME} && echo ok", check=False)
+
+
+def drives(cluster: LabCluster) -> dict[str, dict]:
+    rows = json.loads(cluster.run("n1", "csvfs", "drive", "list", "--json"))
+    return {row["path"]: row for row in rows}
+
+
+def healthy(cluster: LabCluster) -> bool:
+    rows = json.loads(cluster.run("n1", "csvfs", "volume", "list", "--json"))
+    return all(row["health"] == "Healthy" for row in rows)
+
+
+def drive_of(cluster: LabCluster, node: str, number: int) -> str:
+    return sorted(path for path, row in drives(cluster).items() if row["node"] == node)[number]
+
+
+def test_a_drive_file_truncated_to_nothing_under_load_costs_no_error_and_the_other_drive_of_the_node_serves(
+    lab,
+):
+    path = drive_of(lab, "n2", 0)
+    other = drive_of(lab, "n2", 1)
+    fio = lab.start_command("n1", *FIO, stdout=-1, stderr=-1)
+    time.sleep(3)
+    os.truncate(path, 0)
+    wait_for(lambda: drives(lab)[path]["state"] == "Failed media", within_s=30)
+    wait_for(lambda: drives(lab)[other]["state"] == "OK", within_s=30)
+    output, errors = fio.communicate(timeout=120)
+    assert fio.returncode == 0, errors.decode() + output.decode()[-2000:]
+    server = lab.pids("n2")["drives"]
+    time.sleep(3)
+    assert lab.pids("n2")["drives"] == server  # it does not die again and again
+    assert "truncated" in drives(lab)[path]["reason"] or "superblock" in drives(lab)[path]["reason"]
+
+
+def test_a_drive_file_made_read_only_or_moved_away_comes_back_by_itself(lab):
+    path = drive_of(lab, "n3", 0)
+    fio = lab.start_command("n1", *FIO, stdout=-1, stderr=-1)
+    time.sleep(2)
+    os.chmod(path, 0o400)
+    wait_for(lambda: drives(lab)[path]["state"] == "Not usable", within_s=20)
+    time.sleep(1)
+    os.chmod(path, 0o600)
+    wait_for(lambda: drives(lab)[path]["state"] == "OK", within_s=60)
+    output, errors = fio.communicate(timeout=120)
+    assert fio.returncode == 0, errors.decode() + output.decode()[-2000:]
+
+
+def test_flipped_bits_are_found_by_csvfs_volume_scrub(lab):
+    lab.run("n1", "csvfs", "volume", "scrub", "Volume1")
+    wait_for(lambda: scrubbed(lab), within_s=120)
+
+
+def scrubbed(cluster: LabCluster) -> bool:
+    status = json.loads(cluster.run("n1", "csvfs", "volume", "status", "Volume1", "--json"))
+    scrub = status["volume"]["scrub"]
+    return bool(scrub["finished"]) and not scrub["under_way"]
+
+
+def test_a_volume_that_runs_full_says_enospc_loses_nothing_and_takes_writes_again_after_a_delete():
+    with running_lab(nodes=3, drives=1, drive_size=512 * MIB) as small:
+        small.run("n1", "csvfs", "volume", "create", "Volume1", "--copies", "3")
+        for node in ("n1", "n2", "n3"):
+            wait_for(lambda node=node: mounted(small, node), within_s=30)
+        script = f"""
+cd {VOLUME}
+i=0
+while said=$(LC_ALL=C dd if=/dev/urandom of=f$i bs=1M count=16 conv=fsync 2>&1); do i=$((i+1)); done
+rm -f f$i
+echo "$said" | grep -c 'No space left'
+"""
+        assert small.run("n1", "bash", "-c", script).strip() == b"1"
+        names = sorted(small.run("n1", "ls", VOLUME).split())
+        assert len(names) > 10
+        sums = small.run("n1", "bash", "-c", f"cd {VOLUME} && sha256sum *")
+        assert small.run("n3", "bash", "-c", f"cd {VOLUME} && sha256sum *") == sums
+        small.run("n2", "bash", "-c", f"cd {VOLUME} && rm {names[0].decode()} {names[1].decode()}")
+        again = f"cd {VOLUME} && dd if=/dev/urandom of=again bs=1M count=24 conv=fsync 2>&1"
+        wait_for(lambda: b"No space" not in small.run("n2", "bash", "-c", again, check=False), within_s=30)
+        kept = b"\n".join(line for line in sums.splitlines() if line.split()[1] in names[2:])
+        after = small.run("n1", "bash", "-c", f"cd {VOLUME} && sha256sum f*")
+        assert after.strip() == kept

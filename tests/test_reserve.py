@@ -1,0 +1,105 @@
+"""The reserve, and a pool that runs full: nothing is lost, everything can be read, deleting makes room."""
+
+import os
+
+import pytest
+import trio
+
+from coordinator import slab_manager
+from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
+from csvfs.errors import NoSpace
+from csvfs.units import BLOCK_SIZE, MIB
+from tests import coordinator_cluster
+from tests.coordinator_cluster import TestCluster
+
+
+def drives(*nodes):
+    return [
+        DriveSlots(f"n{number}", f"n{number}", slots) for number, sizes in enumerate(nodes) for slots in sizes
+    ]
+
+
+def test_the_reserve_is_the_largest_drive_of_each_node_and_of_four_at_most():
+    assert reserve_slots(drives(*[[100] * 10] * 3), copies=3) == 300
+    assert reserve_slots(drives(*[[100] * 10] * 6), copies=3) == 400
+    assert reserve_slots(drives([100] * 12, [100] * 10 + [200], [50] * 24), copies=3) == 100 + 200 + 50
+
+
+def test_the_reserve_is_never_more_than_a_quarter_of_the_pool():
+    assert reserve_slots(drives([100, 100], [100, 100], [100, 100]), copies=3) == 150
+    assert reserve_slots(drives([3, 3], [3, 3]), copies=2) == 3
+
+
+def test_nothing_is_kept_where_nothing_could_be_rebuilt():
+    assert reserve_slots(drives([3], [3], [3]), copies=3) == 0
+    assert reserve_slots(drives([30], [30], [30]), copies=2) == 22  # the third node could take it
+    assert reserve_slots([], copies=3) == 0
+
+
+def test_warnings_at_70_80_and_90_percent_of_what_may_be_used():
+    assert percent_used(size=1000, free=480, reserve=200) == 65
+    assert [warning_of(percent) != "" for percent in (69.9, 70, 80, 90)] == [False, True, True, True]
+    assert len({warning_of(percent) for percent in (70, 80, 90, 100)}) == 4
+    assert "writes fail" in warning_of(percent_used(1000, 200, 200))
+
+
+@pytest.fixture
+async def cluster(tmp_path, nursery, monkeypatch):
+    monkeypatch.setattr(coordinator_cluster, "DRIVE_SIZE", 48 * MIB)  # 11 slabs of 4 MiB each
+    monkeypatch.setattr(slab_manager, "TRIM_INTERVAL_S", 0.02)
+    monkeypatch.setattr(slab_manager, "EMPTY_SLABS_KEPT", 0)
+    cluster = await TestCluster(tmp_path, nursery).start()
+    await cluster.create_volume(copies=2)
+    await cluster.start_host("n1")
+    return cluster
+
+
+async def fill(mount):
+    """Files of 1 MiB until there is no more room; their contents by inode number."""
+    contents, number = {}, 0
+    while True:
+        number += 1
+        ino = await mount.make(f"file{number}".encode())
+        await mount.acquire(ino, 3)
+        data = os.urandom(256 * BLOCK_SIZE)
+        try:
+            await mount.write(ino, data)
+        except NoSpace:
+            return contents
+        contents[ino] = data
+
+
+async def test_a_full_pool_loses_nothing_keeps_its_reserve_and_takes_writes_again_after_a_delete(cluster):
+    service = await cluster.wait_serving()
+    mount = await cluster.mount("n2")
+    with trio.fail_after(30):
+        contents = await fill(mount)
+    assert len(contents) > 10
+    await service.slabs.refresh_spaces()
+    free = sum(space.free_slots for space in service.slabs.pool_spaces)
+    slots = sum(space.slots for space in service.slabs.pool_spaces)
+    assert free >= slots // 4
+    assert service.statfs()["free"] < MIB
+    for ino, data in contents.items():
+        assert await mount.read(ino, 256) == data
+
+    for number in range(1, 6):
+        await mount.change("unlink", parent=1, name=f"file{number}".encode(), directory=False)
+        await mount.call("release", items=[[list(contents)[number - 1], 0]])
+    survivors = dict(list(contents.items())[5:])
+    await cluster.wait(lambda: service.statfs()["free"] >= 4 * MIB)
+    ino = await mount.make(b"again")
+    await mount.acquire(ino, 3)
+    data = os.urandom(512 * BLOCK_SIZE)
+    await mount.write(ino, data)
+    assert await mount.read(ino, 512) == data
+    for ino, data in survivors.items():
+        assert await mount.read(ino, 256) == data
+
+
+async def test_the_metadata_may_grow_into_the_reserve(cluster):
+    service = await cluster.wait_serving()
+    mount = await cluster.mount("n2")
+    await fill(mount)
+    await service._metadata_space._grow()
+    assert len(await cluster.metadata_slabs()) == 5
