@@ -347,8 +347,10 @@ class BlockService:
         for copy, chunks in self.marks.flushed(covered).items():
             try:
                 copy.clear_active(chunks)
-            except CsvfsError as failure:  # its tables are damaged: the copy is made anew
-                log.warning("chunks of slab %d stay active: %s", copy.slab, failure)
+            except CsvfsError as failure:
+                # Its slab was deleted or the drive released during the flush, or its tables are damaged: then the
+                # copy is made anew.
+                log.warning("chunks of slab %d on %s stay active: %s", copy.slab, served.path, failure)
 
     async def flush(self, served: ServedDrive) -> None:
         """As request_flush, awaited. Raises DriveFailed. Cancel safe."""
