@@ -3,11 +3,13 @@
 Place      coordinator floor, over cluster/membership.py. Reads only; a fact may be a moment old.
 """
 
+from coordinator.repair_plan import REMOVING, RETIRED
 from csvfs.block.server_links import ServerAddress
 from csvfs.cluster.membership import View
 from csvfs.ids import DriveId, Incarnation, NodeName
 
 _DRIVE_OK = "ok"
+_USAGE_AUTO = "auto"
 
 
 class ClusterFacts:
@@ -56,7 +58,14 @@ class ClusterFacts:
     def takes_slabs(self, drive: DriveId) -> bool:
         """Whether new slabs may be placed on it."""
         value = self.view.drives.get(drive)
-        return value is not None and (value.get("state") or _DRIVE_OK) == _DRIVE_OK
+        in_order = value is not None and (value.get("state") or _DRIVE_OK) == _DRIVE_OK
+        return in_order and self.usage(drive) is None
+
+    def usage(self, drive: DriveId) -> str | None:
+        """None: it is used as usual; else why its copies shall be elsewhere: `retired` or `removing`."""
+        value = self.view.drives.get(drive)
+        usage = value.get("usage") if value is not None else None
+        return None if usage in (None, _USAGE_AUTO) else RETIRED if usage != REMOVING else REMOVING
 
     def domain_of(self, node: NodeName) -> str:
         """The fault domain: two copies of a slab never share one."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import trio
 
+from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.placement import DriveSpace
 from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, Unavailable
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
@@ -69,6 +70,7 @@ class DriveControl:
         self.term = term
         self._pull_links = pull_links
         self._source_of = source_of
+        self.speed: Callable[[], int] = lambda: SPEED_DEFAULT  # index into block/pace.py, SPEEDS
 
     # -- epochs ----------------------------------------------------------------------------------
 
@@ -166,6 +168,7 @@ class DriveControl:
             "since": target.since,
             "chunks": chunks,
             "term": self.term,
+            "speed": self.speed(),
         }
         answer = await self._pull_links.call(target.node, "pull", args, timeout_s=PULL_TIMEOUT_S)
         return int(answer["bytes"]) if isinstance(answer, dict) and "bytes" in answer else 0
@@ -212,9 +215,9 @@ class DriveControl:
         answer = await self.call(node, "status", {})
         try:
             return [
-                DriveSpace(DriveId(bytes(row["id"])), node, int(row["free_slots"]))
+                DriveSpace(DriveId(bytes(row["id"])), node, int(row["free_slots"]), int(row["slots"]))
                 for row in answer["drives"]
-                if row["state"] == "ok"
+                if row["state"] == "ok" and not row.get("failure")
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"node {node} answered status with nonsense: {error!r}") from None

@@ -3,7 +3,7 @@
 Place      coordinator floor; over slab_book.py. Synchronous.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import trio
@@ -15,10 +15,13 @@ HEALTHY, DEGRADED, NO_REDUNDANCY = "Healthy", "Degraded", "No redundancy"  # adm
 CACHED_S = 1.0  # counting reads every descriptor: 40,000 take about 200 ms
 
 
-def state_of(descriptor: SlabDescriptor) -> str:
-    """`in sync`, `resyncing`, `degraded` or `no redundancy`."""
+def state_of(descriptor: SlabDescriptor, wanted: int) -> str:
+    """`in sync`, `resyncing`, `degraded` or `no redundancy`, for `wanted` copies.
+
+    While a copy is moved there are more members than are wanted: that is no degradation.
+    """
     in_sync = len(descriptor.in_sync)
-    if in_sync == len(descriptor.members):
+    if in_sync >= wanted:
         return "in sync"
     if in_sync <= 1:
         return "no redundancy"
@@ -29,8 +32,9 @@ def state_of(descriptor: SlabDescriptor) -> str:
 class Health:
     """Counts slabs by state, now and then."""
 
-    def __init__(self, books: Iterable[SlabBook]) -> None:
+    def __init__(self, books: Iterable[SlabBook], wanted: Callable[[SlabDescriptor], int]) -> None:
         self._books = list(books)
+        self._wanted = wanted
         self._counted_at = -CACHED_S
         self._counts: dict[str, int] = {}
 
@@ -41,7 +45,7 @@ class Health:
             counts: dict[str, int] = {}
             for book in self._books:
                 for descriptor in book.all():
-                    state = state_of(descriptor)
+                    state = state_of(descriptor, self._wanted(descriptor))
                     counts[state] = counts.get(state, 0) + 1
             self._counts, self._counted_at = counts, now
         return self._counts

@@ -25,6 +25,7 @@ from coordinator.service import Service, VolumeSetup
 from coordinator.serving import serve_volume
 from coordinator.sessions import Session
 from coordinator.volume_creation import create_volume, delete_volume, record_error
+from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.clock import monotonic_ns
 from csvfs.cluster.election import Attempt, decide, release_ownership, take_ownership
 from csvfs.cluster.liveness import Liveness
@@ -40,8 +41,8 @@ from csvfs.errors import (
     ProtocolError,
     Unavailable,
 )
-from csvfs.ids import Incarnation, NodeName, Term, VolumeId
-from csvfs.net.calls import field
+from csvfs.ids import DriveId, Incarnation, NodeName, Term, VolumeId
+from csvfs.net.calls import field, optional_field
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, Listener
 from csvfs.store.interface import ClusterStore
@@ -90,6 +91,8 @@ class Host:
         recall_timeout_ms: int,
         reclaim_timeout_ms: int,
         write_timeout_ms: int,
+        drive_retire_ms: int = 900_000,
+        repair_speed: int = SPEED_DEFAULT,
         serve: Any = serve_volume,
         rng: Random | None = None,
     ) -> None:
@@ -108,6 +111,8 @@ class Host:
         self._recall_timeout_ms = recall_timeout_ms
         self._reclaim_timeout_ms = reclaim_timeout_ms
         self._write_timeout_ms = write_timeout_ms
+        self._drive_retire_ms = drive_retire_ms
+        self._repair_speed = repair_speed
         self._serve = serve
         self._rng = rng or Random()
         self.owned: dict[str, OwnedVolume] = {}
@@ -318,6 +323,7 @@ class Host:
             may_serve=self._may_serve,
             write_timeout_ms=self._write_timeout_ms,
             serving=serving,
+            speed=self._repair_speed,
         )
 
     async def _create(self, setup: VolumeSetup) -> bool:
@@ -366,6 +372,7 @@ class Host:
             term=owned.term,
             recall_timeout_s=self._recall_timeout_ms / 1000,
             reclaim_timeout_s=self._reclaim_timeout_ms / 1000,
+            drive_retire_s=self._drive_retire_ms / 1000,
         )
 
     # -- links -----------------------------------------------------------------------------------
@@ -400,6 +407,8 @@ class Host:
                 self._nursery.start_soon(self._statfs, service, link, frame.request_id)
             elif name == "volume_status":
                 link.reply(frame.request_id, service.volume_status())
+            elif name in ("job_control", "drive_members"):
+                self._nursery.start_soon(self._answer_admin, service, link, frame.request_id, name, args)
             else:
                 raise BadRequest(f"call {name!r} needs a hello first")
         except CsvfsError as error:
@@ -413,6 +422,20 @@ class Host:
         if owned.service is None:
             raise Unavailable(f"volume {name} is being taken over by node {self.node}; try again")
         return owned.service
+
+    async def _answer_admin(
+        self, service: Service, link: Link, request_id: int, name: str, args: dict[str, Any]
+    ) -> None:
+        try:
+            if name == "drive_members":
+                value = await service.healing.drive_members(DriveId(field(args, "drive", bytes)))
+            else:
+                kind, speed = optional_field(args, "kind", str), optional_field(args, "speed", str)
+                value = await service.healing.record.control(field(args, "action", str), kind, speed)
+        except CsvfsError as error:
+            link.reply_error(request_id, error)
+            return
+        link.reply(request_id, value)
 
     async def _hello(self, service: Service, link: Link, request_id: int, args: dict[str, Any]) -> None:
         try:
@@ -452,6 +475,8 @@ async def serve(config: NodeConfig) -> None:
         recall_timeout_ms=config.options.recall_timeout_ms,
         reclaim_timeout_ms=config.options.reclaim_timeout_ms,
         write_timeout_ms=config.options.write_timeout_ms,
+        drive_retire_ms=config.options.drive_retire_ms,
+        repair_speed=config.options.repair_speed - 1,
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)

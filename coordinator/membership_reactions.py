@@ -160,17 +160,27 @@ class MembershipReactions:
         """Only ids that no creation of this coordinator can be at work on."""
         metadata, data = self._books
         old = [slab for slab in census.copies if slab not in self._slabs.creating]
-        found = strays(data, census, [slab for slab in old if slab < self._next_slab])
+        found = strays(data, census, [slab for slab in old if slab < self._next_slab or _exists(data, slab)])
         found += strays(metadata, census, [slab for slab in old if slab >= METADATA_SLAB_ID_MIN])
         for slab, node, drive in found:
-            if self._is_member(metadata if slab >= METADATA_SLAB_ID_MIN else data, slab, drive):
+            changes = metadata if slab >= METADATA_SLAB_ID_MIN else data
+            if slab in self._slabs.creating or _is_member(changes, slab, drive):
                 continue  # it became one since the census
             log.warning("slab %d on node %s belongs to nothing: deleted", slab, node)
             await self._slabs.delete_copy(slab, node, drive)
 
-    @staticmethod
-    def _is_member(changes: SlabChanges, slab: SlabId, drive: DriveId) -> bool:
-        try:
-            return any(member.drive == drive for member in changes.book.current(slab).members)
-        except NotFound:
-            return False
+
+def _is_member(changes: SlabChanges, slab: SlabId, drive: DriveId) -> bool:
+    try:
+        return any(member.drive == drive for member in changes.book.current(slab).members)
+    except NotFound:
+        return False
+
+
+def _exists(changes: SlabChanges, slab: SlabId) -> bool:
+    """Whether its creation is over, also when it was this coordinator's."""
+    try:
+        changes.book.current(slab)
+    except NotFound:
+        return False
+    return True

@@ -8,7 +8,8 @@ Order      begin_joining (commit, install on all): from here the member gets eve
 """
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 WORKERS = 4
 RETRY_S = 1.0
 RETRY_S_MAX = 30.0
+PAUSE_LOOK_S = 1.0  # whether a pause is over
 PULL_TRIES = 8  # with the slab's epoch moving on in between
 
 
@@ -43,8 +45,11 @@ class DriveProgress:
 class Resync:
     """Jobs (slab, drive) for data slabs and metadata slabs alike."""
 
-    def __init__(self, slab_size: int) -> None:
+    def __init__(self, volume_name: str, slab_size: int, is_paused: Callable[[], bool]) -> None:
+        self._volume = volume_name
         self._slab_size = slab_size
+        self._is_paused = is_paused
+        self.claimed: set[tuple[SlabId, DriveId]] = set()  # somebody else brings these in sync
         self._jobs: dict[DriveId, dict[SlabId, SlabChanges]] = {}  # waiting, per target drive
         self._busy: set[DriveId] = set()
         self._changed = trio.Event()
@@ -54,13 +59,24 @@ class Resync:
     def add(self, changes: SlabChanges, drives: Iterable[DriveId]) -> None:
         """Bring every member on `drives` that is absent or joining back in sync. Twice does no harm."""
         wanted = set(drives)
-        for descriptor in changes.book.all():
-            for member in descriptor.members:
-                if member.drive in wanted and member.role in (ROLE_ABSENT, ROLE_JOINING):
-                    self._add(changes, descriptor.slab, member)
+        found = [
+            (len(descriptor.in_sync), descriptor.slab, member)
+            for descriptor in changes.book.all()
+            for member in descriptor.members
+            if member.drive in wanted and member.role in (ROLE_ABSENT, ROLE_JOINING)
+        ]
+        for _, slab, member in sorted(found, key=lambda row: row[0]):  # those with the fewest good copies first
+            self._add(changes, slab, member)
+        self._wake()
+
+    def add_one(self, changes: SlabChanges, descriptor: SlabDescriptor, member: Member) -> None:
+        """As `add`, for one slab."""
+        self._add(changes, descriptor.slab, member)
         self._wake()
 
     def _add(self, changes: SlabChanges, slab: SlabId, member: Member) -> None:
+        if (slab, member.drive) in self.claimed:
+            return
         jobs = self._jobs.setdefault(member.drive, {})
         if slab not in jobs:
             jobs[slab] = changes
@@ -89,8 +105,9 @@ class Resync:
         while True:
             changed = self._changed
             drive = next((drive for drive in self._jobs if drive not in self._busy), None)
-            if drive is None:
-                await changed.wait()
+            if drive is None or self._is_paused():
+                with trio.move_on_after(PAUSE_LOOK_S if self._jobs else math.inf):
+                    await changed.wait()
                 continue
             self._busy.add(drive)
             try:
@@ -132,6 +149,10 @@ class Resync:
                      drive.hex()[:8], progress.node, progress.slabs_done, progress.bytes_copied)  # fmt: skip
 
     @property
+    def jobs_waiting(self) -> bool:
+        return bool(self._jobs)
+
+    @property
     def is_idle(self) -> bool:
         return not self._jobs and not self._busy
 
@@ -142,17 +163,22 @@ class Resync:
             done, total = progress.slabs_done * self._slab_size, progress.slabs_total * self._slab_size
             elapsed = max(trio.current_time() - progress.started, 0.001)
             rate = done / elapsed
+            waiting_for = progress.waiting_for
+            if self._is_paused():
+                waiting_for = f"csvfs job resume {self._volume} repair"
             rows.append(
                 {
-                    "kind": "resync",
+                    "kind": "repair",
                     "what": f"resync of drive {drive.hex()[:8]} on {progress.node}",
                     "drive": drive,
                     "node": progress.node,
                     "done": done,
+                    "left": total - done,
                     "total": total,
                     "rate": rate,
                     "eta": (total - done) / rate if rate else None,
-                    "waiting_for": progress.waiting_for,
+                    "waiting_for": waiting_for,
+                    "paused": self._is_paused(),
                 }
             )
         return rows

@@ -26,15 +26,16 @@ from coordinator.cluster_facts import ClusterFacts
 from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedError, NeedsSpaceError
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
+from coordinator.healing import Healing
 from coordinator.health import Health
 from coordinator.janitor import Janitor
+from coordinator.job_record import JobRecord
 from coordinator.leases import Leases
 from coordinator.membership_reactions import MembershipReactions
 from coordinator.metadata import Metadata
 from coordinator.metadata_log import MetadataLog
 from coordinator.metadata_space import MetadataSpace
 from coordinator.questions import Reply
-from coordinator.resync import Resync
 from coordinator.session_desk import SessionDesk
 from coordinator.sessions import Session
 from coordinator.slab_book import DataBook, MetadataBook
@@ -73,6 +74,7 @@ class VolumeSetup:
     term: Term
     recall_timeout_s: float
     reclaim_timeout_s: float
+    drive_retire_s: float = 900.0  # how long a drive may be away before its copies are made elsewhere
 
     @property
     def slab_blocks(self) -> int:
@@ -102,6 +104,7 @@ class Service:
         facts: ClusterFacts,
         may_serve: Callable[[], bool],
         rng: Random,
+        record: JobRecord,
         soon: Callable[[Callable[[], None]], None],
     ) -> None:
         """soon: see Batches."""
@@ -112,12 +115,16 @@ class Service:
         self.batches = Batches(metadata, self.log, may_serve, soon)
         data_book = DataBook(metadata, self.batches.run, self._wait_durable)
         self.changes = SlabChanges(data_book, control)
-        self.resync = Resync(setup.slab_size)
         self.slabs = SlabManager(
             metadata, self.batches, self.log, self.changes, control, facts,
             copies=setup.copies, slab_blocks=setup.slab_blocks,
             size_blocks_max=setup.size // BLOCK_SIZE, rng=rng,
         )  # fmt: skip
+        self.healing = Healing(
+            setup.name, [metadata_changes, self.changes], control, facts, self.slabs, record,
+            copies=setup.copies, slab_size=setup.slab_size, drive_retire_s=setup.drive_retire_s, rng=rng,
+        )  # fmt: skip
+        self.resync = self.healing.resync
         self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus)
         self.desk = SessionDesk(
             metadata, self.batches, Eviction(self.changes, control, facts), facts,
@@ -138,7 +145,7 @@ class Service:
         self.members = MembershipReactions(
             setup.volume, control, facts, [metadata_changes, self.changes], self.resync, self.slabs, self.desk
         )
-        self._health = Health([book, data_book])
+        self._health = Health([book, data_book], self.healing.wanted)
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
         self._async_calls: dict[str, Callable[[Session, Args], Awaitable[Reply]]] = {
@@ -173,7 +180,7 @@ class Service:
                 nursery.start_soon(self.batches.run_forever)
                 nursery.start_soon(self.leases.run_forever)
                 nursery.start_soon(self.desk.run_forever)
-                nursery.start_soon(self.resync.run_forever)
+                nursery.start_soon(self.healing.run_forever)
                 nursery.start_soon(self.slabs.grow_forever)
                 nursery.start_soon(self.slabs.trim_forever)
                 nursery.start_soon(self._metadata_space.grow_forever)
@@ -445,7 +452,7 @@ class Service:
         ]
         return {
             **self._health.to_status(),
-            "jobs": self.resync.to_status(),
+            "jobs": self.healing.to_status(),
             "sessions": sessions,
             "term": self.setup.term,
             "batches": self.batches.batch_count,

@@ -14,12 +14,14 @@ import trio
 from coordinator.block_reader import BlockReader
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
+from coordinator.job_record import JobRecord
 from coordinator.service import Service, VolumeSetup
 from coordinator.slab_book import MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_image import ReadBlocks
 from coordinator.takeover import WRITER, open_metadata, secure_metadata_slabs
 from csvfs.block.bus import Bus
+from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.server_links import ServerLinks
 from csvfs.ids import DriveId, Epoch, Incarnation, SlabId
 from csvfs.net.engine import Engine
@@ -105,6 +107,7 @@ async def serve_volume(
     serving: Callable[[Service | None], None],
     make_reader: MakeReader | None = None,
     rng: Random | None = None,
+    speed: int = SPEED_DEFAULT,
 ) -> None:
     """Take the volume over and serve it until cancelled; `serving(service)` when it is ready, `serving(None)`
     after.
@@ -131,9 +134,11 @@ async def serve_volume(
             await secure_metadata_slabs(book, changes, links.control, facts, setup.volume)
             read: ReadBlocks = reader.read
             metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)
+            record = JobRecord(store, setup.name, setup.term, speed)
+            await record.load()
             service = Service(
                 setup, metadata, bus, book, changes, links.control, facts, may_serve, rng or Random(),
-                partial(_soon, engine),
+                record, partial(_soon, engine),
             )  # fmt: skip
             await nursery.start(service.run)
             log.info(

@@ -31,6 +31,7 @@ class SlabChanges:
         self.book = book
         self.control = control
         self._settled: dict[SlabId, Epoch] = {}  # installed on all writable members
+        self.settled_count = 0  # grows with every change of a slab's members
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
 
     async def failed(
@@ -130,6 +131,7 @@ class SlabChanges:
     def _note_settled(self, descriptor: SlabDescriptor) -> None:
         if self._settled.get(descriptor.slab, 0) < descriptor.epoch:
             self._settled[descriptor.slab] = descriptor.epoch
+            self.settled_count += 1
             self.on_settled(descriptor)
 
     def unsettle(self, slabs: Iterable[SlabId]) -> None:

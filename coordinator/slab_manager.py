@@ -11,6 +11,7 @@ free.
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -78,6 +79,7 @@ class SlabManager:
         self._grown = trio.Event()  # replaced at the end of every round
         self._shortage: NoSpace | None = None  # why the last round could not give more
         self.pool_spaces: list[DriveSpace] = []
+        self.served_spaces: list[DriveSpace] = []  # also of drives that take no new slabs
         self._silent: set[NodeName] = set()  # did not answer when last asked
         self._spaces_known = trio.Event()  # every drive server was asked once
         self.creating: set[SlabId] = set()
@@ -245,7 +247,7 @@ class SlabManager:
     def _take_slot(self, place: DriveSpace) -> None:
         for index, space in enumerate(self.pool_spaces):
             if space.drive == place.drive:
-                self.pool_spaces[index] = DriveSpace(space.drive, space.node, max(0, space.free_slots - 1))
+                self.pool_spaces[index] = replace(space, free_slots=max(0, space.free_slots - 1))
 
     async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
@@ -259,6 +261,7 @@ class SlabManager:
     async def refresh_spaces(self) -> None:
         """Ask every drive server for its free slots."""
         spaces: list[DriveSpace] = []
+        served: list[DriveSpace] = []
         silent: set[NodeName] = set()
 
         async def ask(node: NodeName) -> None:
@@ -268,6 +271,7 @@ class SlabManager:
                 log.info("node %s is not asked for space: %s", node, error)
                 silent.add(node)
                 return
+            served.extend(found)
             spaces.extend(space for space in found if self._facts.takes_slabs(space.drive))
 
         async with trio.open_nursery() as nursery:
@@ -277,7 +281,7 @@ class SlabManager:
             if not self._spaces_known.is_set():
                 # Growing as they answer: who has waited long enough sees what there is.
                 self.pool_spaces, self._silent = spaces, silent
-        self.pool_spaces, self._silent = spaces, silent
+        self.pool_spaces, self.served_spaces, self._silent = spaces, served, silent
         self._spaces_known.set()
 
     @property

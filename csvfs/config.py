@@ -81,6 +81,16 @@ class Options:
         "times may lag a crash by this much, as with lazytime of local file systems",
         "how often a mount reports the times of files it is writing",
     )  # fmt: skip
+    drive_retire_ms: int = _option(
+        900_000, "ms", 100, 604_800_000,
+        "longer than a reboot; what a node missed meanwhile is copied faster than all it holds",
+        "a drive that has been away for this long is counted as lost: its copies are made on others",
+    )  # fmt: skip
+    repair_speed: int = _option(
+        3, "level", 1, 5,
+        "programs may get half as slow again while copies are made",
+        "how repair weighs against programs: 1 very low, 2 low, 3 medium, 4 high, 5 very high; see csvfs job speed",
+    )  # fmt: skip
     restart_backoff_max_ms: int = _option(
         5000, "ms", 0, 600_000,
         "a process that dies at once costs 5 starts a minute, not a core",

@@ -32,6 +32,7 @@ class Server:
         self.node = NodeName(node)
         self.path = path
         self.drive_id = drive_id
+        self.drives = {drive_id: path}  # all of them
         self.incarnation = 0
         self.port = 0
         self.service: BlockService | None = None
@@ -50,7 +51,8 @@ class Server:
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
                 service.nursery = nursery
-                service.drives.open(self.drive_id, str(self.path), pool_id=POOL, cluster_id=CLUSTER)
+                for drive_id, path in self.drives.items():
+                    service.drives.open(drive_id, str(path), pool_id=POOL, cluster_id=CLUSTER)
                 listener = Listener(engine, ("127.0.0.1", 0), service.accept)
                 self.port = listener.port
                 nursery.start_soon(engine.run_forever)

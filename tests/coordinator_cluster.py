@@ -36,6 +36,7 @@ class TestCluster:
         self.nursery = nursery
         self.store = EmbeddedStore(path / "store.db")
         self.lease = 0
+        self.drive_retire_ms = 900_000
         self.hosts: dict[str, Host] = {}
         self._host_scopes: dict[str, trio.CancelScope] = {}
         self._incarnation = 100
@@ -51,22 +52,44 @@ class TestCluster:
         await self.store.put("cluster", pack_value({"id": CLUSTER, "name": "test"}))
         await self.store.put("pool", pack_value({"id": POOL, "name": "pool", "slab_size": SLAB_SIZE}))
         for name, server in self.servers.items():
-            self.format(name)
             await self.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1", "domain": name}))
-            await self.store.put(f"drives/{server.drive_id.hex()}", pack_value({"node": name, "state": "ok"}))
+            await self._make_drive(name, server.drive_id, server.path)
             await self.start_node(name)
             await self.start_server(name)
         return self
 
     def format(self, name: str) -> None:
         """Its drive has nothing on it any more, but its id."""
-        server = self.servers[name]
-        with server.path.open("wb") as file:
-            file.truncate(DRIVE_SIZE)
+        self._format(name, self.servers[name].drive_id, self.servers[name].path)
+
+    def _format(self, name: str, drive_id: DriveId, path: Path, size: int = DRIVE_SIZE) -> None:
+        with path.open("wb") as file:
+            file.truncate(size)
         format_drive(
-            str(server.path), drive_id=server.drive_id, pool_id=POOL, cluster_id=CLUSTER,
-            node=server.node, slab_size=SLAB_SIZE, label="",
+            str(path), drive_id=drive_id, pool_id=POOL, cluster_id=CLUSTER,
+            node=NodeName(name), slab_size=SLAB_SIZE, label="",
         )  # fmt: skip
+
+    async def _make_drive(self, name: str, drive_id: DriveId, path: Path, size: int = DRIVE_SIZE) -> None:
+        self._format(name, drive_id, path, size)
+        self.servers[name].drives[drive_id] = path
+        await self.store.put(f"drives/{drive_id.hex()}", pack_value({"node": name, "state": "ok"}))
+
+    async def add_drive(self, name: str, *, size: int = DRIVE_SIZE) -> DriveId:
+        """A further drive on a node whose drive server is up; it serves it at once."""
+        server = self.servers[name]
+        number = len(server.drives) + 1
+        drive_id = DriveId(f"{name}.{number}".encode().ljust(16, b"-"))
+        path = server.path.with_name(f"drive-{name}-{number}")
+        await self._make_drive(name, drive_id, path, size)
+        assert server.service is not None
+        server.service.drives.open(drive_id, str(path), pool_id=POOL, cluster_id=CLUSTER)
+        return drive_id
+
+    async def set_usage(self, drive_id: DriveId, usage: str) -> None:
+        item = await self.store.get(f"drives/{drive_id.hex()}")
+        assert item is not None
+        await self.store.put(item.key, pack_value({**unpack_value(item.value), "usage": usage}))
 
     async def start_node(self, name: str) -> None:
         self.serving[name] = True
@@ -92,6 +115,7 @@ class TestCluster:
             unix_path=None, store=self.store, cluster=CLUSTER, lease=self.lease,
             incarnation=Incarnation(self._incarnation), may_serve=lambda: self.serving[name],
             recall_timeout_ms=300, reclaim_timeout_ms=300, write_timeout_ms=2000,
+            drive_retire_ms=self.drive_retire_ms,
             serve=partial(serve_volume, make_reader=self.make_reader, rng=Random(1)), rng=Random(1),
         )  # fmt: skip
         started = trio.Event()
@@ -145,9 +169,18 @@ class TestCluster:
         return list(parse_descriptors(item).values())
 
     def copy(self, node: str, slab: int) -> Any:
+        """The node's copy of a slab, on whichever of its drives it is."""
         service = self.servers[node].service
         assert service is not None
-        return service.drives.by_id(self.servers[node].drive_id).opened().find(VOLUME, SlabId(slab))
+        opened = (service.drives.by_id(drive_id).opened() for drive_id in self.servers[node].drives)
+        return next((copy for drive in opened if (copy := drive.find(VOLUME, SlabId(slab)))), None)
+
+    def copy_on(self, drive_id: DriveId, slab: int) -> Any:
+        """The copy on one drive, or None."""
+        server = next(server for server in self.servers.values() if drive_id in server.drives)
+        if server.service is None:
+            return None
+        return server.service.drives.by_id(drive_id).opened().find(VOLUME, SlabId(slab))
 
     async def wait(self, condition: Any, within_s: float = 10) -> None:
         with trio.fail_after(within_s):
@@ -174,8 +207,9 @@ class DirectReader:
         index, slab_block = divmod(block, SLAB_SIZE // BLOCK_SIZE)
         descriptor = self._book.current(self._book.slabs[index])
         for member in descriptor.in_sync:
-            if self._cluster.servers[member.node].service is not None:
-                return bytes(self._cluster.copy(member.node, descriptor.slab).read_blocks(slab_block, 1)[1])
+            copy = self._cluster.copy_on(member.drive, descriptor.slab)
+            if copy is not None:
+                return bytes(copy.read_blocks(slab_block, 1)[1])
         raise Unavailable("no in-sync member is up")
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ def three_copies() -> SlabDescriptor:
 
 
 STEP = st.tuples(
-    st.sampled_from(["drop", "begin", "complete", "replace", "bump", "forget"]),
+    st.sampled_from(["drop", "begin", "complete", "add", "remove", "bump", "forget"]),
     st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True),
 )
 
@@ -33,8 +33,10 @@ def take(descriptor: SlabDescriptor, step: tuple[str, list[int]]) -> SlabDescrip
             return slab_state.begin_joining(descriptor, drives[0])
         case "complete":
             return slab_state.complete_joining(descriptor, drives[0])
-        case "replace":
-            return slab_state.replace_member(descriptor, drives[0], drives[-1], NodeName("n9"))
+        case "add":
+            return slab_state.add_member(descriptor, drives[0], NodeName("n9"))
+        case "remove":
+            return slab_state.remove_member(descriptor, drives[0], needs=drives[1:])
         case "forget":
             return slab_state.forget_history(descriptor, drives[0])
     return slab_state.bump(descriptor)
@@ -56,7 +58,12 @@ def test_I1_epochs_grow_and_successive_in_sync_sets_share_a_member(steps):
         assert before_in_sync & after_in_sync
         joining = {member.drive for member in descriptor.members if member.role == ROLE_JOINING}
         assert after_in_sync <= before_in_sync | joining, "only a joining member may become in sync (I7)"
-        assert len({member.drive for member in after.members}) == len(after.members) == 3
+        assert len({member.drive for member in after.members}) == len(after.members)
+        before_members = {member.drive for member in descriptor.members}
+        for member in after.members:
+            if member.drive not in before_members:
+                since_first.pop(member.drive, None)
+                assert (member.role, member.since) == (ROLE_JOINING, 0), "a new member misses everything"
         for member in after.members:
             if member.role == ROLE_IN_SYNC:
                 since_first.pop(member.drive, None)
@@ -93,9 +100,22 @@ def test_a_late_report_changes_nothing():
     assert slab_state.drop_members(descriptor, [DRIVES[0], DRIVES[4]]) is descriptor
 
 
-def test_a_new_drive_joins_by_a_full_copy():
-    descriptor = slab_state.drop_members(three_copies(), [DRIVES[0]])
-    descriptor = slab_state.replace_member(descriptor, DRIVES[0], DRIVES[3], NodeName("n4"))
-    assert (descriptor.members[0].role, descriptor.members[0].since) == (ROLE_JOINING, 0)
-    with pytest.raises(Conflict):
-        slab_state.complete_joining(descriptor, DRIVES[0])
+def test_a_new_drive_joins_by_a_full_copy_and_only_then_may_the_old_one_leave():
+    descriptor = slab_state.add_member(three_copies(), DRIVES[3], NodeName("n4"))
+    assert (descriptor.members[3].role, descriptor.members[3].since) == (ROLE_JOINING, 0)
+    needs = [DRIVES[1], DRIVES[2], DRIVES[3]]
+    with pytest.raises(Conflict, match="not in sync"):
+        slab_state.remove_member(descriptor, DRIVES[0], needs=needs)
+    with pytest.raises(Conflict, match="already"):
+        slab_state.add_member(descriptor, DRIVES[3], NodeName("n4"))
+    descriptor = slab_state.complete_joining(descriptor, DRIVES[3])
+    descriptor = slab_state.remove_member(descriptor, DRIVES[0], needs=needs)
+    assert [member.drive for member in descriptor.members] == DRIVES[1:4]
+    assert slab_state.remove_member(descriptor, DRIVES[0], needs=needs) is descriptor, "a late try"
+
+
+def test_I1_the_last_in_sync_copy_is_never_removed():
+    descriptor = slab_state.drop_members(three_copies(), DRIVES[:2])
+    with pytest.raises(LastCopy):
+        slab_state.remove_member(descriptor, DRIVES[2], needs=[])
+    assert len(slab_state.remove_member(descriptor, DRIVES[0], needs=[]).members) == 2

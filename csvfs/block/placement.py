@@ -23,6 +23,12 @@ class DriveSpace:
     drive: DriveId
     node: NodeName
     free_slots: int
+    slots: int = 0  # in all; 0: not known
+
+    @property
+    def fullness(self) -> float:
+        """From 0.0 to 1.0."""
+        return (self.slots - self.free_slots) / self.slots if self.slots else 0.0
 
 
 def node_is_domain(node: NodeName) -> str:

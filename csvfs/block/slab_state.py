@@ -76,18 +76,38 @@ def complete_joining(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescript
     return _with(descriptor, replace(member, role=ROLE_IN_SYNC, since=SINCE_UNKNOWN))
 
 
-def replace_member(
-    descriptor: SlabDescriptor, drive: DriveId, new_drive: DriveId, new_node: NodeName
-) -> SlabDescriptor:
-    """A drive that never held the slab takes an absent member's place and joins, by a full copy.
+def add_member(descriptor: SlabDescriptor, drive: DriveId, node: NodeName) -> SlabDescriptor:
+    """A drive that holds nothing of the slab becomes a further member and joins, by a full copy.
 
-    Raises  Conflict when `drive` is not an absent member, or `new_drive` is a member already.
+    Raises  Conflict when the drive is a member already.
     """
-    member_of(descriptor, drive, ROLE_ABSENT)
-    if any(member.drive == new_drive for member in descriptor.members):
-        raise Conflict(f"slab {descriptor.slab}: drive {new_drive.hex()[:8]} is a member already")
-    joining = Member(new_drive, new_node, ROLE_JOINING, SINCE_UNKNOWN)
-    return _next(descriptor, tuple(joining if m.drive == drive else m for m in descriptor.members))
+    if any(member.drive == drive for member in descriptor.members):
+        raise Conflict(f"slab {descriptor.slab}: drive {drive.hex()[:8]} is a member already")
+    joining = Member(drive, node, ROLE_JOINING, SINCE_UNKNOWN)
+    return _next(descriptor, (*descriptor.members, joining))
+
+
+def remove_member(
+    descriptor: SlabDescriptor, drive: DriveId, *, needs: Collection[DriveId]
+) -> SlabDescriptor:
+    """A member leaves for good: its copy may be deleted once the result is installed on the others.
+
+    Args    needs: drives that must be in sync for this to lose nothing; whoever decided counted on them.
+    Returns the descriptor itself when the drive is no member any more.
+    Raises  LastCopy: no in-sync member would be left. Conflict: one of `needs` is not in sync any more.
+    """
+    if all(member.drive != drive for member in descriptor.members):
+        return descriptor
+    staying = {member.drive for member in descriptor.in_sync} - {drive}
+    if not staying:
+        raise LastCopy(
+            f"slab {descriptor.slab} epoch {descriptor.epoch}: drive {drive.hex()[:8]} holds its last in-sync copy"
+        )
+    lacking = set(needs) - staying
+    if lacking:
+        names = ", ".join(sorted(needed.hex()[:8] for needed in lacking))
+        raise Conflict(f"slab {descriptor.slab} epoch {descriptor.epoch}: drives {names} are not in sync")
+    return _next(descriptor, tuple(member for member in descriptor.members if member.drive != drive))
 
 
 def forget_history(descriptor: SlabDescriptor, drive: DriveId) -> SlabDescriptor:

@@ -1,0 +1,94 @@
+"""Healing: all that mends, empties and levels the drives of one volume, put together.
+
+Place      coordinator floor; above repair.py and resync.py, below service.py.
+"""
+
+from collections import Counter
+from random import Random
+from typing import Any
+
+import trio
+
+from coordinator.cluster_facts import ClusterFacts
+from coordinator.drive_control import DriveControl
+from coordinator.drive_watch import DriveWatch
+from coordinator.job_record import JobRecord
+from coordinator.repair import SLABS_PER_TURN, Repair
+from coordinator.resync import Resync
+from coordinator.slab_changes import SlabChanges
+from coordinator.slab_manager import SlabManager
+from coordinator.storage_jobs import StorageJobs
+from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId
+from csvfs.wire.block_messages import SlabDescriptor
+
+METADATA_COPIES = 3  # where there are so many fault domains
+
+
+class Healing:
+    """`books`: the changes of metadata slabs and those of data slabs. `copies`: of a data slab."""
+
+    def __init__(
+        self,
+        volume_name: str,
+        books: list[SlabChanges],
+        control: DriveControl,
+        facts: ClusterFacts,
+        slabs: SlabManager,
+        record: JobRecord,
+        *,
+        copies: int,
+        slab_size: int,
+        drive_retire_s: float,
+        rng: Random,
+    ) -> None:
+        self._books = books
+        self._facts = facts
+        self._slabs = slabs
+        self._copies = copies
+        self.record = record
+        self.resync = Resync(volume_name, slab_size, lambda: record.is_paused("repair"))
+        self._watch = DriveWatch(facts, lambda: slabs.served_spaces, drive_retire_s)
+        self.jobs = StorageJobs(volume_name, slab_size, record)
+        self._repair = Repair(
+            books, control, facts, slabs, self.resync, self._watch, self.jobs, record, self.wanted, rng
+        )
+        control.speed = lambda: record.speed
+
+    def wanted(self, descriptor: SlabDescriptor) -> int:
+        """How many copies a slab shall have: those of metadata never fewer than they are on."""
+        if descriptor.slab < METADATA_SLAB_ID_MIN:
+            return self._copies
+        has = {self._facts.domain_of(member.node) for member in descriptor.members}
+        return min(METADATA_COPIES, max(len(has), len(self._watch.domains_that_stay())))
+
+    async def run_forever(self) -> None:
+        """Raises Fenced, NotCoordinator: another coordinator is at work."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.resync.run_forever)
+            nursery.start_soon(self._repair.run_forever)
+
+    def to_status(self) -> list[dict[str, Any]]:
+        """Rows of `volume_status`."""
+        return [*self.resync.to_status(), *self.jobs.to_status()]
+
+    async def drive_members(self, drive: DriveId) -> dict[str, Any]:
+        """The call `drive_members`: which slabs have a copy on a drive, and where the others of each are.
+
+        `groups`: [[fault domains of the other members], count]. `creating`: slabs being created right now, which
+        are not counted yet. `revision`: of the cluster store, as this coordinator knows it.
+        """
+        groups: Counter[tuple[str, ...]] = Counter()
+        revision, creating = self._facts.view.revision, len(self._slabs.creating)
+        for changes in self._books:
+            for number, descriptor in enumerate(changes.book.all()):
+                if number % SLABS_PER_TURN == 0:
+                    await trio.lowlevel.checkpoint()
+                if any(member.drive == drive for member in descriptor.members):
+                    others = (m.node for m in descriptor.members if m.drive != drive)
+                    groups[tuple(sorted({self._facts.domain_of(node) for node in others}))] += 1
+        return {
+            "count": sum(groups.values()),
+            "groups": [[list(domains), count] for domains, count in sorted(groups.items())],
+            "creating": creating,
+            "revision": revision,
+        }

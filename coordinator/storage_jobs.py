@@ -1,0 +1,117 @@
+"""Storage jobs: how far repair, evacuation and rebalance are, for people.
+
+Place      coordinator floor; under repair.py, over job_record.py. What there is to do is counted from the slabs;
+           here it is only summed up. Synchronous.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from coordinator.job_record import JobRecord
+from csvfs.ids import DriveId, NodeName
+
+
+@dataclass(slots=True, frozen=True)
+class JobKey:
+    """A job: its kind, and the drive that is mended or emptied (None: all of them)."""
+
+    kind: str
+    drive: DriveId | None = None
+    node: NodeName | None = None
+
+    @property
+    def text(self) -> str:
+        """As it stands in the record."""
+        return self.kind if self.drive is None else f"{self.kind} {self.drive.hex()}"
+
+    @property
+    def what(self) -> str:
+        if self.drive is None:
+            return {"rebalance": "rebalance of the drives"}.get(self.kind, f"{self.kind} of the volume")
+        verb = {"repair": "rebuild", "evacuate": "evacuation"}.get(self.kind, self.kind)
+        return f"{verb} of drive {self.drive.hex()[:8]} on {self.node}"
+
+
+@dataclass(slots=True)
+class Job:
+    """Counted in slabs."""
+
+    left: int = 0
+    total: int = 0
+    done_here: int = 0  # by this coordinator
+    started: float = field(default_factory=trio.current_time)
+    waiting_for: str = ""
+
+
+class StorageJobs:
+    """`slab_size`: bytes."""
+
+    def __init__(self, volume_name: str, slab_size: int, record: JobRecord) -> None:
+        self._volume = volume_name
+        self._slab_size = slab_size
+        self._record = record
+        self._jobs: dict[JobKey, Job] = {}
+
+    def counted(self, counts: Counter[JobKey], waiting: dict[JobKey, str]) -> None:
+        """What a look at all slabs has found to do."""
+        for key in [key for key in self._jobs if not counts.get(key)]:
+            del self._jobs[key]
+        for key, left in counts.items():
+            job = self._jobs.get(key)
+            if job is None:
+                job = self._jobs[key] = Job(total=self._record.facts.totals.get(key.text, 0) // self._slab_size)
+            job.left = left
+            job.total = max(job.total, left)
+            job.waiting_for = waiting.get(key, "")
+
+    def totals(self) -> dict[str, int]:
+        """For the record: bytes, by job."""
+        return {key.text: job.total * self._slab_size for key, job in self._jobs.items()}
+
+    def done(self, key: JobKey) -> None:
+        """One slab."""
+        job = self._jobs.get(key)
+        if job is not None:
+            job.left = max(0, job.left - 1)
+            job.done_here += 1
+            job.waiting_for = ""
+            if not job.left:
+                del self._jobs[key]
+
+    def waits(self, key: JobKey, reason: str) -> None:
+        job = self._jobs.get(key)
+        if job is not None:
+            job.waiting_for = reason
+
+    def has(self, kinds: Iterable[str]) -> bool:
+        wanted = set(kinds)
+        return any(key.kind in wanted for key in self._jobs)
+
+    def to_status(self) -> list[dict[str, Any]]:
+        """Rows of `volume_status`: sizes in bytes, rate in bytes per second, eta in seconds."""
+        return [self._row(key, job) for key, job in self._jobs.items()]
+
+    def _row(self, key: JobKey, job: Job) -> dict[str, Any]:
+        elapsed_s = max(trio.current_time() - job.started, 0.001)
+        rate = job.done_here * self._slab_size / elapsed_s
+        left, total = job.left * self._slab_size, job.total * self._slab_size
+        waiting_for = job.waiting_for
+        if self._record.is_paused(key.kind):
+            waiting_for = f"csvfs job resume {self._volume} {key.kind}"
+        return {
+            "kind": key.kind,
+            "what": key.what,
+            "drive": key.drive,
+            "node": key.node,
+            "done": total - left,
+            "left": left,
+            "total": total,
+            "rate": rate,
+            "eta": left / rate if rate else None,
+            "waiting_for": waiting_for,
+            "paused": self._record.is_paused(key.kind),
+        }

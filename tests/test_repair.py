@@ -1,0 +1,255 @@
+"""Pools that heal themselves: real drive servers and coordinators, drives that go, come and are emptied."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from csvfs.ids import DriveId
+from csvfs.units import BLOCK_SIZE
+from csvfs.wire.block_messages import SlabDescriptor
+from tests.coordinator_cluster import NAME, Mount, TestCluster
+from tests.test_service import block_of
+
+WRITE = 3
+
+
+class Witness:
+    """Sees every change of every slab, and that no change makes fewer good copies where nothing failed."""
+
+    def __init__(self, cluster: TestCluster) -> None:
+        self.cluster = cluster
+        self.least: dict[int, int] = {}
+
+    async def watch_forever(self) -> None:
+        while True:
+            for service in [o.service for h in self.cluster.hosts.values() for o in h.owned.values()]:
+                if service is not None:
+                    for changes in service.healing._books:
+                        for descriptor in changes.book.all():
+                            count = len(good(self.cluster, descriptor))
+                            known = self.least.get(descriptor.slab, count)
+                            self.least[descriptor.slab] = min(known, count)
+            await trio.sleep(0.002)
+
+
+def good(cluster: TestCluster, descriptor: SlabDescriptor) -> list[DriveId]:
+    """Drives of in-sync members that are there."""
+    return [m.drive for m in descriptor.in_sync if cluster.copy_on(m.drive, descriptor.slab) is not None]
+
+
+@asynccontextmanager
+async def pool_of(
+    path: Path, monkeypatch: Any, *, nodes: int = 3, hosts: tuple[str, ...] = ("n1",), retire_ms: int = 900_000,
+    copies: int = 3, second_drives: tuple[str, ...] = (),
+) -> AsyncIterator[TestCluster]:  # fmt: skip
+    """A volume on a cluster; `second_drives`: nodes with two drives."""
+    monkeypatch.setattr("coordinator.repair.TICK_S", 0.05)
+    monkeypatch.setattr("coordinator.repair.RETRY_S", 0.2)
+    monkeypatch.setattr("coordinator.slab_manager.SPACE_INTERVAL_S", 0.1)
+    async with trio.open_nursery() as nursery:
+        cluster = TestCluster(path, nursery, nodes)
+        cluster.drive_retire_ms = retire_ms
+        await cluster.start()
+        for node in second_drives:
+            await cluster.add_drive(node)
+        for host in hosts:
+            await cluster.start_host(host)
+        await cluster.create_volume(copies)
+        await cluster.wait_serving()
+        yield cluster
+        nursery.cancel_scope.cancel()
+
+
+async def descriptors(cluster: TestCluster) -> list[SlabDescriptor]:
+    service = await cluster.wait_serving()
+    return [d for changes in service.healing._books for d in changes.book.all()]
+
+
+async def wait_slabs(cluster: TestCluster, condition: Any, within_s: float = 15) -> None:
+    """Until all slabs, of data and metadata, are as they should be."""
+    with trio.move_on_after(within_s):
+        while not all(condition(d) for d in await descriptors(cluster)):
+            await trio.sleep(0.02)
+        return
+    service = await cluster.wait_serving()
+    rows = [[(m.drive, m.role) for m in d.members] for d in await descriptors(cluster) if not condition(d)]
+    raise AssertionError(f"{len(rows)} slabs are not, such as {rows[:2]}; jobs {service.healing.to_status()}")
+
+
+def whole_without(cluster: TestCluster, *drives: DriveId, copies: int = 3) -> Any:
+    def condition(descriptor: SlabDescriptor) -> bool:
+        members = [member.drive for member in descriptor.members]
+        nodes = {member.node for member in descriptor.members}
+        return (
+            len(good(cluster, descriptor)) == len(members) == len(nodes) == copies
+            and not set(drives) & set(members)
+        )
+
+    return condition
+
+
+async def write_file(mount: Mount, name: bytes, blocks: int = 24) -> tuple[int, bytes]:
+    ino = await mount.make(name)
+    data = b"".join(block_of(f"{name.decode()} {index}") for index in range(blocks))
+    await mount.write(ino, data)
+    return ino, data
+
+
+class Writer:
+    """Writes one file over and over, and remembers what was acknowledged."""
+
+    def __init__(self, mount: Mount, ino: int) -> None:
+        self.mount = mount
+        self.ino = ino
+        self.acknowledged = b""
+        self.count = 0
+
+    async def run_forever(self) -> None:
+        while True:
+            data = block_of(f"round {self.count}") * 4
+            await self.mount.write(self.ino, data)
+            self.acknowledged = data
+            self.count += 1
+            await trio.sleep(0.005)
+
+
+async def test_a_drive_that_is_lost_for_good_is_rebuilt_elsewhere_while_writes_go_on(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, nodes=4, retire_ms=300) as cluster:
+        mount = await cluster.mount("n1")
+        ino, data = await write_file(mount, b"file")
+        writer = Writer(mount, await mount.make(b"busy"))
+        lost = cluster.servers["n3"].drive_id
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run_forever)
+            await cluster.kill_server("n3")
+            await wait_slabs(cluster, whole_without(cluster, lost))
+            count = writer.count
+            with trio.fail_after(5):
+                while writer.count < count + 3:
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert await mount.read(ino, 24) == data
+        await equal_copies(cluster)
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: service.volume_status()["jobs"] == [])
+        assert service.volume_status()["health"] == "Healthy"
+
+
+async def equal_copies(cluster: TestCluster) -> None:
+    """Every in-sync copy of every slab has the same content."""
+    for descriptor in await descriptors(cluster):
+        copies = [cluster.copy_on(drive, descriptor.slab) for drive in good(cluster, descriptor)]
+        tables = {bytes(copy.checksums()) for copy in copies}
+        for copy in copies:
+            for block in range(0, copy.block_count, 256):
+                copy.read_blocks(block, 256)
+        assert len(tables) == 1, f"slab {descriptor.slab}"
+
+
+async def test_a_retired_drive_is_emptied_and_no_slab_ever_has_fewer_copies(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, nodes=4) as cluster:
+        mount = await cluster.mount("n1")
+        ino, data = await write_file(mount, b"file")
+        retired = cluster.servers["n2"].drive_id
+        witness = Witness(cluster)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(witness.watch_forever)
+            nursery.start_soon(Writer(mount, await mount.make(b"busy")).run_forever)
+            await cluster.set_usage(retired, "retired")
+            await wait_slabs(cluster, whole_without(cluster, retired))
+            nursery.cancel_scope.cancel()
+        assert set(witness.least.values()) == {3}
+        assert await mount.read(ino, 24) == data
+        drive = cluster.servers["n2"].service.drives.by_id(retired).opened()
+        await cluster.wait(lambda: not drive.slabs())
+        members = await (await cluster.wait_serving()).healing.drive_members(retired)
+        assert members["count"] == 0
+
+
+async def test_a_retired_drive_with_no_place_to_go_keeps_its_copies_and_the_job_says_what_it_waits_for(
+    tmp_path, monkeypatch
+):
+    async with pool_of(tmp_path, monkeypatch) as cluster:
+        mount = await cluster.mount("n1")
+        await write_file(mount, b"file")
+        retired = cluster.servers["n2"].drive_id
+        await cluster.set_usage(retired, "retired")
+        service = await cluster.wait_serving()
+
+        def waits() -> bool:
+            rows = service.volume_status()["jobs"]
+            return any(row["kind"] == "evacuate" and "n1, n3" in row["waiting_for"] for row in rows)
+
+        await cluster.wait(waits)
+        assert all(len(good(cluster, d)) == 3 for d in await descriptors(cluster))
+        added = await cluster.add_drive("n2")
+        await wait_slabs(cluster, whole_without(cluster, retired))
+        assert all(added in good(cluster, d) for d in await descriptors(cluster))
+
+
+async def test_a_node_that_is_back_before_the_delay_is_only_resynced(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, nodes=4, retire_ms=60_000) as cluster:
+        mount = await cluster.mount("n1")
+        ino, _ = await write_file(mount, b"file")
+        before = {d.slab: {m.drive for m in d.members} for d in await descriptors(cluster)}
+        await cluster.kill_server("n3")
+        await mount.write(ino, block_of("meanwhile") * 24)
+        service = await cluster.wait_serving()
+
+        def waits() -> bool:
+            rows = service.volume_status()["jobs"]
+            return any("on n3 to come back; rebuilt elsewhere in" in row["waiting_for"] for row in rows)
+
+        await cluster.wait(waits)
+        assert service.volume_status()["health"] == "Degraded"
+        await cluster.start_server("n3")
+        await wait_slabs(cluster, lambda d: len(good(cluster, d)) == len(d.members) == 3)
+        assert {d.slab: {m.drive for m in d.members} for d in await descriptors(cluster)} == before
+        await equal_copies(cluster)
+
+
+async def test_a_drive_that_comes_back_after_its_slabs_were_rebuilt_is_emptied_and_used_again(
+    tmp_path, monkeypatch
+):
+    async with pool_of(tmp_path, monkeypatch, nodes=4, retire_ms=200) as cluster:
+        mount = await cluster.mount("n1")
+        ino, data = await write_file(mount, b"file")
+        lost = cluster.servers["n3"].drive_id
+        await cluster.kill_server("n3")
+        await wait_slabs(cluster, whole_without(cluster, lost))
+        await cluster.start_server("n3")
+        drive = cluster.servers["n3"].service.drives.by_id(lost).opened()
+        await cluster.wait(lambda: not drive.slabs(), within_s=15)
+        assert await mount.read(ino, 24) == data
+        await equal_copies(cluster)
+
+
+async def test_a_coordinator_that_is_killed_in_the_middle_of_a_repair_is_followed_by_one_that_goes_on(
+    tmp_path, monkeypatch
+):
+    async with pool_of(tmp_path, monkeypatch, nodes=4, hosts=("n1", "n2")) as cluster:
+        mount = await cluster.mount("n4")
+        ino, data = await write_file(mount, b"file")
+        retired = cluster.servers["n3"].drive_id
+        witness = Witness(cluster)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(witness.watch_forever)
+            await cluster.set_usage(retired, "retired")
+            for _ in range(4):
+                before = {d.slab: d.epoch for d in await descriptors(cluster)}
+                with trio.move_on_after(3):
+                    while {d.slab: d.epoch for d in await descriptors(cluster)} == before:
+                        await trio.sleep(0.001)
+                owner = next(name for name, host in cluster.hosts.items() if NAME in host.owned)
+                await cluster.kill_host(owner)
+                await cluster.start_host(owner)
+                await cluster.wait_serving()
+            await wait_slabs(cluster, whole_without(cluster, retired))
+            nursery.cancel_scope.cancel()
+        assert min(witness.least.values()) == 3
+        assert await mount.read(ino, 24) == data
+        await equal_copies(cluster)
+        assert BLOCK_SIZE * 24 == len(data)
