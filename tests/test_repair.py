@@ -8,7 +8,6 @@ from typing import Any
 import trio
 
 from csvfs.ids import DriveId
-from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import SlabDescriptor
 from tests.coordinator_cluster import NAME, Mount, TestCluster
 from tests.test_service import block_of
@@ -252,4 +251,3 @@ async def test_a_coordinator_that_is_killed_in_the_middle_of_a_repair_is_followe
         assert min(witness.least.values()) == 3
         assert await mount.read(ino, 24) == data
         await equal_copies(cluster)
-        assert BLOCK_SIZE * 24 == len(data)

@@ -13,13 +13,16 @@ Invariants
 
 import logging
 from collections.abc import Callable
+from time import perf_counter_ns
 from typing import Any, cast
 
 import trio
 from crc32c import crc32c
 
+from csvfs.block.compression import shrink
 from csvfs.block.drive import Drive
 from csvfs.block.flusher import Flushed, Flusher
+from csvfs.block.pace import Foreground
 from csvfs.block.served_drives import ServedDrive, ServedDrives
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.writer_marks import Chunk, MarkBook, WriterMarks
@@ -42,6 +45,7 @@ from csvfs.wire.block_messages import (
     BLOCK_COUNT_MAX,
     BLOCK_HEAD,
     FLUSH_HEAD,
+    READ_COMPRESSED,
     ROLE_IN_SYNC,
     unpack_checksums,
     unpack_drive_indexes,
@@ -57,7 +61,7 @@ _HEAD_SIZE = BLOCK_HEAD.size
 class Client:
     """The peer of one link after its `hello`."""
 
-    __slots__ = ("copies", "fenced", "incarnation", "link", "marks", "volume", "writer")
+    __slots__ = ("copies", "fenced", "foreground", "incarnation", "link", "marks", "volume", "writer")
 
     def __init__(
         self, link: Link, volume: VolumeId, writer: str, incarnation: Incarnation, marks: WriterMarks
@@ -65,6 +69,7 @@ class Client:
         self.link = link
         self.volume = volume
         self.writer = writer
+        self.foreground = not writer.startswith("server/")  # somebody waits for its reads
         self.incarnation = incarnation
         self.marks = marks
         self.fenced = False
@@ -88,6 +93,7 @@ class BlockService:
         self.incarnation = incarnation
         self.drives = ServedDrives()
         self.marks = MarkBook()
+        self.foreground = Foreground()
         self.calls = CallTable({})
         self.nursery: trio.Nursery | None = None  # set before the first link
         self.clients: set[Client] = set()
@@ -153,7 +159,9 @@ class BlockService:
             return
         try:
             if kind == Kind.WRITE:
+                began_ns = perf_counter_ns()
                 self._write(link, frame)
+                self.foreground.note(perf_counter_ns() - began_ns)
             elif kind == Kind.READ:
                 self._read(link, frame)
             elif kind == Kind.FLUSH:
@@ -207,28 +215,51 @@ class BlockService:
         link.send(Kind.WRITTEN, frame.request_id)
 
     def _read(self, link: Link, frame: Frame) -> None:
+        began_ns = perf_counter_ns()
         if len(frame.head) != _HEAD_SIZE:
             raise ProtocolError("a READ head has the wrong size")
-        slab, _, _, epoch, block, count, index, _ = BLOCK_HEAD.unpack(frame.head)
+        slab, _, _, epoch, block, count, index, flags = BLOCK_HEAD.unpack(frame.head)
         if not 0 < count <= BLOCK_COUNT_MAX:
             raise ProtocolError(f"a READ of {count} blocks")
-        _, copy = self._resolve(link, index, slab)
+        client, copy = self._resolve(link, index, slab)
         if epoch > copy.epoch:
             raise StaleEpoch(f"slab {slab} is at epoch {copy.epoch} on node {self.node}, not yet {epoch}")
         self._check_range(copy, block, count)
-        got = copy.read_blocks_nowait(block, count)
+        compressed = bool(flags & READ_COMPRESSED)
+        got = None if compressed else copy.read_blocks_nowait(block, count)
         if got is None:
             assert self.nursery is not None
-            self.nursery.start_soon(self._read_cold, link, frame.request_id, copy, block, count)
+            noted_ns = began_ns if client.foreground else 0
+            args = (link, frame.request_id, copy, block, count, compressed, noted_ns)
+            self.nursery.start_soon(self._read_slowly, *args)
             return
         link.send(Kind.READ_DATA, frame.request_id, got[0], got[1])
+        if client.foreground:
+            self.foreground.note(perf_counter_ns() - began_ns)
 
-    async def _read_cold(self, link: Link, request_id: int, copy: SlabCopy, block: int, count: int) -> None:
-        """Bring the blocks into memory in a thread, then read them in the engine's thread like all others."""
+    async def _read_slowly(
+        self,
+        link: Link,
+        request_id: int,
+        copy: SlabCopy,
+        block: int,
+        count: int,
+        compressed: bool,
+        noted_ns: int,
+    ) -> None:
+        """Bring the blocks into memory in a thread, then read them in the engine's thread like all others.
+
+        Args  compressed: then compress them in a thread. noted_ns: when a request came that somebody waits for; 0:
+              nobody does.
+        """
         try:
             await self._in_thread(copy.warm_blocks, block, count)
             packed, data = copy.read_blocks(block, count)
+            if compressed:
+                data = await self._in_thread(shrink, data) or data
             link.send(Kind.READ_DATA, request_id, packed, data)
+            if noted_ns:
+                self.foreground.note(perf_counter_ns() - noted_ns)
         except CsvfsError as error:
             link.reply_error(request_id, error)
 

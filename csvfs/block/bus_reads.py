@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from csvfs.block.compression import Asking, expand
 from csvfs.block.local_reader import LocalReader
 from csvfs.block.server_links import ServerLinks
 from csvfs.errors import (
@@ -26,6 +27,7 @@ from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import (
     BLOCK_HEAD,
     NEVER_WRITTEN,
+    READ_COMPRESSED,
     ZERO_BLOCK,
     Member,
     block_checksum,
@@ -63,14 +65,24 @@ class ReadAnswer:
 
 
 async def read_blocks(
-    link: Link, index: int, slab: SlabId, epoch: int, block: int, count: int, seed: int
+    link: Link,
+    index: int,
+    slab: SlabId,
+    epoch: int,
+    block: int,
+    count: int,
+    seed: int,
+    asking: Asking | None = None,
 ) -> tuple[bytes, bytearray]:
     """One READ: (packed checksums, data), verified here; never-written blocks are zeros.
 
+    asking   may ask for the data as an lz4 frame; it is verified as it comes out of that.
     Raises  what the server answers (Corrupt, Unavailable, DriveFailed ...), ProtocolError, Disconnected.
     """
     answer = ReadAnswer()
-    link.request(Kind.READ, BLOCK_HEAD.pack(slab, 0, 0, epoch, block, count, index, 0), None, answer)
+    flags = READ_COMPRESSED if asking is not None and asking.next() else 0
+    began = trio.current_time()
+    link.request(Kind.READ, BLOCK_HEAD.pack(slab, 0, 0, epoch, block, count, index, flags), None, answer)
     with trio.move_on_after(READ_TIMEOUT_S) as scope:
         await answer.done.wait()
     if scope.cancelled_caught:
@@ -78,6 +90,10 @@ async def read_blocks(
     if answer.error is not None:
         raise answer.error
     data = answer.data
+    if flags and len(data) < count * BLOCK_SIZE:
+        data = await trio.to_thread.run_sync(expand, data, count * BLOCK_SIZE)
+    if asking is not None:
+        asking.took(bool(flags), count * BLOCK_SIZE, trio.current_time() - began)
     if len(data) != count * BLOCK_SIZE:
         raise ProtocolError(f"{link.peer} answered a READ of {count} blocks with {len(data)} bytes")
     view = memoryview(data)

@@ -6,7 +6,10 @@ Place      block floor, between drive_server.py (the process) and block_service.
 from dataclasses import asdict
 from typing import Any
 
+import trio
+
 from csvfs.block.block_service import BlockService, Client
+from csvfs.block.pace import INTERVAL_S, SPEEDS, Pacer
 from csvfs.block.pull import Pull, Source
 from csvfs.block.served_drives import ServedDrive
 from csvfs.block.slab_copy import SlabCopy
@@ -36,6 +39,8 @@ class DriveCalls:
         self._service = service
         self._engine = engine
         self.pulls: dict[tuple[DriveId, VolumeId, SlabId], Pull] = {}
+        self._pacers: dict[DriveId, Pacer] = {}
+        self._is_pacing = False
         service.calls = CallTable(
             {
                 "hello": self.hello,
@@ -51,6 +56,7 @@ class DriveCalls:
                 "active": self.active,
                 "stamp": self.stamp,
                 "pull": self.pull,
+                "load": self.load,
                 "list_slabs": self.list_slabs,
                 "status": self.status,
                 "locate": self.locate,
@@ -224,6 +230,8 @@ class DriveCalls:
         served, copy = self._copy(link, args)
         volume = _client(link).volume
         source = Source.from_wire(field(args, "source", dict))
+        chunks = optional_field(args, "chunks", list)
+        speed = optional_field(args, "speed", int)
         pull = Pull(
             self._engine,
             copy,
@@ -232,7 +240,9 @@ class DriveCalls:
             writer=f"server/{self._service.node}/{copy.slab}/{served.index}",
             epoch=Epoch(field(args, "epoch", int)),
             since=Epoch(field(args, "since", int)),
-            chunks=optional_field(args, "chunks", list),
+            chunks=chunks,
+            # Named chunks are those a dead writer left unequal: other programs wait for them.
+            pacer=self._pacer(served, speed) if chunks is None else None,
         )
         key = (served.drive_id, volume, copy.slab)
         self.pulls[key] = pull
@@ -245,6 +255,42 @@ class DriveCalls:
             if self.pulls.get(key) is pull:
                 del self.pulls[key]
         return {"bytes": pull.bytes_done, "chunks": pull.chunk_count}
+
+    def _pacer(self, served: ServedDrive, speed: int | None) -> Pacer:
+        pacer = self._pacers.setdefault(served.drive_id, Pacer())
+        if speed is not None:
+            if not 0 <= speed < len(SPEEDS):
+                raise BadRequest(f"speed {speed} is none of 0 to {len(SPEEDS) - 1}")
+            pacer.level = speed
+        if not self._is_pacing:
+            assert self._service.nursery is not None
+            self._is_pacing = True
+            self._service.foreground.load(trio.current_time(), pulling=False)  # what it was like before
+            self._service.nursery.start_soon(self._pace_while_pulling)
+        return pacer
+
+    async def _pace_while_pulling(self) -> None:
+        """Set the rates anew every INTERVAL_S, for as long as there are pulls."""
+        foreground = self._service.foreground
+        try:
+            while True:
+                due_s = trio.current_time() + INTERVAL_S
+                await trio.sleep(INTERVAL_S)
+                now_s = trio.current_time()
+                foreground.note_lag(now_s - due_s)
+                here = foreground.load(now_s, pulling=True)
+                if not self.pulls:
+                    return
+                for drive_id, pacer in self._pacers.items():
+                    sources = [p.source_load for (drive, _, _), p in self.pulls.items() if drive == drive_id]
+                    pacer.adjust([here, *sources])
+        finally:
+            self._is_pacing = False
+
+    def load(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """How long foreground requests took here lately: asked by those who pull from here."""
+        load = self._service.foreground.load(trio.current_time(), pulling=True)
+        return {"latency_us": load.latency_us, "baseline_us": load.baseline_us}
 
     # -- the rest --------------------------------------------------------------------------------
 
@@ -266,7 +312,10 @@ class DriveCalls:
                 )
             rows.append(row)
         pulls = [
-            {"drive": drive, "volume": volume, "slab": slab, "bytes_done": pull.bytes_done, "bytes_total": pull.bytes_total}
+            {
+                "drive": drive, "volume": volume, "slab": slab, "rate_max": self._pacers[drive].rate if drive in self._pacers else None,
+                "bytes_done": pull.bytes_done, "bytes_total": pull.bytes_total,
+            }
             for (drive, volume, slab), pull in self.pulls.items()
         ]  # fmt: skip
         return {

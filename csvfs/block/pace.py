@@ -24,6 +24,7 @@ INTERVAL_S = 0.1
 SLOWDOWN_MAX = (1.1, 1.25, 1.5, 2.0, 4.0)
 # What a level starts from when somebody begins to use the drives that were idle.
 RATE_START = (8 * MIB, 16 * MIB, 64 * MIB, 128 * MIB, 256 * MIB)
+LAG_US_FREE = 500.0  # a timer may be so late without anybody having waited
 _DOWN, _UP = 0.5, 1.25
 _BURST_S = 0.05  # what may be taken at once after a wait
 
@@ -56,39 +57,50 @@ class Load:
 
 
 class Foreground:
-    """Service times of reads and writes of mounts. `note` is on the hot path: two additions.
+    """How long reads and writes of mounts and coordinators take here. `note` is on the hot path: two additions.
 
     The baseline follows what is measured while nothing is pulled, and falls at once when it turns out too high;
-    while pulls go on it may only drift up slowly, so that a load that has become heavier for good is not
-    blamed on them for ever.
+    while pulls go on it only drifts up slowly, so that a load that has become heavier for good is not blamed on
+    them for ever.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.total_ns = 0
+        self._count = 0
+        self._total_ns = 0
+        self._lag_us = 0.0
+        self._closed_at_s = -math.inf
         self._baseline_us = math.inf
         self.last = Load(None, 1.0)
 
     def note(self, took_ns: int) -> None:
-        self.count += 1
-        self.total_ns += took_ns
+        """One request of somebody who waits for it."""
+        self._count += 1
+        self._total_ns += took_ns
 
-    def measure(self, *, pulling: bool) -> Load:
-        """Close an interval."""
-        if not self.count:
-            self.last = Load(None, self._known_baseline_us())
+    def note_lag(self, lag_s: float) -> None:
+        """How much too late this process did something: requests wait as long before they are looked at."""
+        self._lag_us = max(self._lag_us, max(0.0, lag_s * 1e6 - LAG_US_FREE))
+
+    def load(self, now_s: float, *, pulling: bool) -> Load:
+        """Of the last interval, which is closed when it has lasted INTERVAL_S. pulling: copies were pulled onto or
+        from a drive here during it."""
+        if now_s - self._closed_at_s < INTERVAL_S * 0.9:
             return self.last
-        latency_us = self.total_ns / self.count / 1000
-        self.count = self.total_ns = 0
+        self._closed_at_s = now_s
+        if self._count:
+            self.last = self._close(self._total_ns / self._count / 1000 + self._lag_us, pulling=pulling)
+        else:
+            self.last = Load(None, self.last.baseline_us)
+        self._count = self._total_ns = 0
+        self._lag_us = 0.0
+        return self.last
+
+    def _close(self, latency_us: float, *, pulling: bool) -> Load:
         if latency_us < self._baseline_us:
             self._baseline_us = latency_us
         else:
-            self._baseline_us += (latency_us - self._baseline_us) * (0.001 if pulling else 0.1)
-        self.last = Load(latency_us, self._baseline_us)
-        return self.last
-
-    def _known_baseline_us(self) -> float:
-        return self._baseline_us if math.isfinite(self._baseline_us) else 1.0
+            self._baseline_us += (latency_us - self._baseline_us) * (0.001 if pulling else 0.2)
+        return Load(latency_us, self._baseline_us)
 
 
 class Pacer:

@@ -17,6 +17,8 @@ from typing import Any
 import trio
 
 from csvfs.block.bus_reads import read_blocks
+from csvfs.block.compression import Asking
+from csvfs.block.pace import INTERVAL_S, Load, Pacer
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.errors import BadRequest, CsvfsError, ProtocolError, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation
@@ -63,7 +65,9 @@ class Pull:
         epoch: Epoch,
         since: Epoch,
         chunks: list[int] | None,
+        pacer: Pacer | None = None,
     ) -> None:
+        """pacer: None: as fast as it goes, for somebody waits for it."""
         if copy.epoch != epoch:
             raise StaleEpoch(f"slab {copy.slab} is at epoch {copy.epoch}, not {epoch}: install first")
         if chunks is not None and not all(
@@ -85,6 +89,9 @@ class Pull:
         self._epochs: dict[int, int] = {}  # what the source's chunks are stamped with
         self._active_before = copy.active_chunks()
         self._pulled: list[int] = []
+        self._pacer = pacer
+        self._asking = Asking()
+        self.source_load = Load(None, 1.0)
         self.bytes_done = 0
         self.bytes_total = 0
         self.chunk_count = 0
@@ -104,9 +111,28 @@ class Pull:
             chunks = self._stale_chunks(table)
             self.chunk_count = len(chunks)
             self.bytes_total = len(chunks) * CHUNK_SIZE
-            await self._copy_chunks(link, index, chunks)
+            async with trio.open_nursery() as nursery:
+                if self._pacer is not None:
+                    nursery.start_soon(self._watch_source_forever, link)
+                await self._copy_chunks(link, index, chunks)
+                nursery.cancel_scope.cancel()
+        except* CsvfsError as group:
+            raise _first(group) from None
         finally:
             link.close()
+
+    async def _watch_source_forever(self, link: Link) -> None:
+        """Learn how much the source's own programs notice."""
+        while True:
+            try:
+                answer = await link.call("load", {}, timeout_s=TABLE_TIMEOUT_S)
+                latency_us = answer["latency_us"]
+                self.source_load = Load(
+                    None if latency_us is None else float(latency_us), float(answer["baseline_us"])
+                )
+            except (CsvfsError, KeyError, TypeError, ValueError):
+                return  # the copying will say what is wrong, if anything is
+            await trio.sleep(INTERVAL_S)
 
     def _stale_chunks(self, table: dict[str, Any]) -> list[int]:
         theirs = array("I", table["chunk_epochs"])
@@ -143,7 +169,11 @@ class Pull:
     async def _copy_run(self, link: Link, index: int, first: int, count: int) -> None:
         copy = self._copy
         block, blocks = first * BLOCKS_PER_CHUNK, count * BLOCKS_PER_CHUNK
-        packed, data = await read_blocks(link, index, copy.slab, self._epoch, block, blocks, copy.seed)
+        if self._pacer is not None:
+            await self._pacer.take(count * CHUNK_SIZE)
+        packed, data = await read_blocks(
+            link, index, copy.slab, self._epoch, block, blocks, copy.seed, self._asking
+        )
         if copy.epoch != self._epoch:
             raise StaleEpoch(f"slab {copy.slab} moved on to epoch {copy.epoch} during its resync")
         # Stamped as on the source, not with this epoch: else the next resync from here would copy all of it.
@@ -157,6 +187,11 @@ class Pull:
         if self._copy.epoch != self._epoch:
             return []
         return sorted(set(self._pulled).union(self._active_before if self._chunks is None else ()))
+
+
+def _first(group: BaseExceptionGroup[CsvfsError]) -> CsvfsError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _runs(chunks: list[int]) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ FLUSH_DRIVES_MAX = 1_024
 _CHECKSUMS = [struct.Struct(f"<{count}I") for count in range(BLOCK_COUNT_MAX + 1)]
 _SLAB = struct.Struct("<Q")
 NEVER_WRITTEN = 0
+READ_COMPRESSED = 1  # flag of a READ: its answer's payload may be an lz4 frame, if that is shorter
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 EPOCH_UNKNOWN = Epoch(0)
