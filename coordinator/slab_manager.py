@@ -225,7 +225,11 @@ class SlabManager:
         failed: set[DriveId] = set()
         error: CsvfsError = NoSpace("no drive has room")
         for _ in range(CREATE_TRIES):
-            candidates = [space for space in self.pool_spaces if space.drive not in failed]
+            candidates = [
+                space
+                for space in self.pool_spaces
+                if space.drive not in failed and self._facts.takes_slabs(space.drive)  # it may be retired since
+            ]
             places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
             done: list[DriveSpace] = []
             try:

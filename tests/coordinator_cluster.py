@@ -73,7 +73,8 @@ class TestCluster:
     async def _make_drive(self, name: str, drive_id: DriveId, path: Path, size: int = DRIVE_SIZE) -> None:
         self._format(name, drive_id, path, size)
         self.servers[name].drives[drive_id] = path
-        await self.store.put(f"drives/{drive_id.hex()}", pack_value({"node": name, "state": "ok"}))
+        value = {"node": name, "path": str(path), "size": size, "kind": "file", "state": "ok", "slots": size // SLAB_SIZE}
+        await self.store.put(f"drives/{drive_id.hex()}", pack_value(value))
 
     async def add_drive(self, name: str, *, size: int = DRIVE_SIZE) -> DriveId:
         """A further drive on a node whose drive server is up; it serves it at once."""
@@ -85,6 +86,18 @@ class TestCluster:
         assert server.service is not None
         server.service.drives.open(drive_id, str(path), pool_id=POOL, cluster_id=CLUSTER)
         return drive_id
+
+    async def release_removed_drives_forever(self) -> None:
+        """As the drive server process does when the key of a drive says that no slab needs it."""
+        while True:
+            for item in await self.store.list("drives/"):
+                value = unpack_value(item.value)
+                server = self.servers[value["node"]]
+                drive_id = DriveId(bytes.fromhex(item.key.removeprefix("drives/")))
+                if value.get("usage") == "removed" and server.service is not None and drive_id in server.drives:
+                    server.service.release_drive(drive_id)
+                    del server.drives[drive_id]
+            await trio.sleep(0.02)
 
     async def set_usage(self, drive_id: DriveId, usage: str) -> None:
         item = await self.store.get(f"drives/{drive_id.hex()}")

@@ -255,12 +255,15 @@ def test_the_json_is_plain_and_complete() -> None:
         "jobs": [
             {
                 "volume": "Volume1",
+                "kind": "repair",
                 "what": "copying",
                 "done": 1,
+                "left": 3,
                 "total": 4,
                 "rate": 1.0,
                 "percent": 25.0,
                 "eta_s": 3.0,
+                "paused": False,
                 "waiting_for": "",
             }
         ],

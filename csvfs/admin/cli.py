@@ -8,6 +8,7 @@ import click
 from csvfs.admin.cli_cluster import cluster_group
 from csvfs.admin.cli_context import OneLineErrors
 from csvfs.admin.cli_drive import drive_group
+from csvfs.admin.cli_job import job_group
 from csvfs.admin.cli_lab import lab_group
 from csvfs.admin.cli_node import node_group
 from csvfs.admin.cli_pool import pool_group
@@ -31,6 +32,7 @@ for command in (
     drive_group,
     pool_group,
     volume_group,
+    job_group,
     lab_group,
 ):
     main.add_command(command)

@@ -2,11 +2,11 @@
 
 import click
 
-from csvfs.admin import drive_ops
-from csvfs.admin.cli_context import Here, json_option, run_here, run_with_peers
-from csvfs.admin.cluster_view import Record
+from csvfs.admin import drive_life, drive_ops
+from csvfs.admin.cli_context import Here, json_option, run_here, run_with_peers, yes_option
+from csvfs.admin.cluster_view import USAGE_AUTO, Record, read_cluster_view
 from csvfs.admin.peers import Peers
-from csvfs.admin.render import print_json, print_table, size_or_unknown
+from csvfs.admin.render import note, print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import DriveStatus, collect_status
 from csvfs.units import format_size
 
@@ -82,3 +82,84 @@ def add_command(paths: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     run_here(add)
     if as_json:
         print_json([{"id": drive.name, **drive.value} for drive in added])
+
+
+@drive_group.command("retire")
+@click.argument("drive", metavar="ID|PATH")
+@click.option("--undo", is_flag=True, help="Use it again, with what is still on it.")
+@json_option
+def retire_command(drive: str, undo: bool, as_json: bool) -> None:
+    """Put nothing more on a drive and move its slabs elsewhere. It stays in the pool."""
+
+    async def work(here: Here) -> Record:
+        view = await read_cluster_view(here.store)
+        found = drive_life.find_drive(view, drive, here.config.node)
+        usage = USAGE_AUTO if undo else drive_life.RETIRED
+        return await drive_life.set_usage(here.store, found, usage)
+
+    changed = run_here(work)
+    if as_json:
+        print_json({"id": changed.name, **changed.value})
+    elif undo:
+        click.echo(f"drive {changed.name[:8]} is used again")
+    else:
+        click.echo(f"drive {changed.name[:8]} is retired and being emptied: csvfs job watch")
+
+
+@drive_group.command("remove")
+@click.argument("drive", metavar="ID|PATH")
+@yes_option
+def remove_command(drive: str, yes: bool) -> None:
+    """Move all slabs off a drive, then take it out of the pool.
+
+    Refused when the other drives cannot hold them. Interrupted, it goes on emptying the drive; run it again to
+    finish, or csvfs drive retire --undo to keep the drive.
+    """
+
+    async def check(here: Here, peers: Peers) -> tuple[Record, drive_life.Needs]:
+        view = await read_cluster_view(here.store)
+        found = drive_life.find_drive(view, drive, here.config.node)
+        needs = await drive_life.needs_of(view, peers, found)
+        await drive_life.check_room(view, peers, found, needs)
+        return found, needs
+
+    found, needs = run_with_peers(check)
+    name = f"drive {found.name[:8]} ({found.text('path')} on {found.text('node')})"
+    if not yes:
+        click.confirm(f"move {needs.count} slabs off {name} and take it out of the pool?", abort=True)
+    said = ""
+
+    def left(needs: drive_life.Needs) -> None:
+        nonlocal said
+        text = f"{needs.count} slabs left on drive {found.name[:8]}"
+        if needs.unknown:
+            text += f", besides those of {', '.join(needs.unknown)}, which cannot be asked now"
+        if text != said:
+            said = text
+            note(text)
+
+    async def work(here: Here, peers: Peers) -> None:
+        with progress(f"emptying {name}"):
+            emptied = await drive_life.evacuate(here.store, peers, found, left)
+            await drive_life.take_out(here.store, peers, emptied)
+
+    run_with_peers(work)
+    click.echo(f"{name} is out of the pool")
+
+
+@drive_group.command("reset")
+@click.argument("drive", metavar="ID|PATH")
+@json_option
+def reset_command(drive: str, as_json: bool) -> None:
+    """Wipe a drive of this node that no slab needs any more, and let it join as a new one."""
+
+    async def work(here: Here, peers: Peers) -> Record:
+        view = await read_cluster_view(here.store)
+        found = drive_life.find_drive(view, drive, here.config.node)
+        return await drive_life.reset_drive(here.store, peers, here.config.node, found)
+
+    joined = run_with_peers(work)
+    if as_json:
+        print_json({"id": joined.name, **joined.value})
+    else:
+        click.echo(f"{joined.text('path')} was wiped and joins as drive {joined.name[:8]}")

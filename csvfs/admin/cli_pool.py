@@ -4,6 +4,7 @@ import click
 
 from csvfs.admin.cli_context import SIZE, Here, json_option, run_here, run_with_peers
 from csvfs.admin.cluster_view import Record
+from csvfs.admin.job_ops import control_jobs
 from csvfs.admin.peers import Peers
 from csvfs.admin.pool_ops import create_pool, require_pool
 from csvfs.admin.render import note, print_json, print_table, size_or_unknown
@@ -37,6 +38,20 @@ def create_command(name: str, slab_size: int, as_json: bool) -> None:
         print_json({"id": pool.id(), "name": name, "slab_size": slab_size})
     else:
         click.echo(f"pool {name} created; next: csvfs drive add PATH... on each node")
+
+
+@pool_group.command("optimize")
+@json_option
+def optimize_command(as_json: bool) -> None:
+    """Move slabs from the fullest to the emptiest drives until they are within 5 % of each other.
+
+    It goes on in the background: csvfs job watch. After a drive was added it begins by itself.
+    """
+    answers = run_with_peers(lambda here, peers: control_jobs(here.store, peers, None, "optimize"))
+    if as_json:
+        print_json(answers)
+    else:
+        click.echo(f"levelling the drives for {', '.join(sorted(answers)) or 'no volumes'}: csvfs job watch")
 
 
 @pool_group.command("status")

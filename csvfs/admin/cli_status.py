@@ -36,26 +36,30 @@ def status_command(as_json: bool) -> None:
 
 def as_map(status: ClusterStatus) -> dict[str, object]:
     """The JSON: the dataclasses' fields, and of jobs also what follows from them."""
-    jobs = [
-        {
-            "volume": job.volume,
-            "what": job.what,
-            "done": job.done,
-            "total": job.total,
-            "rate": job.rate,
-            "percent": job.percent,
-            "eta_s": job.eta_s,
-            "waiting_for": job.waiting_for,
-        }
-        for job in status.jobs
-    ]
     return {
         "cluster": status.cluster,
         "nodes": status.nodes,
         "pool": status.pool,
         "drives": status.drives,
         "volumes": status.volumes,
-        "jobs": jobs,
+        "jobs": [job_map(job) for job in status.jobs],
+    }
+
+
+def job_map(job: JobStatus) -> dict[str, object]:
+    """A job as JSON has it: sizes in bytes, rate in bytes per second."""
+    return {
+        "volume": job.volume,
+        "kind": job.kind,
+        "what": job.what,
+        "done": job.done,
+        "left": job.left,
+        "total": job.total,
+        "rate": job.rate,
+        "percent": job.percent,
+        "eta_s": job.eta_s,
+        "paused": job.paused,
+        "waiting_for": job.waiting_for,
     }
 
 
@@ -139,4 +143,4 @@ def print_jobs(jobs: list[JobStatus], console: Console) -> None:
     for job in jobs[:JOBS_SHOWN]:
         console.print("  " + job_line(job))
     if len(jobs) > JOBS_SHOWN:
-        console.print(f"  and {len(jobs) - JOBS_SHOWN} more: csvfs status --json")
+        console.print(f"  and {len(jobs) - JOBS_SHOWN} more: csvfs job list")

@@ -18,6 +18,7 @@ NODES, ALIVE, SERVERS, COORDINATORS = "nodes/", "alive/", "servers/", "coordinat
 DRIVES, VOLUMES, OWNERS, TERMS = "drives/", "volumes/", "owner/", "term/"
 
 DRIVE_OK = "ok"  # as the drive server says it
+USAGE_AUTO = "auto"
 VOLUME_CREATING, VOLUME_ONLINE, VOLUME_DELETING = "creating", "online", "deleting"
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class ClusterView:
         return {
             self.domain_of(node)
             for node in self.node_names
-            if node in self.alive and any(drive_in_order(drive) for drive in self.drives_of(node))
+            if node in self.alive and any(takes_slabs(drive) for drive in self.drives_of(node))
         }
 
     def domain_of(self, node: str) -> str:
@@ -119,6 +120,16 @@ class ClusterView:
 
 def drive_in_order(drive: Record) -> bool:
     return drive.text("state", DRIVE_OK) == DRIVE_OK
+
+
+def drive_usage(drive: Record) -> str:
+    """auto, retired, removing or removed."""
+    return drive.text("usage") or USAGE_AUTO
+
+
+def takes_slabs(drive: Record) -> bool:
+    """Whether new slabs may be placed on it."""
+    return drive_in_order(drive) and drive_usage(drive) == USAGE_AUTO
 
 
 async def read_record(store: ClusterStore, key: str) -> Record | None:

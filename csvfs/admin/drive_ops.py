@@ -116,20 +116,21 @@ async def _add_drive(store: ClusterStore, node: NodeName, candidate: DriveCandid
         label=label_of(candidate.path),
     )
     superblock = await trio.to_thread.run_sync(make)
-    value = {
-        "node": node,
-        "path": candidate.path,
-        "size": candidate.size,
-        "kind": candidate.kind,
-        "state": DRIVE_OK,
-        "slots": superblock.layout.slot_count,
-    }
+    slots = superblock.layout.slot_count
+    return await put_drive(store, node, candidate.path, drive, candidate.size, candidate.kind, slots)
+
+
+async def put_drive(
+    store: ClusterStore, node: NodeName, path: str, drive: DriveId, size: int, kind: str, slots: int
+) -> Record:
+    """Make a drive that was just formatted known to the cluster. Raises CsvfsError, saying what to do."""
+    value = {"node": node, "path": path, "size": size, "kind": kind, "state": DRIVE_OK, "slots": slots}
     key = DRIVES + drive.hex()
     try:
         known = await store.transact([Compare(key, 0)], [Put(key, pack_value(value))])
     except CsvfsError as error:
         raise CsvfsError(
-            f"{candidate.path} was formatted as drive {drive.hex()[:8]} but not made known to the cluster: "
+            f"{path} was formatted as drive {drive.hex()[:8]} but not made known to the cluster: "
             f"{error}; blank it (wipefs -a, or a new file) and add it again"
         ) from None
     assert known.succeeded, "16 random bytes name one drive"

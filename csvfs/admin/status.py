@@ -13,10 +13,13 @@ from typing import Any
 import trio
 
 from csvfs.admin.cluster_view import (
+    DRIVE_OK,
+    USAGE_AUTO,
     VOLUME_ONLINE,
     ClusterView,
     Record,
     drive_in_order,
+    drive_usage,
     read_cluster_view,
 )
 from csvfs.admin.peers import Peers, answer_or_error
@@ -24,6 +27,7 @@ from csvfs.store.interface import ClusterStore
 from csvfs.units import SLAB_SIZE_DEFAULT
 
 HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN = "Healthy", "Degraded", "No redundancy", "Unknown"
+STATES_FINE = ("ok", "node down", "retired", "removing", "removed")  # of a drive: nothing is wrong with it itself
 HEALTH_WORDS = (HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN)
 
 
@@ -67,6 +71,13 @@ class JobStatus:
     total: int | None = None
     rate: float | None = None  # bytes per second
     waiting_for: str = ""  # why it does not go on at the moment
+    kind: str = "repair"  # repair, evacuate, rebalance, scrub
+    paused: bool = False
+
+    @property
+    def left(self) -> int | None:
+        """Bytes."""
+        return None if self.total is None or self.done is None else max(self.total - self.done, 0)
 
     @property
     def percent(self) -> float | None:
@@ -162,6 +173,8 @@ def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStat
                 state = said
         elif node in servers:
             state = "not open" if drive_in_order(record) else state
+        if state == DRIVE_OK and drive_usage(record) != USAGE_AUTO:
+            state = drive_usage(record)
         size = record.number("slots") * slab_size or record.number("size")
         counters = reported.get("counters") if reported is not None else None
         found.append(
@@ -205,7 +218,7 @@ def node_statuses(
                 state="up" if up else "down",
                 address=record.text("address") if record else "",
                 drives=len(own),
-                drives_bad=[drive.path for drive in own if drive.state not in ("ok", "node down")],
+                drives_bad=[drive.path for drive in own if drive.state not in STATES_FINE],
                 note=note,
             )
         )
@@ -259,6 +272,8 @@ def job_statuses(volume: str, reply: Any) -> list[JobStatus]:
             total=_number(row, "total"),
             rate=_number(row, "rate"),
             waiting_for=str(row.get("waiting_for") or ""),
+            kind=str(row.get("kind") or "repair"),
+            paused=bool(row.get("paused")),
         )
         for row in _maps(reply, "jobs")
     ]

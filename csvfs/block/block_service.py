@@ -36,7 +36,7 @@ from csvfs.errors import (
     ProtocolError,
     StaleEpoch,
 )
-from csvfs.ids import Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
+from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link
@@ -377,6 +377,15 @@ class BlockService:
 
     def put_in_service(self, served: ServedDrive, copy: SlabCopy) -> None:
         served.in_service.add(copy)
+
+    def release_drive(self, drive_id: DriveId) -> None:
+        """Stop serving a drive that no slab needs any more, so that it may be used for something else."""
+        served = self.drives.by_id(drive_id)
+        flusher = self._flushers.pop(served.index, None)
+        if flusher is not None:
+            flusher.close()
+        self.forget_copies()
+        self.drives.release(drive_id)
 
     def forget_copies(self) -> None:
         """A copy was deleted: links must look theirs up again."""

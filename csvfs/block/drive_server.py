@@ -21,7 +21,7 @@ from csvfs.block.drive_calls import DriveCalls
 from csvfs.block.served_drives import ServedDrive
 from csvfs.cluster.liveness import Liveness
 from csvfs.config import NodeConfig, load_config
-from csvfs.errors import CsvfsError, Unavailable
+from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, VolumeId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, Listener
@@ -36,6 +36,7 @@ SWEEP_INTERVAL_S = 2.0
 MARKS_MAX = 4_096
 SWEEPS_TO_FLUSH = 5
 RETRY_INTERVAL_S = 5.0
+USAGE_REMOVED = "removed"  # of a drive's key: no slab needs it any more, the key is about to go
 
 
 class DriveServer:
@@ -96,11 +97,20 @@ class DriveServer:
         self._rows[key] = row
         if self._pool is not None:
             drive_id = DriveId(bytes.fromhex(key.removeprefix("drives/")))
+            if row.get("usage") == USAGE_REMOVED:
+                self._release(drive_id)
+                return
             served = self.service.drives.open(
                 drive_id, row["path"], pool_id=self._pool, cluster_id=self.service.cluster
             )
             if served.drive is not None and self.service.nursery is not None:
                 self.service.nursery.start_soon(self._remove_deleted_volumes, served)
+
+    def _release(self, drive_id: DriveId) -> None:
+        try:
+            self.service.release_drive(drive_id)
+        except NotFound:
+            return  # it was never served by this process
 
     async def _drives_forever(self) -> None:
         while True:
@@ -113,6 +123,8 @@ class DriveServer:
                         for change in batch:
                             if change.item is not None:
                                 self._take_row(change.key, msgpack.unpackb(change.item.value))
+                            else:
+                                self._rows.pop(change.key, None)
             except Unavailable as error:
                 log.warning("the cluster store cannot be reached: %s", error)
                 await trio.sleep(1)

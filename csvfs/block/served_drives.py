@@ -72,6 +72,20 @@ class ServedDrives:
             log.info("serving drive %s at %s: %d slabs", drive_id.hex()[:8], path, len(list(drive.slabs())))
         return served
 
+    def release(self, drive_id: DriveId) -> ServedDrive | None:
+        """Close a drive that is taken out of the pool; None: it is not open. Its index is never used again."""
+        served = self._by_id.get(drive_id)
+        if served is None or served.drive is None:
+            return None
+        drive, served.drive, served.state = served.drive, None, "removed from the pool"
+        served.in_service.clear()
+        try:
+            drive.close(clean=True)
+        except (CsvfsError, OSError) as error:
+            log.error("drive %s was not closed cleanly: %s", served.path, error)
+        log.info("drive %s at %s is released", drive_id.hex()[:8], served.path)
+        return served
+
     def by_index(self, index: int) -> ServedDrive:
         """Raises NotFound."""
         if not 0 <= index < len(self._by_index):

@@ -1,0 +1,251 @@
+"""The life of a drive in the pool: retiring, removing and resetting it.
+
+Place      admin floor. The command changes the key `drives/<id>`; the coordinators see it and make the copies
+           elsewhere, whatever becomes of the command.
+Usage      auto (or absent), retired (takes no new slabs, its copies move away), removing (as retired, on its way
+           out), removed (no slab needs it: its server closes it, then the key goes).
+"""
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import trio
+
+from csvfs.admin.capacity import missing_slots
+from csvfs.admin.cluster_view import (
+    DRIVES,
+    USAGE_AUTO,
+    ClusterView,
+    Record,
+    drive_usage,
+    read_cluster_view,
+    takes_slabs,
+)
+from csvfs.admin.drive_ops import label_of, put_drive, slab_size_of
+from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.admin.pool_ops import require_cluster, require_pool
+from csvfs.block.formatting import reformat_drive
+from csvfs.errors import (
+    BadRequest,
+    Conflict,
+    CsvfsError,
+    NoSpace,
+    NotFound,
+    ProtocolError,
+    TimedOut,
+    Unavailable,
+)
+from csvfs.ids import DriveId, NodeName, PoolId
+from csvfs.store.interface import ClusterStore, Compare, Delete, Put
+from csvfs.units import format_size
+
+RETIRED, REMOVING, REMOVED = "retired", "removing", "removed"
+CHANGE_ATTEMPTS = 10
+POLL_S = 0.5
+RELEASE_TIMEOUT_S = 30.0
+ID_PREFIX_MIN = 4  # hex digits
+
+
+@dataclass(slots=True, frozen=True)
+class Needs:
+    """What slabs need of one drive. `unknown`: volumes that could not be asked; `settled`: nothing is on its way."""
+
+    count: int
+    groups: list[tuple[frozenset[str], int]]
+    unknown: list[str]
+    settled: bool
+
+
+def find_drive(view: ClusterView, text: str, node: str) -> Record:
+    """The drive that an administrator means by an id, the beginning of one, or a path.
+
+    Raises  NotFound. BadRequest: several drives are meant; a path on `node` goes before those on others.
+    """
+    path = os.path.realpath(text)
+    by_path = [drive for drive in view.drives.values() if drive.text("path") in (text, path)]
+    found = [drive for drive in by_path if drive.text("node") == node] or by_path
+    if not found and len(text) >= ID_PREFIX_MIN:
+        found = [drive for drive in view.drives.values() if drive.name.startswith(text.lower())]
+    if not found:
+        raise NotFound(f"no drive {text!r} in the pool; see csvfs drive list for ids and paths")
+    if len(found) > 1:
+        names = ", ".join(f"{drive.name[:8]} on {drive.text('node')}" for drive in found)
+        raise BadRequest(f"{text!r} may mean {names}: give the id")
+    return found[0]
+
+
+async def set_usage(store: ClusterStore, drive: Record, usage: str) -> Record:
+    """Raises NotFound: the drive was removed meanwhile. Conflict, Unavailable."""
+    for _ in range(CHANGE_ATTEMPTS):
+        view = await read_cluster_view(store)
+        known = view.drives.get(drive.name)
+        if known is None:
+            raise NotFound(f"drive {drive.name[:8]} is not in the pool any more")
+        value = known.packed_with(usage=usage)
+        result = await store.transact([Compare(known.key, known.revision)], [Put(known.key, value, known.lease)])
+        if result.succeeded:
+            return Record(known.key, {**known.value, "usage": usage}, result.revision, known.lease)
+    raise Conflict(f"{DRIVES}{drive.name} is being changed by others all the time; try again")
+
+
+async def needs_of(view: ClusterView, peers: Peers, drive: Record, revision: int = 0) -> Needs:
+    """Ask all coordinators. `revision`: of the store, which they must have seen for the answer to be settled."""
+    answers: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    async with trio.open_nursery() as nursery:
+        for name in view.volumes:
+            call = peers.coordinator(view, name, "drive_members", drive=bytes.fromhex(drive.name))
+            nursery.start_soon(answer_or_error, call, name, answers, errors)
+    count, groups, settled = 0, [], not errors
+    try:
+        for answer in answers.values():
+            count += int(answer["count"])
+            groups += [(frozenset(map(str, domains)), int(number)) for domains, number in answer["groups"]]
+            settled = settled and not answer["creating"] and int(answer["revision"]) >= revision
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"a coordinator answered drive_members with nonsense: {error!r}") from None
+    return Needs(count, groups, sorted(errors), settled)
+
+
+async def check_room(view: ClusterView, peers: Peers, drive: Record, needs: Needs) -> None:
+    """Raises NoSpace: the other drives cannot hold what is on this one. Unavailable: that cannot be found out."""
+    if needs.unknown:
+        raise Unavailable(
+            f"volumes {', '.join(needs.unknown)} have no coordinator at the moment, so it is not known what they "
+            f"keep on drive {drive.name[:8]}; try again, see csvfs volume list"
+        )
+    free = await _free_slots(view, peers, drive)
+    missing = missing_slots(needs.groups, free)
+    if missing:
+        size = slab_size_of(view.pool) if view.pool else 0
+        raise NoSpace(
+            f"the rest of the pool cannot hold drive {drive.name[:8]}: {needs.count} slabs are on it, for {missing} of "
+            f"them ({format_size(missing * size)}) there is no place in another fault domain; add drives, or delete "
+            "something"
+        )
+
+
+async def _free_slots(view: ClusterView, peers: Peers, drive: Record) -> dict[str, int]:
+    """By fault domain, on drives that take slabs, this one aside."""
+    answers: dict[str, Any] = {}
+    async with trio.open_nursery() as nursery:
+        for node in view.servers:
+            nursery.start_soon(answer_or_error, peers.drive_server(view, node, "status"), node, answers, {})
+    free: dict[str, int] = {}
+    for node, answer in answers.items():
+        rows = answer.get("drives", []) if isinstance(answer, dict) else []
+        for row in rows:
+            record = view.drives.get(bytes(row.get("id") or b"").hex())
+            if record is not None and record.name != drive.name and takes_slabs(record):
+                domain = view.domain_of(node)
+                free[domain] = free.get(domain, 0) + int(row.get("free_slots") or 0)
+    return free
+
+
+async def evacuate(
+    store: ClusterStore, peers: Peers, drive: Record, left: Callable[[Needs], None]
+) -> Record:
+    """Mark the drive `removing` and wait until no slab needs it; `left(needs)` is called now and then.
+
+    Cancel  the drive stays `removing` and goes on being emptied: call again to finish, or set it `auto`.
+    """
+    drive = await set_usage(store, drive, REMOVING)
+    while True:
+        view = await read_cluster_view(store)
+        needs = await needs_of(view, peers, drive, drive.revision)
+        left(needs)
+        if not needs.count and needs.settled:
+            return drive
+        await trio.sleep(POLL_S)
+
+
+async def take_out(store: ClusterStore, peers: Peers, drive: Record) -> None:
+    """Have the server of a drive that no slab needs close it, and take its key away.
+
+    Raises  TimedOut: its drive server does not close it. Conflict, Unavailable.
+    """
+    drive = await set_usage(store, drive, REMOVED)
+    with trio.move_on_after(RELEASE_TIMEOUT_S) as scope:
+        while await _is_served(store, peers, drive):
+            await trio.sleep(POLL_S / 5)
+    if scope.cancelled_caught:
+        raise TimedOut(
+            f"the drive server of node {drive.text('node')} still has drive {drive.name[:8]} open after "
+            f"{RELEASE_TIMEOUT_S:g} s; see its log"
+        )
+    if not (await store.transact([Compare(drive.key, drive.revision)], [Delete(drive.key)])).succeeded:
+        raise Conflict(f"drive {drive.name[:8]} was changed while it was being removed; see csvfs drive list")
+
+
+async def _is_served(store: ClusterStore, peers: Peers, drive: Record) -> bool:
+    """Whether its node's server has it open; a node that is down has not, nor will it open it again."""
+    view = await read_cluster_view(store)
+    node = drive.text("node")
+    if node not in view.alive or node not in view.servers:
+        return False
+    try:
+        answer = await peers.drive_server(view, node, "status")
+    except CsvfsError:
+        return True
+    rows = answer.get("drives", []) if isinstance(answer, dict) else []
+    return any(row.get("id") == bytes.fromhex(drive.name) and row.get("state") == "ok" for row in rows)
+
+
+async def reset_drive(store: ClusterStore, peers: Peers, node: NodeName, drive: Record) -> Record:
+    """Wipe a drive of this node that no slab needs any more, and let it join as a new one.
+
+    Raises  BadRequest: it is another node's. Conflict: slabs need it. DriveRefused: something else lies at its path.
+    """
+    if drive.text("node") != node:
+        raise BadRequest(
+            f"drive {drive.name[:8]} is attached to node {drive.text('node')}: run this command there"
+        )
+    view = await read_cluster_view(store)
+    if drive_usage(drive) == USAGE_AUTO:
+        drive = await set_usage(store, drive, RETIRED)  # nothing new comes onto it from here on
+        view = await read_cluster_view(store)
+    needs = await _settled_needs(store, peers, view, drive)
+    if needs.count or needs.unknown:
+        why = f"{needs.count} slabs still have a copy on it"
+        if needs.unknown:
+            why = f"volumes {', '.join(needs.unknown)} cannot be asked"
+        raise Conflict(
+            f"drive {drive.name[:8]} cannot be reset: {why}; it is {drive_usage(drive)} and being emptied: "
+            "see csvfs job list, then try again"
+        )
+    await take_out(store, peers, drive)
+    return await _rejoin(store, node, drive)
+
+
+async def _settled_needs(store: ClusterStore, peers: Peers, view: ClusterView, drive: Record) -> Needs:
+    with trio.move_on_after(10.0):
+        while True:
+            needs = await needs_of(view, peers, drive, drive.revision)
+            if needs.settled or needs.count:
+                return needs
+            await trio.sleep(POLL_S)
+            view = await read_cluster_view(store)
+    raise Unavailable(f"the coordinators do not say what they keep on drive {drive.name[:8]}; see csvfs volume list")
+
+
+async def _rejoin(store: ClusterStore, node: NodeName, drive: Record) -> Record:
+    cluster, pool = await require_cluster(store), await require_pool(store)
+    new_id, path = DriveId(secrets.token_bytes(16)), drive.text("path")
+    make = partial(
+        reformat_drive,
+        path,
+        old_id=DriveId(bytes.fromhex(drive.name)),
+        drive_id=new_id,
+        pool_id=PoolId(pool.id()),
+        cluster_id=cluster.id(),
+        node=node,
+        slab_size=slab_size_of(pool),
+        label=label_of(path),
+    )
+    superblock = await trio.to_thread.run_sync(make)
+    kind, slots = drive.text("kind"), superblock.layout.slot_count
+    return await put_drive(store, node, path, new_id, superblock.size, kind, slots)
