@@ -143,12 +143,13 @@ class MembershipReactions:
         """One census and what follows from it; True: it has to be done again."""
         nodes = self._facts.drive_nodes()
         patience_over = trio.current_time() > self._patience_ends
+        since = {changes: changes.change_count for changes in self._books}
         census = await take_census(
             self._control, self._facts, self._volume, nodes, patience_over=patience_over
         )
         unsettled = 0
         for changes in self._books:
-            unsettled += len(await restore(changes, census))
+            unsettled += len(await restore(changes, census, since[changes]))
             await forget_lost_copies(changes, census)
             self._resync.add(changes, census.node_of)
         await self._delete_strays(census)

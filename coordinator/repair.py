@@ -347,12 +347,15 @@ class Repair:
 
     async def _record_forever(self) -> None:
         """What a successor should go on from: not needed for anything but speed, so failures only wait."""
+        written_at = trio.current_time()
         while True:
-            next_loss_s = self._watch.next_loss_s()
-            await trio.sleep(min(RECORD_S_MAX, max(TICK_S, (next_loss_s or RECORD_S_MAX) / 4)))
-            away_ms, totals = self._watch.away_ms(), self._jobs.totals()
-            facts = self._record.facts
-            if (away_ms or facts.away_ms) or totals != facts.totals:
+            await trio.sleep(TICK_S)
+            facts, away_ms, totals = self._record.facts, self._watch.away_ms(), self._jobs.totals()
+            # Often enough that a takeover adds little to the time that drives may be away.
+            due_s = min(RECORD_S_MAX, (self._watch.next_loss_s() or RECORD_S_MAX) / 4)
+            known = set(away_ms) == set(facts.away_ms) and totals == facts.totals
+            if not known or (away_ms != facts.away_ms and trio.current_time() - written_at >= due_s):
+                written_at = trio.current_time()
                 await self._change_record(partial(replace, away_ms=away_ms, totals=totals))
 
     async def _change_record(self, change: Callable[..., object]) -> None:

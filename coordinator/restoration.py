@@ -140,9 +140,11 @@ async def take_census(
     return census
 
 
-async def restore(changes: SlabChanges, census: Census) -> list[SlabId]:
+async def restore(changes: SlabChanges, census: Census, since: int) -> list[SlabId]:
     """Judge every slab with a member on a drive of the census; commit and install what was judged.
 
+    Args     since: `changes.change_count` when the census began: of slabs that a repair has given another copy
+             since then, the census may have missed it.
     Returns  slabs that could not be settled now: a later census tries again. Raises Fenced.
     """
     unsettled: list[SlabId] = []
@@ -151,7 +153,9 @@ async def restore(changes: SlabChanges, census: Census) -> list[SlabId]:
         judgement = census.judge(descriptor)
         if census.must_wait(descriptor):
             unsettled.append(descriptor.slab)
-        if judgement != Judgement():
+        if judgement != Judgement() and changes.has_changed(descriptor.slab, since):
+            unsettled.append(descriptor.slab)
+        elif judgement != Judgement():
             part[descriptor.slab] = judgement
         if len(part) >= SLABS_PER_CHANGE_MAX:
             unsettled += await _carry_out(changes, part)

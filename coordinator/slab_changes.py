@@ -32,6 +32,8 @@ class SlabChanges:
         self.control = control
         self._settled: dict[SlabId, Epoch] = {}  # installed on all writable members
         self.settled_count = 0  # grows with every change of a slab's members
+        self.change_count = 0  # grows with every call of `change`
+        self._changed_at: dict[SlabId, int] = {}
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
 
     async def failed(
@@ -64,13 +66,24 @@ class SlabChanges:
     ) -> SlabDescriptor:
         """Commit one transition and install it. Raises what the transition raises, and as `settle`
         reports."""
+        self._note_change(slab)
         outcome = (await self.book.change([slab], transition))[slab]
+        self._note_change(slab)
         if isinstance(outcome, CsvfsError):
             raise outcome
         error = (await self.settle([slab])).get(slab)
         if error is not None:
             raise error
         return self.book.current(slab)
+
+    def _note_change(self, slab: SlabId) -> None:
+        self.change_count += 1
+        self._changed_at[slab] = self.change_count
+
+    def has_changed(self, slab: SlabId, since: int) -> bool:
+        """Whether `change` was called for the slab after `change_count` was `since`: what was counted then may
+        miss a copy made meanwhile."""
+        return self._changed_at.get(slab, 0) > since
 
     async def settle(self, slabs: Iterable[SlabId]) -> dict[SlabId, CsvfsError]:
         """Install the committed epochs of `slabs` on all their writable members, dropping those where it
@@ -141,6 +154,7 @@ class SlabChanges:
 
     def forget(self, slab: SlabId) -> None:
         """The slab was removed."""
+        self._changed_at.pop(slab, None)
         self._settled.pop(slab, None)
 
     async def drop_node(self, node: NodeName, reason: str) -> list[SlabId]:

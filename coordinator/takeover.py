@@ -62,9 +62,10 @@ async def _secure_once(
 ) -> None:
     await book.load()
     nodes = sorted({member.node for descriptor in book.all() for member in descriptor.members})
+    since = changes.change_count
     # Registers the term.
     census = await take_census(control, facts, volume, nodes, patience_over=patience_over)
-    await restore(changes, census)
+    await restore(changes, census, since)
     _check_fenced(book, census)
     chunks: dict[SlabId, set[int]] = {slab: set() for slab in book.slabs}
     writable = {(d.slab, member.drive) for d in book.all() for member in d.writable}

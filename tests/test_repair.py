@@ -5,14 +5,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
+from coordinator import membership_reactions
+from csvfs.errors import Unavailable
 from csvfs.ids import DriveId
 from csvfs.wire.block_messages import SlabDescriptor
 from tests.coordinator_cluster import NAME, Mount, TestCluster
 from tests.test_service import block_of
 
-WRITE = 3
+JOINING = 2  # a member's role
 
 
 class Witness:
@@ -226,28 +229,185 @@ async def test_a_drive_that_comes_back_after_its_slabs_were_rebuilt_is_emptied_a
         await equal_copies(cluster)
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
 async def test_a_coordinator_that_is_killed_in_the_middle_of_a_repair_is_followed_by_one_that_goes_on(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, is_lost
 ):
-    async with pool_of(tmp_path, monkeypatch, nodes=4, hosts=("n1", "n2")) as cluster:
+    retire_ms = 200 if is_lost else 900_000
+    async with pool_of(tmp_path, monkeypatch, nodes=4, hosts=("n1", "n2"), retire_ms=retire_ms) as cluster:
         mount = await cluster.mount("n4")
         ino, data = await write_file(mount, b"file")
-        retired = cluster.servers["n3"].drive_id
+        left = cluster.servers["n3"].drive_id
+        if is_lost:
+            await cluster.kill_server("n3")
+            await wait_slabs(cluster, lambda d: left not in [m.drive for m in d.in_sync])
         witness = Witness(cluster)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(witness.watch_forever)
-            await cluster.set_usage(retired, "retired")
+            if not is_lost:
+                await cluster.set_usage(left, "retired")
+            interrupted = 0
             for _ in range(4):
-                before = {d.slab: d.epoch for d in await descriptors(cluster)}
-                with trio.move_on_after(3):
-                    while {d.slab: d.epoch for d in await descriptors(cluster)} == before:
+                with trio.move_on_after(1):
+                    while not any(m.role == JOINING for d in await descriptors(cluster) for m in d.members):
+                        await trio.sleep(0)
+                    interrupted += 1
+                owner = next(name for name, host in cluster.hosts.items() if NAME in host.owned)
+                await cluster.kill_host(owner)
+                await cluster.start_host(owner)
+                await cluster.wait_serving()
+            await wait_slabs(cluster, whole_without(cluster, left))
+            nursery.cancel_scope.cancel()
+        assert interrupted, "at least once a copy was being made"
+        assert min(witness.least.values()) == (2 if is_lost else 3)
+        assert await mount.read(ino, 24) == data
+        await equal_copies(cluster)
+
+
+async def test_a_census_that_began_before_a_copy_was_made_takes_nothing_from_it(tmp_path, monkeypatch):
+    """Restoration looks again and again, at what it counted before the moves that go on at the same time."""
+    monkeypatch.setattr("coordinator.membership_reactions.SETTLE_S", 0.0)
+    monkeypatch.setattr("coordinator.membership_reactions.RETRY_S", 0.0)
+    async with pool_of(tmp_path, monkeypatch, nodes=4) as cluster:
+        await write_file(await cluster.mount("n1"), b"file")
+        retired = cluster.servers["n2"].drive_id
+        witness = Witness(cluster)
+        service = await cluster.wait_serving()
+        take = membership_reactions.take_census
+        censuses = 0
+
+        async def slow_census(*args):
+            nonlocal censuses
+            censuses += 1
+            census = await take(*args)
+            await trio.sleep(0.03)  # meanwhile a copy is made, joins, and another one leaves
+            return census
+
+        monkeypatch.setattr(membership_reactions, "take_census", slow_census)
+
+        async def count_forever() -> None:
+            while True:
+                service.members._look_due.set()
+                await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(witness.watch_forever)
+            nursery.start_soon(count_forever)
+            await cluster.set_usage(retired, "retired")
+            await wait_slabs(cluster, whole_without(cluster, retired))
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        assert censuses > 3 and set(witness.least.values()) == {3}
+
+
+async def test_the_only_copy_of_a_simple_volume_moves_off_a_retired_drive(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, nodes=2, copies=1) as cluster:
+        mount = await cluster.mount("n1")
+        ino, data = await write_file(mount, b"file")
+        slab = next(d for d in await descriptors(cluster) if d.slab < (1 << 62))
+        retired, node = slab.members[0].drive, slab.members[0].node
+        await cluster.add_drive(node)
+        writer = Writer(mount, await mount.make(b"busy"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run_forever)
+            await cluster.set_usage(retired, "retired")
+            await wait_slabs(cluster, lambda d: retired not in [m.drive for m in d.members])
+            nursery.cancel_scope.cancel()
+        assert await mount.read(ino, 24) == data
+        counts = {d.slab < (1 << 62): len(d.members) for d in await descriptors(cluster)}
+        assert counts == {True: 1, False: 2}, "one copy of data, two of metadata: there are two nodes"
+        assert await mount.read(writer.ino, 4) == writer.acknowledged or writer.count == 0
+
+
+async def test_the_last_copies_on_a_lost_drive_are_waited_for_and_never_given_up(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, nodes=3, copies=1, retire_ms=200) as cluster:
+        mount = await cluster.mount("n1")
+        ino, data = await write_file(mount, b"file")
+        slab = next(d for d in await descriptors(cluster) if d.slab < (1 << 62))
+        node = slab.members[0].node
+        service = await cluster.wait_serving()
+        await cluster.kill_server(node)
+
+        def waits() -> bool:
+            rows = service.volume_status()["jobs"]
+            return any("to come back: the last copies are there" in row["waiting_for"] for row in rows)
+
+        await cluster.wait(waits)
+        assert service.changes.book.current(slab.slab).members[0].drive == slab.members[0].drive
+        await cluster.start_server(node)
+        with trio.fail_after(15):
+            assert await read_when_possible(mount, ino) == data
+
+
+async def read_when_possible(mount: Mount, ino: int) -> bytes:
+    while True:
+        try:
+            return await mount.read(ino, 24)
+        except Unavailable:
+            await trio.sleep(0.05)
+
+
+async def test_the_time_a_drive_has_been_away_outlives_the_coordinator(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, nodes=4, retire_ms=1500) as cluster:
+        mount = await cluster.mount("n1")
+        await write_file(mount, b"file")
+        lost = cluster.servers["n3"].drive_id
+        await cluster.kill_server("n3")
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: service.healing.record.facts.away_ms.get(lost, 0) > 300)
+        await cluster.kill_host("n1")
+        cluster.drive_retire_ms = 3_600_000
+        await cluster.start_host("n1")
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: service.healing._watch.away_ms().get(lost, 0) > 300)
+        cluster.drive_retire_ms = 400
+        await cluster.kill_host("n1")
+        await cluster.start_host("n1")
+        await wait_slabs(cluster, whole_without(cluster, lost))
+
+
+async def test_a_drive_that_fails_under_a_server_that_lives_is_rebuilt_elsewhere(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, retire_ms=300, second_drives=("n2",)) as cluster:
+        mount = await cluster.mount("n1")
+        ino, data = await write_file(mount, b"file")
+        held = {m.drive for d in await descriptors(cluster) for m in d.members if m.node == "n2"}
+        failed = sorted(held)[0]
+        cluster.servers["n2"].service.drives.by_id(failed).drive.failure = "it died"
+        await wait_slabs(cluster, lambda d: failed not in [m.drive for m in d.members])
+        await wait_slabs(cluster, whole_without(cluster, failed))
+        assert await mount.read(ino, 24) == data
+
+
+async def test_a_coordinator_that_is_killed_while_drives_are_levelled_is_followed_by_one_that_goes_on(
+    tmp_path, monkeypatch
+):
+    async with pool_of(tmp_path, monkeypatch, hosts=("n1", "n2")) as cluster:
+        mount = await cluster.mount("n3")
+        ino, data = await write_file(mount, b"file")
+        large = await mount.make(b"large")
+        await mount.change("allocate", ino=large, block=0, count=10 * 1024, size=10 << 22, mtime_ns=0)
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: service.healing.record.facts.balanced is not None)
+        witness = Witness(cluster)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(witness.watch_forever)
+            added = await cluster.add_drive("n2")
+            for _ in range(3):
+                with trio.move_on_after(2):
+                    while not any(len(d.members) > 3 for d in await descriptors(cluster)):
                         await trio.sleep(0.001)
                 owner = next(name for name, host in cluster.hosts.items() if NAME in host.owned)
                 await cluster.kill_host(owner)
                 await cluster.start_host(owner)
                 await cluster.wait_serving()
-            await wait_slabs(cluster, whole_without(cluster, retired))
+            with trio.fail_after(20):
+                while added not in ((await cluster.wait_serving()).healing.record.facts.balanced or ()):
+                    await trio.sleep(0.02)
+            await wait_slabs(cluster, lambda d: len(good(cluster, d)) == len(d.members) == 3)
             nursery.cancel_scope.cancel()
-        assert min(witness.least.values()) == 3
+        assert set(witness.least.values()) == {3}
+        drives = cluster.servers["n2"].service.drives
+        counts = [len(drives.by_id(drive).opened().slabs()) for drive in (cluster.servers["n2"].drive_id, added)]
+        assert abs(counts[0] - counts[1]) <= 4
         assert await mount.read(ino, 24) == data
         await equal_copies(cluster)
