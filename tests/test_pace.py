@@ -76,6 +76,12 @@ def test_the_baseline_is_what_requests_took_while_nothing_was_pulled():
     for _ in range(50):
         load = interval(300, False)
     assert load.baseline_us > 290, "that is how they are now"
+    foreground.note(50_000)
+    now_s += 0.1
+    assert foreground.load(now_s, pulling=True).latency_us is None, "one short request is nobody at work"
+    foreground.note(50_000_000)
+    now_s += 0.1
+    assert foreground.load(now_s, pulling=True).latency_us == 50_000, "one that took long is"
     foreground.note_lag(0.004)
     assert interval(300, True).latency_us == 3800, "requests wait while this process is busy"
 

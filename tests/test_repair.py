@@ -276,10 +276,10 @@ async def test_a_census_that_began_before_a_copy_was_made_takes_nothing_from_it(
         take = membership_reactions.take_census
         censuses = 0
 
-        async def slow_census(*args):
+        async def slow_census(*args, **options):
             nonlocal censuses
             censuses += 1
-            census = await take(*args)
+            census = await take(*args, **options)
             await trio.sleep(0.03)  # meanwhile a copy is made, joins, and another one leaves
             return census
 

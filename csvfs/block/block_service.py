@@ -69,7 +69,7 @@ class Client:
         self.link = link
         self.volume = volume
         self.writer = writer
-        self.foreground = not writer.startswith("server/")  # somebody waits for its reads
+        self.foreground = writer.startswith("mount/")  # programs wait for its reads and writes
         self.incarnation = incarnation
         self.marks = marks
         self.fenced = False
@@ -160,8 +160,8 @@ class BlockService:
         try:
             if kind == Kind.WRITE:
                 began_ns = perf_counter_ns()
-                self._write(link, frame)
-                self.foreground.note(perf_counter_ns() - began_ns)
+                if self._write(link, frame).foreground:
+                    self.foreground.note(perf_counter_ns() - began_ns)
             elif kind == Kind.READ:
                 self._read(link, frame)
             elif kind == Kind.FLUSH:
@@ -191,7 +191,7 @@ class BlockService:
             client.copies[(index, slab)] = copy
         return client, copy
 
-    def _write(self, link: Link, frame: Frame) -> None:
+    def _write(self, link: Link, frame: Frame) -> Client:
         head, payload = frame.head, frame.payload
         if len(head) < _HEAD_SIZE:
             raise ProtocolError("a WRITE head is cut short")
@@ -213,6 +213,7 @@ class BlockService:
         for chunk in range(first + 1, ((block + count - 1) >> _CHUNK_SHIFT) + 1):
             marks.marks[(copy, chunk)] = sequence
         link.send(Kind.WRITTEN, frame.request_id)
+        return client
 
     def _read(self, link: Link, frame: Frame) -> None:
         began_ns = perf_counter_ns()

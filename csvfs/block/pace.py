@@ -25,6 +25,9 @@ SLOWDOWN_MAX = (1.1, 1.25, 1.5, 2.0, 4.0)
 # What a level starts from when somebody begins to use the drives that were idle.
 RATE_START = (8 * MIB, 16 * MIB, 64 * MIB, 128 * MIB, 256 * MIB)
 LAG_US_FREE = 500.0  # a timer may be so late without anybody having waited
+# Fewer requests than this in an interval, which took next to nothing, are nobody at work.
+REQUESTS_MIN = 5
+BUSY_SHARE_MIN = 0.01
 _DOWN, _UP = 0.5, 1.25
 _BURST_S = 0.05  # what may be taken at once after a wait
 
@@ -57,7 +60,7 @@ class Load:
 
 
 class Foreground:
-    """How long reads and writes of mounts and coordinators take here. `note` is on the hot path: two additions.
+    """How long reads and writes of mounts take here. `note` is on the hot path: two additions.
 
     The baseline follows what is measured while nothing is pulled, and falls at once when it turns out too high;
     while pulls go on it only drifts up slowly, so that a load that has become heavier for good is not blamed on
@@ -87,7 +90,7 @@ class Foreground:
         if now_s - self._closed_at_s < INTERVAL_S * 0.9:
             return self.last
         self._closed_at_s = now_s
-        if self._count:
+        if self._count >= REQUESTS_MIN or self._total_ns / 1e9 > BUSY_SHARE_MIN * INTERVAL_S:
             self.last = self._close(self._total_ns / self._count / 1000 + self._lag_us, pulling=pulling)
         else:
             self.last = Load(None, self.last.baseline_us)
