@@ -160,6 +160,9 @@ class BlockReader:
 
     def _read_member(self, member: Member, descriptor: SlabDescriptor, block: int, count: int) -> bytes:
         connection = self._connected(member.node)
+        if member.drive not in connection.indexes:
+            self._drop(member.node)  # the drive may have been added since
+            connection = self._connected(member.node)
         index = connection.indexes.get(member.drive)
         if index is None:
             raise Unavailable(f"node {member.node} does not serve drive {member.drive.hex()[:8]}")

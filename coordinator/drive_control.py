@@ -38,6 +38,7 @@ class Links(Protocol):
     """Of ServerLinks: what we need, and what tests replace."""
 
     async def connected(self, node: NodeName) -> Any: ...
+    async def serving(self, node: NodeName, drive: DriveId) -> Any: ...
     async def call(self, node: NodeName, name: str, args: dict[str, Any], *, timeout_s: float) -> Any: ...
     def drop(self, node: NodeName, reason: str) -> None: ...
 
@@ -183,7 +184,7 @@ class DriveControl:
         freed.
         """
         try:
-            server = await self.links.connected(member.node)
+            server = await self.links.serving(member.node, member.drive)
             index = server.drive_index(member.drive)
             items = [[index, descriptor.slab, descriptor.epoch, block, count] for block, count in ranges]
             await self.call(member.node, "trim", {"items": items})

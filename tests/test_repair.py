@@ -263,7 +263,7 @@ async def test_a_coordinator_that_is_killed_in_the_middle_of_a_repair_is_followe
             nursery.cancel_scope.cancel()
         assert interrupted, "at least once a copy was being made"
         assert min(witness.least.values()) == (2 if is_lost else 3)
-        assert await mount.read(ino, 24) == data
+        assert await (await cluster.mount("n4", incarnation=2)).read(ino, 24) == data
         await equal_copies(cluster)
 
 
@@ -315,7 +315,8 @@ async def test_the_only_copy_of_a_simple_volume_moves_off_a_retired_drive(tmp_pa
         assert await mount.read(ino, 24) == data
         counts = {d.slab < (1 << 62): len(d.members) for d in await descriptors(cluster)}
         assert counts == {True: 1, False: 2}, "one copy of data, two of metadata: there are two nodes"
-        assert await mount.read(writer.ino, 4) == writer.acknowledged or writer.count == 0
+        found = await mount.read(writer.ino, 1)
+        assert found in (writer.acknowledged[:4096], block_of(f"round {writer.count}")), "or what was under way"
 
 
 async def test_the_last_copies_on_a_lost_drive_are_waited_for_and_never_given_up(tmp_path, monkeypatch):
@@ -408,5 +409,5 @@ async def test_a_coordinator_that_is_killed_while_drives_are_levelled_is_followe
         drives = cluster.servers["n2"].service.drives
         counts = [len(drives.by_id(drive).opened().slabs()) for drive in (cluster.servers["n2"].drive_id, added)]
         assert abs(counts[0] - counts[1]) <= 4
-        assert await mount.read(ino, 24) == data
+        assert await (await cluster.mount("n3", incarnation=2)).read(ino, 24) == data
         await equal_copies(cluster)

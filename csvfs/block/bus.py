@@ -251,9 +251,7 @@ class Bus:
         unreachable: list[DriveId] = []
         for member in before.writable:
             try:
-                server = await self.links.connected(member.node)
-                if member.drive not in server.drives or server.drives[member.drive].state != "ok":
-                    server = await self.links.refresh(member.node)
+                server = await self.links.serving(member.node, member.drive)
                 server.drive_index(member.drive)
             except Fenced:
                 raise
@@ -325,6 +323,9 @@ class Bus:
         for node, drives in due.items():
             try:
                 server = self.links.ready(node) or await self.links.connected(node)
+                for drive in drives:
+                    if not server.serves(drive):
+                        server = await self.links.serving(node, drive)
                 targets.append((server, drives, [server.drive_index(drive) for drive in drives]))
             except CsvfsError as error:
                 failures.update(dict.fromkeys(drives, error))
@@ -379,7 +380,7 @@ class Bus:
         for slab, block, count in items:
             descriptor = self._slabs[slab].descriptor
             for member in descriptor.writable:
-                server = await self.links.connected(member.node)
+                server = await self.links.serving(member.node, member.drive)
                 row = [server.drive_index(member.drive), slab, descriptor.epoch, block, count]
                 by_node.setdefault(member.node, []).append(row)
         errors: list[CsvfsError] = []

@@ -137,7 +137,7 @@ class Reader:
         failure: CsvfsError = Unavailable(f"slab {slab} has no in-sync copy that can be reached now")
         for member in members:
             try:
-                server = await self._links.connected(member.node)
+                server = await self._links.serving(member.node, member.drive)
                 index = server.drive_index(member.drive)
                 seed = self._bus.seed(slab)
                 packed, data = await read_blocks(
@@ -193,7 +193,7 @@ class Reader:
         self, member: Member, slab: SlabId, epoch: int, block: int, count: int, packed: bytes, data: bytearray
     ) -> None:
         """One HEAL. Raises what the server answers, TimedOut."""
-        server = await self._links.connected(member.node)
+        server = await self._links.serving(member.node, member.drive)
         index = server.drive_index(member.drive)
         head = BLOCK_HEAD.pack(slab, 0, 0, epoch, block, count, index, 0)
         answer = ReadAnswer()

@@ -44,6 +44,7 @@ class DriveCalls:
         service.calls = CallTable(
             {
                 "hello": self.hello,
+                "drives": self.drives,
                 "ping": lambda link, args: None,
                 "create_slab": self.create_slab,
                 "delete_slab": self.delete_slab,
@@ -85,11 +86,15 @@ class DriveCalls:
             raise BadRequest(f"node {service.node} belongs to another cluster")
         volume = VolumeId(optional_field(args, "volume", bytes) or NO_VOLUME)
         service.hello(link, volume, field(args, "writer", str), Incarnation(field(args, "incarnation", int)))
-        rows = [
-            {"id": served.drive_id, "index": served.index, "path": served.path, "state": served.state}
-            for served in service.drives
-        ]
+        rows = self.drives(link, {})
         return {"node": service.node, "incarnation": service.incarnation, "drives": rows}
+
+    def drives(self, link: Link, args: dict[str, Any]) -> list[dict[str, Any]]:
+        """As in the reply of `hello`, as of now."""
+        return [
+            {"id": served.drive_id, "index": served.index, "path": served.path, "state": served.state}
+            for served in self._service.drives
+        ]
 
     def register_term(self, link: Link, args: dict[str, Any]) -> None:
         self._check_term(link, args)

@@ -131,7 +131,8 @@ class LocalReader:
         drive = self._drives.get(slab)
         if drive is None:
             return
-        server = await self._links.connected(self._node)
+        server = await self._links.serving(self._node, drive)
+        server.drive_index(drive)  # DriveFailed when it is not there
         answer = await server.link.call("locate", {"drive": drive, "slab": slab}, timeout_s=LOCATE_TIMEOUT_S)
         path = server.drives[drive].path
         fd = self._files.get(path)

@@ -20,6 +20,7 @@ from csvfs.wire.control import pack_call
 from csvfs.wire.frames import Kind
 
 CONNECT_TIMEOUT_S = 2.0
+LIST_INTERVAL_S = 0.2  # so often a server is asked at most whether a drive that was bad is in order by now
 WATCH_INTERVAL_S = 0.5
 _PING = pack_call("ping", {})
 
@@ -57,6 +58,12 @@ class ServerLink:
     link: Link
     incarnation: Incarnation
     drives: dict[DriveId, RemoteDrive] = field(default_factory=dict)
+    listed_s: float = field(default_factory=trio.current_time)  # when `drives` was true
+
+    def serves(self, drive: DriveId) -> bool:
+        """As far as is known."""
+        remote = self.drives.get(drive)
+        return remote is not None and remote.state == "ok"
 
     def drive_index(self, drive: DriveId) -> int:
         """Raises DriveFailed when the server does not serve the drive."""
@@ -116,6 +123,19 @@ class ServerLinks:
                 self._opening.pop(node).set()
         return self._links[node]
 
+    async def serving(self, node: NodeName, drive: DriveId) -> ServerLink:
+        """As connected; but of a drive that the server did not have when the link was opened it is asked again.
+
+        Without it a drive that was added to a node would count as failed until the next connection.
+        """
+        server = await self.connected(node)
+        is_due = drive not in server.drives or trio.current_time() - server.listed_s >= LIST_INTERVAL_S
+        if not server.serves(drive) and is_due:
+            server.listed_s = trio.current_time()
+            rows = await server.link.call("drives", {}, timeout_s=CONNECT_TIMEOUT_S)
+            server.drives.update(_parse_drives(node, rows))
+        return server
+
     async def _open(self, node: NodeName) -> ServerLink:
         server = self._directory(node)
         if server is None:
@@ -150,11 +170,6 @@ class ServerLinks:
         """Send a call over every open link and ignore the answers: for hints that may get lost."""
         for server in self._links.values():
             server.link.request(Kind.CALL, pack_call(name, args), None, lambda frame, error: None)
-
-    async def refresh(self, node: NodeName) -> ServerLink:
-        """Like connected, but by a new link: the drives it lists are as of now."""
-        self.drop(node, "asking for its drives anew")
-        return await self.connected(node)
 
     def drop(self, node: NodeName, reason: str) -> None:
         """Close the link to `node` now: what waits for it fails at once instead of at a time-out."""
@@ -195,12 +210,22 @@ class ServerLinks:
 
 def _parse_hello(node: NodeName, link: Link, answer: Any) -> ServerLink:
     try:
-        server = ServerLink(node, link, Incarnation(int(answer["incarnation"])))
-        for row in answer["drives"]:
-            drive = DriveId(bytes(row["id"]))
-            server.drives[drive] = RemoteDrive(drive, int(row["index"]), str(row["path"]), str(row["state"]))
+        incarnation = Incarnation(int(answer["incarnation"]))
+        return ServerLink(node, link, incarnation, _parse_drives(node, answer["drives"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(
             f"the drive server of node {node} answered hello with nonsense: {error!r}"
         ) from None
-    return server
+
+
+def _parse_drives(node: NodeName, rows: Any) -> dict[DriveId, RemoteDrive]:
+    drives = {}
+    try:
+        for row in rows:
+            drive = DriveId(bytes(row["id"]))
+            drives[drive] = RemoteDrive(drive, int(row["index"]), str(row["path"]), str(row["state"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(
+            f"the drive server of node {node} lists its drives as nonsense: {error!r}"
+        ) from None
+    return drives
