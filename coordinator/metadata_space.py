@@ -14,6 +14,7 @@ import trio
 from coordinator.metadata import Metadata
 from coordinator.metadata_log import MetadataLog
 from coordinator.slab_book import MetadataBook
+from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
 from csvfs.block import slab_state
 from csvfs.errors import CsvfsError, Fenced, NoSpace, NotCoordinator
@@ -42,12 +43,14 @@ class MetadataSpace:
         book: MetadataBook,
         slabs: SlabManager,
         bus: Learner,
+        changes: SlabChanges,
     ) -> None:
         self._metadata = metadata
         self._log = metadata_log
         self._book = book
         self._slabs = slabs
         self._bus = bus
+        self._changes = changes
 
     async def grow_forever(self) -> None:
         """Raises Fenced, NotCoordinator: another coordinator is at work."""
@@ -71,6 +74,7 @@ class MetadataSpace:
             await self._slabs.refresh_spaces()
             places = await self._create_copies(slab)
             descriptor = slab_state.new_slab(slab, [(place.drive, place.node) for place in places])
+            self._changes.note_change(slab)  # a census under way may have missed some of its copies
             await self._book.add(descriptor)
         finally:
             self._slabs.creating.discard(slab)

@@ -125,7 +125,7 @@ class Service:
             copies=setup.copies, slab_size=setup.slab_size, drive_retire_s=setup.drive_retire_s, rng=rng,
         )  # fmt: skip
         self.resync = self.healing.resync
-        self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus)
+        self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus, metadata_changes)
         self.desk = SessionDesk(
             metadata, self.batches, Eviction(self.changes, control, facts), facts,
             reclaim_timeout_s=setup.reclaim_timeout_s,

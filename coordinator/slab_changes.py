@@ -32,7 +32,7 @@ class SlabChanges:
         self.control = control
         self._settled: dict[SlabId, Epoch] = {}  # installed on all writable members
         self.settled_count = 0  # grows with every change of a slab's members
-        self.change_count = 0  # grows with every call of `change`
+        self.change_count = 0  # grows with every `note_change`
         self._changed_at: dict[SlabId, int] = {}
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
 
@@ -66,9 +66,9 @@ class SlabChanges:
     ) -> SlabDescriptor:
         """Commit one transition and install it. Raises what the transition raises, and as `settle`
         reports."""
-        self._note_change(slab)
+        self.note_change(slab)
         outcome = (await self.book.change([slab], transition))[slab]
-        self._note_change(slab)
+        self.note_change(slab)
         if isinstance(outcome, CsvfsError):
             raise outcome
         error = (await self.settle([slab])).get(slab)
@@ -76,12 +76,13 @@ class SlabChanges:
             raise error
         return self.book.current(slab)
 
-    def _note_change(self, slab: SlabId) -> None:
+    def note_change(self, slab: SlabId) -> None:
+        """Its members are being changed, or it is new: a census that began earlier knows less of it."""
         self.change_count += 1
         self._changed_at[slab] = self.change_count
 
     def has_changed(self, slab: SlabId, since: int) -> bool:
-        """Whether `change` was called for the slab after `change_count` was `since`: what was counted then may
+        """Whether the slab got members or lost some after `change_count` was `since`: what was counted then may
         miss a copy made meanwhile."""
         return self._changed_at.get(slab, 0) > since
 

@@ -179,6 +179,7 @@ class SlabManager:
             places = await self.create_copies(slab, self._copies_now())
             later = self._places_later(places)
             descriptor = slab_state.new_slab(slab, [(place.drive, place.node) for place in places], later)
+            self._changes.note_change(slab)  # a census under way may have missed some of its copies
             await self._batches.run(lambda: self._metadata.add_slab(descriptor, self.slab_blocks))
             return descriptor
         finally:

@@ -191,7 +191,9 @@ async def test_drives_are_levelled_after_one_was_added_and_when_asked_to(tmp_pat
     async with pool_of(tmp_path, monkeypatch) as cluster, open_peers() as peers:
         mount = await cluster.mount("n1")
         ino = await mount.make(b"large")
-        await mount.change("allocate", ino=ino, block=0, count=12 * 1024, size=12 << 22, mtime_ns=0)
+        for slab in range(12):
+            end = (slab + 1) * 1024
+            await mount.change("allocate", ino=ino, block=slab * 1024, count=1024, size=end << 12, mtime_ns=0)
         service = await cluster.wait_serving()
         await cluster.wait(lambda: service.healing.record.facts.balanced is not None)
         added = await cluster.add_drive("n2")

@@ -1,10 +1,11 @@
 """Pulling copies between real drive servers: compressed on the way, verified, paced by those who use them."""
 
+import pytest
 import trio
 
 from csvfs.block import block_service
-from csvfs.block.pace import SPEEDS
-from csvfs.errors import BadRequest
+from csvfs.block.pace import SPEEDS, Pacer
+from csvfs.errors import BadRequest, StaleEpoch
 from csvfs.units import BLOCK_SIZE
 from tests.block_cluster import SLAB, BlockCluster, write
 
@@ -56,6 +57,28 @@ async def test_a_pull_goes_on_at_the_floor_while_programs_are_slowed_down(tmp_pa
 
         nursery.start_soon(work_forever)
         with trio.fail_after(10):
+            await cluster.owner.resync(SLAB, target)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pull_that_is_overtaken_by_another_epoch_says_so_by_its_kind(tmp_path, monkeypatch):
+    async with trio.open_nursery() as nursery:
+        cluster = BlockCluster(tmp_path, nursery)
+        await cluster.start()
+        bus = cluster.bus()
+        target = cluster.servers[2]
+        await target.kill()
+        await write(bus, 0, b"x" * BLOCK_SIZE * 256)
+        await target.start(nursery)
+        take = Pacer.take
+
+        async def take_and_move_on(pacer: Pacer, size: int) -> None:
+            await take(pacer, size)
+            copy = target.copy()
+            copy.drive.set_epoch(copy, copy.epoch + 1, copy.role, copy.term)
+
+        monkeypatch.setattr(Pacer, "take", take_and_move_on)
+        with pytest.raises(StaleEpoch, match="during its resync"):
             await cluster.owner.resync(SLAB, target)
         nursery.cancel_scope.cancel()
 

@@ -385,7 +385,9 @@ async def test_a_coordinator_that_is_killed_while_drives_are_levelled_is_followe
         mount = await cluster.mount("n3")
         ino, data = await write_file(mount, b"file")
         large = await mount.make(b"large")
-        await mount.change("allocate", ino=large, block=0, count=10 * 1024, size=10 << 22, mtime_ns=0)
+        for slab in range(10):
+            end = (slab + 1) * 1024
+            await mount.change("allocate", ino=large, block=slab * 1024, count=1024, size=end << 12, mtime_ns=0)
         service = await cluster.wait_serving()
         await cluster.wait(lambda: service.healing.record.facts.balanced is not None)
         witness = Witness(cluster)

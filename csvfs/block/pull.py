@@ -111,13 +111,17 @@ class Pull:
             chunks = self._stale_chunks(table)
             self.chunk_count = len(chunks)
             self.bytes_total = len(chunks) * CHUNK_SIZE
+            failure = None
             async with trio.open_nursery() as nursery:
                 if self._pacer is not None:
                     nursery.start_soon(self._watch_source_forever, link)
-                await self._copy_chunks(link, index, chunks)
+                try:
+                    await self._copy_chunks(link, index, chunks)
+                except CsvfsError as error:
+                    failure = error  # carried out of the nursery, which would wrap it in a group
                 nursery.cancel_scope.cancel()
-        except* CsvfsError as group:
-            raise _first(group) from None
+            if failure is not None:
+                raise failure
         finally:
             link.close()
 
@@ -187,11 +191,6 @@ class Pull:
         if self._copy.epoch != self._epoch:
             return []
         return sorted(set(self._pulled).union(self._active_before if self._chunks is None else ()))
-
-
-def _first(group: BaseExceptionGroup[CsvfsError]) -> CsvfsError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _runs(chunks: list[int]) -> list[tuple[int, int]]:
