@@ -138,7 +138,7 @@ class Repair:
     async def _look(self) -> None:
         """Look at all slabs; others run in between."""
         counts: Counter[JobKey] = Counter()
-        waiting: dict[JobKey, str] = {}
+        waiting: dict[JobKey, Wait] = {}
         found: list[tuple[int, Task]] = []
         whole: list[SlabDescriptor] = []
         for changes in self._books:
@@ -159,7 +159,7 @@ class Repair:
                     continue
                 counts[key] += 1
                 if isinstance(steps[0], Wait):
-                    waiting[key] = steps[0].reason
+                    waiting[key] = max(waiting.get(key, steps[0]), steps[0], key=lambda wait: wait.is_last)
                 else:
                     found.append((len(descriptor.in_sync), Task(changes, descriptor.slab, key)))
         if not counts:

@@ -63,9 +63,10 @@ class Join:
 
 @dataclass(slots=True, frozen=True)
 class Wait:
-    """Nothing can be done before `reason` has come about."""
+    """Nothing can be done before `reason` has come about. `is_last`: the last copies are away."""
 
     reason: str
+    is_last: bool = False
 
 
 Step = Remove | Add | Join | Wait
@@ -80,7 +81,7 @@ def next_steps(descriptor: SlabDescriptor, wanted: int, standing_of: StandingOf)
     steps: list[Step] = []
     if not any(standing_of(member).serves for member in descriptor.in_sync):
         names = ", ".join(f"drive {m.drive.hex()[:8]} on {m.node}" for m in descriptor.in_sync)
-        return [Wait(f"{names} to come back: the last copies are there")]
+        return [Wait(f"{names} to come back: the last copies are there", is_last=True)]
     if len(keepers) < wanted:
         taken = frozenset(standing_of(member).domain for member in keepers)
         steps.append(Add(taken, frozenset(member.drive for member in descriptor.members)))

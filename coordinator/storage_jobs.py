@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from coordinator.job_record import JobRecord
+from coordinator.repair_plan import Wait
 from csvfs.ids import DriveId, NodeName
 
 
@@ -45,6 +46,7 @@ class Job:
     done_here: int = 0  # by this coordinator
     started: float = field(default_factory=trio.current_time)
     waiting_for: str = ""
+    waits_for_last: bool = False
 
 
 class StorageJobs:
@@ -56,8 +58,8 @@ class StorageJobs:
         self._record = record
         self._jobs: dict[JobKey, Job] = {}
 
-    def counted(self, counts: Counter[JobKey], waiting: dict[JobKey, str]) -> None:
-        """What a look at all slabs has found to do."""
+    def counted(self, counts: Counter[JobKey], waiting: dict[JobKey, Wait]) -> None:
+        """What a look at all slabs has found to do, and what some of them wait for."""
         for key in [key for key in self._jobs if not counts.get(key)]:
             del self._jobs[key]
         for key, left in counts.items():
@@ -66,7 +68,8 @@ class StorageJobs:
                 job = self._jobs[key] = Job(total=self._record.facts.totals.get(key.text, 0) // self._slab_size)
             job.left = left
             job.total = max(job.total, left)
-            job.waiting_for = waiting.get(key, "")
+            wait = waiting.get(key, Wait(""))
+            job.waiting_for, job.waits_for_last = wait.reason, wait.is_last
 
     def totals(self) -> dict[str, int]:
         """For the record: bytes, by job."""
@@ -78,13 +81,14 @@ class StorageJobs:
         if job is not None:
             job.left = max(0, job.left - 1)
             job.done_here += 1
-            job.waiting_for = ""
+            if not job.waits_for_last:
+                job.waiting_for = ""
             if not job.left:
                 del self._jobs[key]
 
     def waits(self, key: JobKey, reason: str) -> None:
         job = self._jobs.get(key)
-        if job is not None:
+        if job is not None and not job.waits_for_last:  # nothing is more important to know
             job.waiting_for = reason
 
     def has(self, kinds: Iterable[str]) -> bool:

@@ -1,6 +1,7 @@
 """The bus and three drive servers over loopback: fan-out, failures, resync, fences, healing (I1 to I9)."""
 
 import os
+import threading
 
 import pytest
 import trio
@@ -333,3 +334,27 @@ async def test_I9_a_reader_that_has_not_heard_of_a_new_epoch_heals_all_the_same(
     assert await reader.read(SLAB, 5, 1) == block_of(1)
     assert victim.copy().drive.counters.healed == 1
     assert victim.copy().bad_blocks_scan(5, 1) == []
+
+
+async def test_a_slab_that_is_deleted_during_a_flush_does_not_end_the_drive_server(cluster, monkeypatch):
+    bus = cluster.bus()
+    await write(bus, 0, block_of(1))
+    await write(bus, 16, block_of(2))
+    server = cluster.servers[0]
+    drive = server.copy().drive
+    may_end = threading.Event()
+    flush = drive.flush
+
+    def slow_flush() -> None:
+        flush()
+        may_end.wait(5)
+
+    monkeypatch.setattr(drive, "flush", slow_flush)
+    bus.links.tell_all("completed", {"below": 3})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.service.flush, next(iter(server.service.drives)))
+        await trio.sleep(0.05)
+        args = {"drive": server.drive_id, "slab": SLAB, "term": 1}
+        await cluster.owner.links.call("n1", "delete_slab", args, timeout_s=5)
+        may_end.set()
+    assert (await cluster.owner.links.call("n1", "status", {}, timeout_s=5))["node"] == "n1"

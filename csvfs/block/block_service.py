@@ -313,7 +313,10 @@ class BlockService:
             self.marks.flush_failed(drive, covered)
             return
         for copy, chunks in self.marks.flushed(covered).items():
-            copy.clear_active(chunks)
+            try:
+                copy.clear_active(chunks)
+            except CsvfsError as failure:  # its slab was deleted, or the drive released, during the flush
+                log.info("slab %d on drive %s is not unmarked: %s", copy.slab, drive.path, failure)
 
     async def flush(self, served: ServedDrive) -> None:
         """As request_flush, awaited. Raises DriveFailed. Cancel safe."""
