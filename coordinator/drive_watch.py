@@ -2,8 +2,8 @@
 
 Place      coordinator floor; over cluster_facts.py and what drive servers answered last (slab_manager.py).
            Synchronous; time comes in as an argument.
-Time       Away time is summed up from a monotonic clock and recorded with the jobs (job_record.py) now and then:
-           a coordinator that takes over goes on from there, and no wall clock is involved.
+Time       Away time is summed up from a monotonic clock and recorded with the jobs (job_record.py) now and
+           then: a coordinator that takes over goes on from there, and no wall clock is involved.
 """
 
 from collections.abc import Callable, Collection

@@ -74,8 +74,8 @@ class Healing:
     async def drive_members(self, drive: DriveId) -> dict[str, Any]:
         """The call `drive_members`: which slabs have a copy on a drive, and where the others of each are.
 
-        `groups`: [[fault domains of the other members], count]. `creating`: slabs being created right now, which
-        are not counted yet. `revision`: of the cluster store, as this coordinator knows it.
+        `groups`: [[fault domains of the other members], count]. `creating`: slabs being created right now,
+        which are not counted yet. `revision`: of the cluster store, as this coordinator knows it.
         """
         groups: Counter[tuple[str, ...]] = Counter()
         revision, creating = self._facts.view.revision, len(self._slabs.creating)

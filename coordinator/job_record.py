@@ -1,8 +1,8 @@
 """Job record: what a volume's storage jobs must remember beyond a coordinator's life (`jobs/<volume>`).
 
-Place      coordinator floor, over store/. What there is to do follows from the slabs; here stands only what does
-           not: what is paused, how fast, how large each job was when it began, how long drives have been away,
-           and over which drives the volume has been balanced.
+Place      coordinator floor, over store/. What there is to do follows from the slabs; here stands only what
+           does not: what is paused, how fast, how large each job was when it began, how long drives have been
+           away, and over which drives the volume has been balanced.
 Writer     the volume's coordinator alone, under its term.
 """
 
@@ -52,7 +52,9 @@ class JobFacts:
             SPEEDS.index(speed) if speed in SPEEDS else None,
             {str(k): v for k, v in _items(value.get("totals")) if isinstance(v, int)},
             {DriveId(bytes.fromhex(k)): v for k, v in _items(value.get("away_ms")) if _is_drive_and_ms(k, v)},
-            None if balanced is None else frozenset(DriveId(d) for d in _list(balanced) if isinstance(d, bytes)),
+            None
+            if balanced is None
+            else frozenset(DriveId(d) for d in _list(balanced) if isinstance(d, bytes)),
         )
 
 
@@ -74,7 +76,9 @@ def _is_drive_and_ms(key: Any, value: Any) -> bool:
 class JobRecord:
     """`facts` is what is committed. Changes by compare-and-swap under the coordinator's term."""
 
-    def __init__(self, store: ClusterStore, volume_name: str, term: Term, speed_default: int = SPEED_DEFAULT) -> None:
+    def __init__(
+        self, store: ClusterStore, volume_name: str, term: Term, speed_default: int = SPEED_DEFAULT
+    ) -> None:
         self._store = store
         self._volume = volume_name
         self._term = term

@@ -1,6 +1,7 @@
 """Rebalance: which copies to move so that drives fill alike.
 
-Place      coordinator floor. Pure; repair.py carries the moves out, each as a repair: copy first, then remove.
+Place      coordinator floor. Pure; repair.py carries the moves out, each as a repair: copy first, then
+           remove.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,8 @@ def plan_moves(
     domain_of: Callable[[NodeName], str],
     moves_max: int,
 ) -> list[Move]:
-    """Moves from the fullest to the emptiest drives until they are within TOLERANCE of each other, as far as the
-    slabs that may move (those of `descriptors`) and the fault domains allow; at most `moves_max`.
+    """Moves from the fullest to the emptiest drives until they are within TOLERANCE of each other, as far as
+    the slabs that may move (those of `descriptors`) and the fault domains allow; at most `moves_max`.
 
     Every move makes the two drives' fullness less different, so there is an end.
     """
@@ -70,7 +71,9 @@ def _next_move(
         for target in by_fullness:
             if fullness(source) - fullness(target) <= TOLERANCE:
                 break  # and all that follow are fuller
-            if fullness(target, +1) > min(1.0, fullness(source, 0)) or fullness(source, -1) < fullness(target):
+            if fullness(target, +1) > min(1.0, fullness(source, 0)) or fullness(source, -1) < fullness(
+                target
+            ):
                 continue  # it would only change which of the two is the fuller one
             domain = domain_of(known[target].node)
             for descriptor in slabs[source]:

@@ -1,11 +1,11 @@
 """Repair: brings every slab to its wanted number of copies, on drives that are to stay, without a human.
 
-Place      coordinator floor; above repair_plan.py and rebalance.py (which decide), resync.py and slab_changes.py
-           (which do), below service.py.
-Tasks      one looks at all slabs when something has changed and sorts what there is to do, those with the fewest
-           copies first; WORKERS carry it out, one slab each; one keeps the record.
-Survives   everything: what is to be done is in the descriptors. A coordinator that takes over finds joining members,
-           which it brings in sync, and members too many, which it takes out.
+Place      coordinator floor; above repair_plan.py and rebalance.py (which decide), resync.py and
+           slab_changes.py (which do), below service.py.
+Tasks      one looks at all slabs when something has changed and sorts what there is to do, those with the
+           fewest copies first; WORKERS carry it out, one slab each; one keeps the record.
+Survives   everything: what is to be done is in the descriptors. A coordinator that takes over finds joining
+           members, which it brings in sync, and members too many, which it takes out.
 
 Invariants
   I1   A copy is made and in sync before another is given up (repair_plan.py); and only by committed changes.
@@ -129,7 +129,11 @@ class Repair:
 
     def _signature(self) -> tuple[object, ...]:
         """Equal as long as a look would find the same."""
-        return (self._watch.signature(), self._record.facts, *(changes.settled_count for changes in self._books))
+        return (
+            self._watch.signature(),
+            self._record.facts,
+            *(changes.settled_count for changes in self._books),
+        )
 
     @staticmethod
     def _drives_changed(sign: object, seen: object) -> bool:

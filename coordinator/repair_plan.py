@@ -1,13 +1,13 @@
 """Repair plan: what one slab needs next, as a function of its descriptor and of how its drives stand.
 
 Place      coordinator floor. Pure: no I/O, clock or trio. repair.py carries out what is said here.
-Rules      A copy *counts* when it is in sync, on a drive that serves and is to stay, and the only one counted of
-           its fault domain. A slab is whole when as many copies count as are wanted.
-           A member leaves only when the slab is whole without it; so a copy is made before one is given up, and
-           redundancy never falls because of a move.
-           A member that is away is waited for: it comes back by a resync, which is cheaper than a new copy. Once
-           its drive is lost (away too long), retired or removing, a copy is made elsewhere; should the drive
-           come back before that is done, whichever copy is in sync first is kept.
+Rules      A copy *counts* when it is in sync, on a drive that serves and is to stay, and the only one counted
+           of its fault domain. A slab is whole when as many copies count as are wanted.
+           A member leaves only when the slab is whole without it; so a copy is made before one is given up,
+           and redundancy never falls because of a move.
+           A member that is away is waited for: it comes back by a resync, which is cheaper than a new copy.
+           Once its drive is lost (away too long), retired or removing, a copy is made elsewhere; should the
+           drive come back before that is done, whichever copy is in sync first is kept.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,9 @@ def _away(member: Member, standing: Standing) -> str:
     return text if standing.lost_in_s is None else f"{text}; rebuilt elsewhere in {standing.lost_in_s:.0f} s"
 
 
-def blamed(descriptor: SlabDescriptor, standing_of: StandingOf) -> tuple[str, DriveId | None, NodeName | None]:
+def blamed(
+    descriptor: SlabDescriptor, standing_of: StandingOf
+) -> tuple[str, DriveId | None, NodeName | None]:
     """(kind of job, drive, node) that a slab's work is counted under."""
     for member in descriptor.members:
         if standing_of(member).is_wished_away:

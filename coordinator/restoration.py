@@ -24,8 +24,8 @@ from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_JOINING, SlabDescriptor
 
 log = logging.getLogger(__name__)
 
-# How long copies that lost unflushed writes to a power cut wait for one that did not: longer than a server takes to
-# boot its services, shorter than an administrator's patience when that one is gone for good.
+# How long copies that lost unflushed writes to a power cut wait for one that did not: longer than a server
+# takes to boot its services, shorter than an administrator's patience when that one is gone for good.
 PATIENCE_S = 60.0
 
 
@@ -143,8 +143,8 @@ async def take_census(
 async def restore(changes: SlabChanges, census: Census, since: int) -> list[SlabId]:
     """Judge every slab with a member on a drive of the census; commit and install what was judged.
 
-    Args     since: `changes.change_count` when the census began: of slabs that a repair has given another copy
-             since then, the census may have missed it.
+    Args     since: `changes.change_count` when the census began: of slabs that a repair has given another
+             copy since then, the census may have missed it.
     Returns  slabs that could not be settled now: a later census tries again. Raises Fenced.
     """
     unsettled: list[SlabId] = []

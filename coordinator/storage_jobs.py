@@ -1,7 +1,7 @@
 """Storage jobs: how far repair, evacuation and rebalance are, for people.
 
-Place      coordinator floor; under repair.py, over job_record.py. What there is to do is counted from the slabs;
-           here it is only summed up. Synchronous.
+Place      coordinator floor; under repair.py, over job_record.py. What there is to do is counted from the
+           slabs; here it is only summed up. Synchronous.
 """
 
 from collections import Counter
@@ -65,7 +65,9 @@ class StorageJobs:
         for key, left in counts.items():
             job = self._jobs.get(key)
             if job is None:
-                job = self._jobs[key] = Job(total=self._record.facts.totals.get(key.text, 0) // self._slab_size)
+                job = self._jobs[key] = Job(
+                    total=self._record.facts.totals.get(key.text, 0) // self._slab_size
+                )
             job.left = left
             job.total = max(job.total, left)
             wait = waiting.get(key, Wait(""))

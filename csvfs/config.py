@@ -89,7 +89,7 @@ class Options:
     repair_speed: int = _option(
         3, "level", 1, 5,
         "programs may get half as slow again while copies are made",
-        "how repair weighs against programs: 1 very low, 2 low, 3 medium, 4 high, 5 very high; see csvfs job speed",
+        "how repair weighs against programs: 1 very low to 5 very high; see csvfs job speed",
     )  # fmt: skip
     restart_backoff_max_ms: int = _option(
         5000, "ms", 0, 600_000,

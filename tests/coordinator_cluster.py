@@ -73,8 +73,8 @@ class TestCluster:
     async def _make_drive(self, name: str, drive_id: DriveId, path: Path, size: int = DRIVE_SIZE) -> None:
         self._format(name, drive_id, path, size)
         self.servers[name].drives[drive_id] = path
-        value = {"node": name, "path": str(path), "size": size, "kind": "file", "state": "ok", "slots": size // SLAB_SIZE}
-        await self.store.put(f"drives/{drive_id.hex()}", pack_value(value))
+        value = {"node": name, "path": str(path), "size": size, "kind": "file", "state": "ok"}
+        await self.store.put(f"drives/{drive_id.hex()}", pack_value({**value, "slots": size // SLAB_SIZE}))
 
     async def add_drive(self, name: str, *, size: int = DRIVE_SIZE) -> DriveId:
         """A further drive on a node whose drive server is up; it serves it at once."""
@@ -94,7 +94,8 @@ class TestCluster:
                 value = unpack_value(item.value)
                 server = self.servers[value["node"]]
                 drive_id = DriveId(bytes.fromhex(item.key.removeprefix("drives/")))
-                if value.get("usage") == "removed" and server.service is not None and drive_id in server.drives:
+                is_served = server.service is not None and drive_id in server.drives
+                if value.get("usage") == "removed" and is_served:
                     server.service.release_drive(drive_id)
                     del server.drives[drive_id]
             await trio.sleep(0.02)

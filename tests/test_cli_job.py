@@ -43,7 +43,9 @@ def test_volumes_are_not_created_on_drives_that_are_retired(pool: Cluster) -> No
 
 def test_drives_that_are_not_there_are_one_line(pool: Cluster) -> None:
     for verb in ("retire", "remove", "reset"):
-        assert "no drive 'nonsense' in the pool; see csvfs drive list" in pool.fails("drive", verb, "nonsense")
+        assert "no drive 'nonsense' in the pool; see csvfs drive list" in pool.fails(
+            "drive", verb, "nonsense"
+        )
 
 
 def test_an_unused_drive_of_a_node_that_is_gone_is_removed_at_once(pool: Cluster) -> None:

@@ -1,4 +1,5 @@
-"""Retiring, removing and resetting drives, and jobs that say how far they are: what the commands do to a cluster."""
+"""Retiring, removing and resetting drives, and jobs that say how far they are: what the commands do to a
+cluster."""
 
 from itertools import product
 from typing import Any
@@ -79,7 +80,11 @@ async def test_a_drive_is_removed_after_everything_was_moved_off_it(tmp_path, mo
         drive = await drive_record(cluster, drive_id)
         view = await read_cluster_view(cluster.store)
         needs = await drive_life.needs_of(view, peers, drive)
-        assert needs.count == sum(drive_id in [m.drive for m in d.members] for d in await descriptors(cluster)) > 0
+        assert (
+            needs.count
+            == sum(drive_id in [m.drive for m in d.members] for d in await descriptors(cluster))
+            > 0
+        )
         await drive_life.check_room(view, peers, drive, needs)
         left: list[int] = []
         with trio.fail_after(20):
@@ -93,13 +98,17 @@ async def test_a_drive_is_removed_after_everything_was_moved_off_it(tmp_path, mo
         assert await mount.read(ino, 24) == data
 
 
-async def test_a_drive_that_the_rest_cannot_hold_is_not_removed_and_the_shortage_is_said(tmp_path, monkeypatch):
+async def test_a_drive_that_the_rest_cannot_hold_is_not_removed_and_the_shortage_is_said(
+    tmp_path, monkeypatch
+):
     async with pool_of(tmp_path, monkeypatch) as cluster, open_peers() as peers:
         await write_file(await cluster.mount("n1"), b"file")
         drive = await drive_record(cluster, cluster.servers["n2"].drive_id)
         view = await read_cluster_view(cluster.store)
         needs = await drive_life.needs_of(view, peers, drive)
-        with pytest.raises(NoSpace, match=rf"{needs.count} slabs are on it, for {needs.count} of them \([\d.]+ MiB\)"):
+        with pytest.raises(
+            NoSpace, match=rf"{needs.count} slabs are on it, for {needs.count} of them \([\d.]+ MiB\)"
+        ):
             await drive_life.check_room(view, peers, drive, needs)
 
 

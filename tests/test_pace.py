@@ -23,7 +23,9 @@ RATES = st.floats(RATE_MIN, RATE_MAX)
 
 
 @given(LEVELS, st.one_of(st.none(), LATENCY), LATENCY, RATES)
-def test_a_rate_lies_between_the_floor_and_full_speed_and_is_full_when_nobody_is_there(level, now, idle, rate):
+def test_a_rate_lies_between_the_floor_and_full_speed_and_is_full_when_nobody_is_there(
+    level, now, idle, rate
+):
     found = next_rate(level, now, idle, rate)
     assert RATE_MIN <= found <= RATE_MAX
     assert (found == RATE_MAX) == (now is None)
@@ -40,7 +42,9 @@ def test_slower_programs_never_make_copies_faster_and_a_higher_level_never_makes
 
 
 @given(LEVELS, LATENCY, RATES)
-def test_under_lasting_pressure_the_floor_is_reached_and_when_it_ends_full_speed_comes_back(level, idle, rate):
+def test_under_lasting_pressure_the_floor_is_reached_and_when_it_ends_full_speed_comes_back(
+    level, idle, rate
+):
     for _ in range(12):
         rate = next_rate(level, idle * SLOWDOWN_MAX[level] * 1.01, idle, rate)
     assert rate == RATE_MIN

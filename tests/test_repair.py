@@ -88,10 +88,9 @@ def whole_without(cluster: TestCluster, *drives: DriveId, copies: int = 3) -> An
     def condition(descriptor: SlabDescriptor) -> bool:
         members = [member.drive for member in descriptor.members]
         nodes = {member.node for member in descriptor.members}
-        return (
-            len(good(cluster, descriptor)) == len(members) == len(nodes) == copies
-            and not set(drives) & set(members)
-        )
+        return len(good(cluster, descriptor)) == len(members) == len(nodes) == copies and not set(
+            drives
+        ) & set(members)
 
     return condition
 
@@ -269,7 +268,8 @@ async def test_a_coordinator_that_is_killed_in_the_middle_of_a_repair_is_followe
 
 
 async def test_a_census_that_began_before_a_copy_was_made_takes_nothing_from_it(tmp_path, monkeypatch):
-    """What it counted is judged after all copies have moved: those that it has not seen are as good as the others."""
+    """What it counted is judged after all copies have moved: those that it has not seen are as good as the
+    others."""
     monkeypatch.setattr("coordinator.membership_reactions.SETTLE_S", 0.0)
     async with pool_of(tmp_path, monkeypatch, nodes=4) as cluster:
         await write_file(await cluster.mount("n1"), b"file")
@@ -317,7 +317,9 @@ async def test_the_only_copy_of_a_simple_volume_moves_off_a_retired_drive(tmp_pa
         counts = {d.slab < (1 << 62): len(d.members) for d in await descriptors(cluster)}
         assert counts == {True: 1, False: 2}, "one copy of data, two of metadata: there are two nodes"
         found = await mount.read(writer.ino, 1)
-        assert found in (writer.acknowledged[:4096], block_of(f"round {writer.count}")), "or what was under way"
+        assert found in (writer.acknowledged[:4096], block_of(f"round {writer.count}")), (
+            "or what was under way"
+        )
 
 
 async def test_the_last_copies_on_a_lost_drive_are_waited_for_and_never_given_up(tmp_path, monkeypatch):
@@ -388,7 +390,9 @@ async def test_a_coordinator_that_is_killed_while_drives_are_levelled_is_followe
         large = await mount.make(b"large")
         for slab in range(10):
             end = (slab + 1) * 1024
-            await mount.change("allocate", ino=large, block=slab * 1024, count=1024, size=end << 12, mtime_ns=0)
+            await mount.change(
+                "allocate", ino=large, block=slab * 1024, count=1024, size=end << 12, mtime_ns=0
+            )
         service = await cluster.wait_serving()
         await cluster.wait(lambda: service.healing.record.facts.balanced is not None)
         witness = Witness(cluster)
@@ -410,7 +414,9 @@ async def test_a_coordinator_that_is_killed_while_drives_are_levelled_is_followe
             nursery.cancel_scope.cancel()
         assert set(witness.least.values()) == {3}
         drives = cluster.servers["n2"].service.drives
-        counts = [len(drives.by_id(drive).opened().slabs()) for drive in (cluster.servers["n2"].drive_id, added)]
+        counts = [
+            len(drives.by_id(drive).opened().slabs()) for drive in (cluster.servers["n2"].drive_id, added)
+        ]
         assert abs(counts[0] - counts[1]) <= 4
         assert await (await cluster.mount("n3", incarnation=2)).read(ino, 24) == data
         await equal_copies(cluster)

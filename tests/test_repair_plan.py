@@ -1,4 +1,5 @@
-"""What a slab needs next: for every state of its drives, redundancy never falls and the plan comes to an end."""
+"""What a slab needs next: for every state of its drives, redundancy never falls and the plan comes to an
+end."""
 
 from dataclasses import replace
 
@@ -182,7 +183,9 @@ def test_an_empty_drive_beside_full_ones_is_filled_until_all_are_within_toleranc
     used = {DRIVES[0]: 60, DRIVES[1]: 60, DRIVES[2]: 60, DRIVES[3]: 0}
     slabs = [
         SlabDescriptor(
-            SlabId(number), Epoch(1), tuple(Member(DRIVES[n], nodes[DRIVES[n]], ROLE_IN_SYNC) for n in range(3))
+            SlabId(number),
+            Epoch(1),
+            tuple(Member(DRIVES[n], nodes[DRIVES[n]], ROLE_IN_SYNC) for n in range(3)),
         )
         for number in range(60)
     ]

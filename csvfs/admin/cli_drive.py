@@ -112,8 +112,8 @@ def retire_command(drive: str, undo: bool, as_json: bool) -> None:
 def remove_command(drive: str, yes: bool) -> None:
     """Move all slabs off a drive, then take it out of the pool.
 
-    Refused when the other drives cannot hold them. Interrupted, it goes on emptying the drive; run it again to
-    finish, or csvfs drive retire --undo to keep the drive.
+    Refused when the other drives cannot hold them. Interrupted, it goes on emptying the drive; run it again
+    to finish, or csvfs drive retire --undo to keep the drive.
     """
 
     async def check(here: Here, peers: Peers) -> tuple[Record, drive_life.Needs]:

@@ -69,7 +69,9 @@ def rate_text(job: JobStatus) -> str | None:
 
 @job_group.command("watch")
 @volume_option
-@click.option("--interval", "interval_s", type=click.FloatRange(0.1, 60), default=WATCH_INTERVAL_S, help="Seconds.")
+@click.option(
+    "--interval", "interval_s", type=click.FloatRange(0.1, 60), default=WATCH_INTERVAL_S, help="Seconds."
+)
 @json_option
 def watch_command(volume: str | None, interval_s: float, as_json: bool) -> None:
     """Watch all jobs until none is left. Interrupting it interrupts no job."""
@@ -123,7 +125,8 @@ def note_text(job: JobStatus) -> str:
 @kind_argument
 @json_option
 def pause_command(volume: str, kind: str | None, as_json: bool) -> None:
-    """Pause the jobs of VOLUME, all or those of one KIND, until they are resumed. What is begun is finished."""
+    """Pause the jobs of VOLUME, all or those of one KIND, until they are resumed. What is begun is
+    finished."""
     _control(volume, "pause", kind, as_json)
 
 
@@ -150,8 +153,11 @@ def _control(volume: str, action: str, kind: str | None, as_json: bool) -> None:
 @volume_option
 @json_option
 def speed_command(level: str, volume: str | None, as_json: bool) -> None:
-    """Set how jobs weigh against programs, from "very low" to "very high". Idle drives are always used in full."""
-    answers = run_with_peers(lambda here, peers: control_jobs(here.store, peers, volume, "speed", speed=level))
+    """Set how jobs weigh against programs, from "very low" to "very high". Idle drives are always used in
+    full."""
+    answers = run_with_peers(
+        lambda here, peers: control_jobs(here.store, peers, volume, "speed", speed=level)
+    )
     if as_json:
         print_json(answers)
     else:

@@ -2,8 +2,8 @@
 
 Place      admin floor. The command changes the key `drives/<id>`; the coordinators see it and make the copies
            elsewhere, whatever becomes of the command.
-Usage      auto (or absent), retired (takes no new slabs, its copies move away), removing (as retired, on its way
-           out), removed (no slab needs it: its server closes it, then the key goes).
+Usage      auto (or absent), retired (takes no new slabs, its copies move away), removing (as retired, on its
+           way out), removed (no slab needs it: its server closes it, then the key goes).
 """
 
 import os
@@ -52,7 +52,8 @@ ID_PREFIX_MIN = 4  # hex digits
 
 @dataclass(slots=True, frozen=True)
 class Needs:
-    """What slabs need of one drive. `unknown`: volumes that could not be asked; `settled`: nothing is on its way."""
+    """What slabs need of one drive. `unknown`: volumes that could not be asked; `settled`: nothing is on its
+    way."""
 
     count: int
     groups: list[tuple[frozenset[str], int]]
@@ -86,14 +87,17 @@ async def set_usage(store: ClusterStore, drive: Record, usage: str) -> Record:
         if known is None:
             raise NotFound(f"drive {drive.name[:8]} is not in the pool any more")
         value = known.packed_with(usage=usage)
-        result = await store.transact([Compare(known.key, known.revision)], [Put(known.key, value, known.lease)])
+        result = await store.transact(
+            [Compare(known.key, known.revision)], [Put(known.key, value, known.lease)]
+        )
         if result.succeeded:
             return Record(known.key, {**known.value, "usage": usage}, result.revision, known.lease)
     raise Conflict(f"{DRIVES}{drive.name} is being changed by others all the time; try again")
 
 
 async def needs_of(view: ClusterView, peers: Peers, drive: Record, revision: int = 0) -> Needs:
-    """Ask all coordinators. `revision`: of the store, which they must have seen for the answer to be settled."""
+    """Ask all coordinators. `revision`: of the store, which they must have seen for the answer to be
+    settled."""
     answers: dict[str, Any] = {}
     errors: dict[str, str] = {}
     async with trio.open_nursery() as nursery:
@@ -112,20 +116,21 @@ async def needs_of(view: ClusterView, peers: Peers, drive: Record, revision: int
 
 
 async def check_room(view: ClusterView, peers: Peers, drive: Record, needs: Needs) -> None:
-    """Raises NoSpace: the other drives cannot hold what is on this one. Unavailable: that cannot be found out."""
+    """Raises NoSpace: the other drives cannot hold what is on this one. Unavailable: that cannot be found
+    out."""
     if needs.unknown:
         raise Unavailable(
-            f"volumes {', '.join(needs.unknown)} have no coordinator at the moment, so it is not known what they "
-            f"keep on drive {drive.name[:8]}; try again, see csvfs volume list"
+            f"volumes {', '.join(needs.unknown)} have no coordinator at the moment, so it is not known what "
+            f"they keep on drive {drive.name[:8]}; try again, see csvfs volume list"
         )
     free = await _free_slots(view, peers, drive)
     missing = missing_slots(needs.groups, free)
     if missing:
         size = slab_size_of(view.pool) if view.pool else 0
         raise NoSpace(
-            f"the rest of the pool cannot hold drive {drive.name[:8]}: {needs.count} slabs are on it, for {missing} of "
-            f"them ({format_size(missing * size)}) there is no place in another fault domain; add drives, or delete "
-            "something"
+            f"the rest of the pool cannot hold drive {drive.name[:8]}: {needs.count} slabs are on it, for "
+            f"{missing} of them ({format_size(missing * size)}) there is no place in another fault domain; "
+            "add drives, or delete something"
         )
 
 
@@ -146,9 +151,7 @@ async def _free_slots(view: ClusterView, peers: Peers, drive: Record) -> dict[st
     return free
 
 
-async def evacuate(
-    store: ClusterStore, peers: Peers, drive: Record, left: Callable[[Needs], None]
-) -> Record:
+async def evacuate(store: ClusterStore, peers: Peers, drive: Record, left: Callable[[Needs], None]) -> Record:
     """Mark the drive `removing` and wait until no slab needs it; `left(needs)` is called now and then.
 
     Cancel  the drive stays `removing` and goes on being emptied: call again to finish, or set it `auto`.
@@ -198,7 +201,8 @@ async def _is_served(store: ClusterStore, peers: Peers, drive: Record) -> bool:
 async def reset_drive(store: ClusterStore, peers: Peers, node: NodeName, drive: Record) -> Record:
     """Wipe a drive of this node that no slab needs any more, and let it join as a new one.
 
-    Raises  BadRequest: it is another node's. Conflict: slabs need it. DriveRefused: something else lies at its path.
+    Raises  BadRequest: it is another node's. Conflict: slabs need it. DriveRefused: something else lies at
+            its path.
     """
     if drive.text("node") != node:
         raise BadRequest(
@@ -229,7 +233,9 @@ async def _settled_needs(store: ClusterStore, peers: Peers, view: ClusterView, d
                 return needs
             await trio.sleep(POLL_S)
             view = await read_cluster_view(store)
-    raise Unavailable(f"the coordinators do not say what they keep on drive {drive.name[:8]}; see csvfs volume list")
+    raise Unavailable(
+        f"the coordinators do not say what they keep on drive {drive.name[:8]}; see csvfs volume list"
+    )
 
 
 async def _rejoin(store: ClusterStore, node: NodeName, drive: Record) -> Record:

@@ -27,7 +27,8 @@ from csvfs.store.interface import ClusterStore
 from csvfs.units import SLAB_SIZE_DEFAULT
 
 HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN = "Healthy", "Degraded", "No redundancy", "Unknown"
-STATES_FINE = ("ok", "node down", "retired", "removing", "removed")  # of a drive: nothing is wrong with it itself
+# Of a drive: nothing is wrong with it itself.
+STATES_FINE = ("ok", "node down", "retired", "removing", "removed")
 HEALTH_WORDS = (HEALTHY, DEGRADED, NO_REDUNDANCY, UNKNOWN)
 
 

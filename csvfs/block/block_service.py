@@ -2,8 +2,8 @@
 
 Place      block floor; drive_server.py is the process around it.
 Hot path   WRITE and READ are handled inline in the engine's task: unpack, check, pwrite or preadv, answer.
-Order      One thread applies everything, so a fence that was answered is a barrier (I6), and writes of one link are
-           applied in the order they were sent (I4).
+Order      One thread applies everything, so a fence that was answered is a barrier (I6), and writes of one
+           link are applied in the order they were sent (I4).
 
 Invariants
   I2  A WRITE is taken only at the installed epoch, from a writer that is not fenced.
@@ -132,7 +132,8 @@ class BlockService:
         link.owner = client
 
     def fence(self, volume: VolumeId, writer: str, min_incarnation: Incarnation) -> None:
-        """Take nothing of older incarnations of `writer` from now on (I6: one thread, so nothing is under way)."""
+        """Take nothing of older incarnations of `writer` from now on (I6: one thread, so nothing is under
+        way)."""
         key = (volume, writer)
         self._fences[key] = max(min_incarnation, self._fences.get(key, Incarnation(0)))
         for client in list(self.clients):
@@ -250,8 +251,8 @@ class BlockService:
     ) -> None:
         """Bring the blocks into memory in a thread, then read them in the engine's thread like all others.
 
-        Args  compressed: then compress them in a thread. noted_ns: when a request came that somebody waits for; 0:
-              nobody does.
+        Args  compressed: then compress them in a thread. noted_ns: when a request came that somebody waits
+              for; 0: nobody does.
         """
         try:
             await self._in_thread(copy.warm_blocks, block, count)
@@ -403,8 +404,9 @@ class BlockService:
         drive = served.opened()
         copy = self.drives.copy(served, volume, slab)
         if role == ROLE_IN_SYNC and copy not in served.in_service and drive.unclean:
-            # The coordinator says so only of the last copy: what a killed writer left torn becomes old or new.
-            # In a thread: after a power cut every chunk is active, and nobody uses a copy not in service.
+            # The coordinator says so only of the last copy: what a killed writer left torn becomes old or
+            # new. In a thread: after a power cut every chunk is active, and nobody uses a copy not in
+            # service.
             torn = await trio.to_thread.run_sync(drive.adopt_torn, copy)
             if torn:
                 log.warning("slab %d on drive %s: %d torn blocks adopted", slab, served.path, torn)

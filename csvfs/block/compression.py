@@ -1,4 +1,5 @@
-"""Compression of what is copied between drive servers (PROTOCOL.md, "READ_DATA"): lz4 frames, where that helps.
+"""Compression of what is copied between drive servers (PROTOCOL.md, "READ_DATA"): lz4 frames, where that
+helps.
 
 Place      block floor. Pure. Checksums are those of the blocks, and are checked after `expand`.
 """
@@ -18,8 +19,8 @@ def shrink(data: bytes | bytearray | memoryview) -> bytes | None:
 
 
 def expand(packed: bytes | bytearray, size: int) -> bytearray:
-    """The `size` bytes that an lz4 frame holds. Raises ProtocolError on anything else, however large it claims
-    to be. May run in another thread."""
+    """The `size` bytes that an lz4 frame holds. Raises ProtocolError on anything else, however large it
+    claims to be. May run in another thread."""
     try:
         expander = lz4.LZ4FrameDecompressor()
         data = bytearray(expander.decompress(packed, max_length=size + 1))

@@ -318,7 +318,8 @@ class DriveCalls:
             rows.append(row)
         pulls = [
             {
-                "drive": drive, "volume": volume, "slab": slab, "rate_max": self._pacers[drive].rate if drive in self._pacers else None,
+                "drive": drive, "volume": volume, "slab": slab,
+                "rate_max": self._pacers[drive].rate if drive in self._pacers else None,
                 "bytes_done": pull.bytes_done, "bytes_total": pull.bytes_total,
             }
             for (drive, volume, slab), pull in self.pulls.items()

@@ -70,7 +70,8 @@ def reformat_drive(
     slab_size: int = SLAB_SIZE_DEFAULT,
     label: str = "",
 ) -> Superblock:
-    """Make a drive of this pool that nothing needs any more an empty one, with another id. What it held is gone.
+    """Make a drive of this pool that nothing needs any more an empty one, with another id. What it held is
+    gone.
 
     Mounts may still have it open for reading: what they find there does not verify as what they look for.
     Args    as format_drive. old_id: of the drive that is meant.

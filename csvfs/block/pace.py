@@ -2,10 +2,11 @@
 
 Place      block floor, in the drive server. `next_rate` is pure; Pacer keeps its state per drive; Foreground
            measures how long reads and writes of mounts take here.
-Feedback   Every INTERVAL_S the rate of a drive's pulls is set anew from how long foreground requests took lately,
-           beside how long they take when nothing is pulled: slower than the level allows: half the rate; else a
-           quarter more; nobody there: full speed. A floor keeps every repair going to its end.
-           The source's foreground counts as well: what is read there is asked for with each interval (`load`).
+Feedback   Every INTERVAL_S the rate of a drive's pulls is set anew from how long foreground requests took
+           lately, beside how long they take when nothing is pulled: slower than the level allows: half the
+           rate; else a quarter more; nobody there: full speed. A floor keeps every repair going to its end.
+           The source's foreground counts as well: what is read there is asked for with each interval
+           (`load`).
 """
 
 import math
@@ -35,8 +36,8 @@ _BURST_S = 0.05  # what may be taken at once after a wait
 def next_rate(level: int, latency_us: float | None, baseline_us: float, rate: float) -> float:
     """Bytes per second for the next interval.
 
-    Args    level: index into SPEEDS. latency_us: mean of foreground requests of the last interval, None: there were
-            none. baseline_us: their mean when nothing is pulled. rate: of the last interval.
+    Args    level: index into SPEEDS. latency_us: mean of foreground requests of the last interval, None:
+            there were none. baseline_us: their mean when nothing is pulled. rate: of the last interval.
     """
     if latency_us is None:
         return float(RATE_MAX)
@@ -62,9 +63,9 @@ class Load:
 class Foreground:
     """How long reads and writes of mounts take here. `note` is on the hot path: two additions.
 
-    The baseline follows what is measured while nothing is pulled, and falls at once when it turns out too high;
-    while pulls go on it only drifts up slowly, so that a load that has become heavier for good is not blamed on
-    them for ever.
+    The baseline follows what is measured while nothing is pulled, and falls at once when it turns out too
+    high; while pulls go on it only drifts up slowly, so that a load that has become heavier for good is not
+    blamed on them for ever.
     """
 
     def __init__(self) -> None:
@@ -85,8 +86,8 @@ class Foreground:
         self._lag_us = max(self._lag_us, max(0.0, lag_s * 1e6 - LAG_US_FREE))
 
     def load(self, now_s: float, *, pulling: bool) -> Load:
-        """Of the last interval, which is closed when it has lasted INTERVAL_S. pulling: copies were pulled onto or
-        from a drive here during it."""
+        """Of the last interval, which is closed when it has lasted INTERVAL_S. pulling: copies were pulled
+        onto or from a drive here during it."""
         if now_s - self._closed_at_s < INTERVAL_S * 0.9:
             return self.last
         self._closed_at_s = now_s

@@ -1,9 +1,9 @@
 """Bringing one slab copy up to date from an in-sync one (ARCHITECTURE.md, "Resync"; I7).
 
 Place      block floor, in the drive server of the copy that is brought up to date.
-Rule       The coordinator has installed the epoch on all members before it asks for a pull. So every write of an
-           earlier epoch is on the source already, and every later one comes here by itself: blocks written here
-           since the epoch was installed are skipped (BlockService.install begins to note them).
+Rule       The coordinator has installed the epoch on all members before it asks for a pull. So every write of
+           an earlier epoch is on the source already, and every later one comes here by itself: blocks written
+           here since the epoch was installed are skipped (BlockService.install begins to note them).
 What       chunks given            these (making members equal after a writer died)
            since > 0               chunks the source stamped with `since` or later, and those active here
            since 0                 every chunk that source or target ever wrote
@@ -187,7 +187,8 @@ class Pull:
         self.bytes_done += blocks * BLOCK_SIZE
 
     def settled_chunks(self) -> list[int]:
-        """Chunks that need not be active any more once the drive was flushed, unless a writer marked them since."""
+        """Chunks that need not be active any more once the drive was flushed, unless a writer marked them
+        since."""
         if self._copy.epoch != self._epoch:
             return []
         return sorted(set(self._pulled).union(self._active_before if self._chunks is None else ()))

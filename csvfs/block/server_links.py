@@ -77,7 +77,8 @@ class ServerLink:
 class ServerLinks:
     """Links by node, opened on demand, shared by all who ask.
 
-    writer       `mount/<node>`, `coordinator`, `server/<node>` or `admin`; with `incarnation` it is what fences name.
+    writer       `mount/<node>`, `coordinator`, `server/<node>` or `admin`; with `incarnation` it is what
+                 fences name.
     local_node   its server is reached by its unix socket.
     """
 
@@ -124,7 +125,8 @@ class ServerLinks:
         return self._links[node]
 
     async def serving(self, node: NodeName, drive: DriveId) -> ServerLink:
-        """As connected; but of a drive that the server did not have when the link was opened it is asked again.
+        """As connected; but of a drive that the server did not have when the link was opened it is asked
+        again.
 
         Without it a drive that was added to a node would count as failed until the next connection.
         """
@@ -178,7 +180,8 @@ class ServerLinks:
             server.link.close(Disconnected(f"gave up the drive server of node {node}: {reason}"))
 
     def check_servers(self) -> None:
-        """Drop links to servers that the cluster store no longer lists, or lists anew: call when it changes."""
+        """Drop links to servers that the cluster store no longer lists, or lists anew: call when it
+        changes."""
         for node, server in list(self._links.items()):
             listed = self._directory(node)
             if listed is None or listed.incarnation != server.incarnation:
@@ -187,8 +190,8 @@ class ServerLinks:
     async def watch_forever(self, silence_ms_max: int) -> None:
         """Drop links whose server answers nothing for `silence_ms_max` though requests wait.
 
-        A flush may take longer than that on a busy disk: so a server that owes an answer is pinged, and only one
-        that does not answer even this is given up.
+        A flush may take longer than that on a busy disk: so a server that owes an answer is pinged, and only
+        one that does not answer even this is given up.
         """
         while True:
             await trio.sleep(WATCH_INTERVAL_S)
