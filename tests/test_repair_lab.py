@@ -42,7 +42,8 @@ def fio(cluster: LabCluster, name: str, seconds: int) -> subprocess.Popen[bytes]
     """Random writes that are read back and verified while they go on."""
     return cluster.start_command(
         "n1", "fio", f"--name={name}", f"--directory={VOLUME}", "--ioengine=psync", "--direct=1", "--bs=4k",
-        "--rw=randrw", "--size=48M", "--verify=crc32c", "--verify_backlog=64", "--fallocate=none", "--numjobs=2",
+        "--rw=randrw", "--size=48M", "--verify=crc32c", "--verify_backlog=64", "--verify_state_save=0",
+        "--fallocate=none", "--numjobs=2",
         "--time_based", f"--runtime={seconds}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
