@@ -70,14 +70,10 @@ class Process:
         try:
             with self.scope:
                 await main()
-        except BaseException as error:
-            found = leaves(error)
-            if any(isinstance(leaf, ProcessKilled) for leaf in found):
-                self.world.trace(f"{self.name} killed in the middle of a store")
-            elif all(isinstance(leaf, CsvfsError) for leaf in found):
-                self.world.trace(f"{self.name} ends: {found[0]}")
-            else:
-                raise
+        except* ProcessKilled:
+            self.world.trace(f"{self.name} killed in the middle of a store")
+        except* CsvfsError as group:
+            self.world.trace(f"{self.name} ends: {leaves(group)[0]}")
         finally:
             self._bury(quietly=False)
 

@@ -209,8 +209,12 @@ class World:
         """End all faults."""
         while self._undo:
             self._undo.pop(0)()
-        for medium in self.os.media.values():
-            medium.kill_after_stores = None
+        for machine in self.machines.values():
+            for medium in machine.media:
+                medium.kill_after_stores = None
+            server = machine.processes.get("server")
+            if server is not None and any(s.drive and s.drive.failure for s in _served(server)):
+                server.kill("its drive is failed for good: somebody replaces the cable")
 
     def cut(self, pairs: list[tuple[str, str]]) -> None:
         self.trace(f"cut: {', '.join(f'{a}>{b}' for a, b in pairs)}")
@@ -387,7 +391,7 @@ class World:
             raise Violation("the coordinator went away while all was well")
         for descriptor in service.journal.slabs():
             blocks = [b for region in self.regions if region.slab == descriptor.slab for b in region.blocks]
-            found: dict[str, list[bytes]] = {}
+            found: dict[str, list[bytes | None]] = {}
             for member in descriptor.in_sync:
                 copy = self._copy(member.node, member.drive, descriptor.slab)
                 if copy.epoch != descriptor.epoch:
@@ -396,20 +400,23 @@ class World:
             first = next(iter(found.values()))
             for node, data in found.items():
                 if data != first:
-                    unequal = [block for block, a, b in zip(blocks, data, first, strict=True) if a != b]
-                    raise Violation(
-                        f"slab {descriptor.slab} blocks {unequal} of {node} differ from another in-sync copy"
-                    )
+                    pairs = zip(blocks, data, first, strict=True)
+                    unequal = [block for block, a, b in pairs if a != b and a is not None and b is not None]
+                    if unequal:
+                        raise Violation(
+                            f"slab {descriptor.slab} blocks {unequal} of {node} differ from another in-sync copy"
+                        )
 
-    def _blocks_of(self, copy: Any, blocks: list[int], node: str) -> list[bytes]:
-        data = []
+    def _blocks_of(self, copy: Any, blocks: list[int], node: str) -> list[bytes | None]:
+        """None: it rotted, and nobody has read it since."""
+        data: list[bytes | None] = []
         for block in blocks:
             try:
                 data.append(bytes(copy.read_blocks(block, 1)[1]))
             except CsvfsError as error:
                 if not self.rotten:
                     raise Violation(f"a copy on {node} does not verify: {error}") from None
-                data.append(b"")
+                data.append(None)
         return data
 
     def _copy(self, node: str, drive: DriveId, slab: SlabId) -> Any:
@@ -418,6 +425,11 @@ class World:
         if copy is None:
             raise Violation(f"slab {slab} has no copy on {node}, which is in sync")
         return copy
+
+
+def _served(process: Process) -> list[Any]:
+    server: SimDriveServer | None = getattr(process, "server", None)
+    return list(server.service.drives) if server is not None and process.alive else []
 
 
 async def _run_server(process: Process) -> None:
@@ -490,7 +502,8 @@ def _first_failure(error: BaseException) -> str | None:
     """In one line; None: the run was interrupted."""
     if isinstance(error, BaseExceptionGroup):
         failures = [_first_failure(member) for member in error.exceptions]
-        return next((failure for failure in failures if failure is not None), None)
+        found = [failure for failure in failures if failure is not None]
+        return " & ".join(found) if found else None
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return None
     if isinstance(error, Violation):
