@@ -1,0 +1,108 @@
+"""Copies that come back, and copies that are made equal: what the simulator found, each told directly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.slab_changes import SlabChanges
+from csvfs.block import slab_state
+from csvfs.block.served_drives import ServedDrives
+from csvfs.errors import Corrupt, CsvfsError, LeaseLost
+from csvfs.ids import DriveId, Epoch, NodeName, SlabId
+from csvfs.wire.block_messages import ROLE_IN_SYNC, SlabDescriptor
+from tests.block_cluster import SLAB, BlockCluster, write
+from tests.drive_files import CLUSTER, DRIVE, POOL, make_drive, make_slab
+from tests.drive_files import write as write_copy
+
+BLOCK = bytes(range(256)) * 16
+
+
+async def test_I7_a_copy_whose_server_started_anew_is_not_put_back_in_service_beside_others(
+    tmp_path: Path, nursery: Any
+) -> None:
+    """Simulator seed 164: an eviction bumped the epoch before the restarted copy was judged, and read from it."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    await write(cluster.bus("mount/n2"), 0, BLOCK)
+    victim = cluster.servers[0]
+    await victim.kill()
+    await victim.start(nursery)
+    links = cluster.links("coordinator", incarnation=2)
+    items = [[victim.drive_id, SLAB, 2, ROLE_IN_SYNC]]
+    answer = await links.call("n1", "install", {"term": 2, "items": items, "alone": []}, timeout_s=5)
+    assert "started anew" in answer["refused"][0][2]
+    answer = await links.call("n1", "install", {"term": 2, "items": items, "alone": [0]}, timeout_s=5)
+    assert answer["refused"] == []
+
+
+class _Book:
+    def __init__(self, descriptor: SlabDescriptor) -> None:
+        self.descriptor = descriptor
+
+    def current(self, slab: SlabId) -> SlabDescriptor:
+        return self.descriptor
+
+    async def change(self, slabs: Any, transition: Any) -> dict[SlabId, SlabDescriptor | CsvfsError]:
+        self.descriptor = transition(self.descriptor)
+        return dict.fromkeys(slabs, self.descriptor)
+
+    async def wait_durable(self) -> None:
+        """Always."""
+
+
+class _Control:
+    """Everything works, but pulls from one node."""
+
+    def __init__(self, node: str, error: CsvfsError) -> None:
+        self._node = node
+        self._error = error
+
+    async def install(self, descriptors: Any) -> dict:
+        return {}
+
+    async def stamp(self, *args: Any) -> None:
+        """Done."""
+
+    async def register_term(self, node: str) -> None:
+        """Every node can be reached."""
+
+    async def pull(self, target: Any, source: Any, descriptor: Any, chunks: Any) -> int:
+        if source.node == self._node:
+            raise self._error
+        return 1
+
+
+@pytest.mark.parametrize("error", [Corrupt("a block does not verify"), LeaseLost("no lease")])
+async def test_I1_a_source_that_cannot_be_read_costs_itself_and_not_the_good_copies(error: CsvfsError) -> None:
+    """Simulator seed 80: one rotten block on the first member, and a takeover dropped all the others."""
+    places = [(DriveId(bytes([number]) * 16), NodeName(f"n{number}")) for number in (1, 2, 3)]
+    book = _Book(slab_state.new_slab(SlabId(7), places))
+    control: Any = _Control("n1", error)
+    changes = SlabChanges(book, control)  # type: ignore[arg-type]
+    await changes.equalize({SlabId(7): {0}})
+    assert [member.node for member in book.descriptor.in_sync] == ["n2", "n3"]
+    assert book.descriptor.epoch > Epoch(1)
+
+
+def test_a_drive_stopped_before_its_torn_copies_were_judged_is_still_known_to_be_unclean(
+    tmp_path: Path,
+) -> None:
+    """Simulator seed 181: power cut, start, orderly stop, start: torn blocks were never made good."""
+    path, _ = make_drive(tmp_path / "d")
+    drives = ServedDrives()
+    served = drives.open(DRIVE, path, pool_id=POOL, cluster_id=CLUSTER)
+    write_copy(make_slab(served.opened()), 3, BLOCK)
+    drives.close(clean=False)
+
+    for in_service in (False, True):
+        drives = ServedDrives()
+        served = drives.open(DRIVE, path, pool_id=POOL, cluster_id=CLUSTER)
+        assert served.opened().unclean
+        if in_service:
+            served.in_service.update(served.opened().slabs())
+        drives.close()
+
+    drives = ServedDrives()
+    assert not drives.open(DRIVE, path, pool_id=POOL, cluster_id=CLUSTER).opened().unclean
+    drives.close()
