@@ -193,12 +193,7 @@ class SimService:
 
     async def _open_journal(self, bus: Bus) -> None:
         slab = self.book.slabs[0]
-        while True:
-            try:
-                data = bytes(await bus.read(slab, 1, BLOCKS))
-                break
-            except Unavailable:
-                await trio.sleep(0.2)
+        data = bytes(await bus.read(slab, 1, BLOCKS))
         blocks = [data[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE] for index in range(BLOCKS)]
         self.journal = Journal(blocks)
         self.world.trace(f"{self.process.name} opened the journal at commit {self.journal.commit}")

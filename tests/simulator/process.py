@@ -34,13 +34,18 @@ class SimEngine:
     """Of csvfs.net.engine.Engine: what is left of it where no descriptor is waited for."""
 
     in_batch = False
+    trio_due = False
 
     def __init__(self, process: Process) -> None:
+        self.trio_awaited = 0
         self.process = process
         self.network = process.network
 
     async def run_forever(self) -> None:
         await trio.sleep_forever()
+
+    def hot(self) -> None:
+        """Everything is."""
 
     def close(self) -> None:
         """Nothing to close."""

@@ -30,6 +30,7 @@ import csvfs.net.link
 from tests.simulator.clock import SimClock
 from tests.simulator.medium import SimMmap, SimOs
 from tests.simulator.network import SimListener
+from tests.simulator.server import SimFlusher
 
 _OS_MODULES = (
     csvfs.block.drive,
@@ -71,6 +72,7 @@ def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[...
         put(csvfs.block.drive, "machine_boot_id", sim_os.boot_id)
         put(csvfs.block.server_links, "connect", _connect)
         put(csvfs.block.pull, "connect", _connect)
+        put(csvfs.block.block_service, "Flusher", SimFlusher)
         put(csvfs.block.drive_server, "Listener", SimListener)
         put(csvfs.block.server_links, "monotonic_ns", time.monotonic_ns)
         put(csvfs.net.link, "time", time)

@@ -22,9 +22,9 @@ from csvfs.block.layout import layout_of
 from csvfs.block.slab_state import new_slab
 from csvfs.block.slot_table import format_slot_table
 from csvfs.block.superblock import Superblock, write_superblock
+from csvfs.cluster.membership import item_map
 from csvfs.errors import CsvfsError
 from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, Epoch, NodeName, PoolId, SlabId, Term, VolumeId
-from csvfs.cluster.membership import item_map
 from csvfs.store.interface import Put
 from csvfs.units import MIB
 from csvfs.wire.block_messages import ROLE_IN_SYNC, SlabDescriptor, block_checksums, pack_checksums
