@@ -36,6 +36,30 @@ async def test_I7_a_copy_whose_server_started_anew_is_not_put_back_in_service_be
     assert answer["refused"] == []
 
 
+async def test_I7_a_copy_that_was_joining_when_its_server_restarted_can_be_pulled_at_the_same_epoch(
+    tmp_path: Path, nursery: Any
+) -> None:
+    """Simulator seed 404: it was installed again at an epoch it knew, and refused every pull from then on."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, BLOCK)
+    victim = cluster.servers[0]
+    await cluster.owner.commit(slab_state.drop_members(cluster.owner.descriptors[SLAB], [victim.drive_id]))
+    joining = slab_state.begin_joining(cluster.owner.descriptors[SLAB], victim.drive_id)
+    await cluster.owner.commit(joining)
+    await victim.kill()
+    await victim.start(nursery)
+    await cluster.owner.commit(joining)
+    source = cluster.servers[1]
+    args = {
+        "drive": victim.drive_id, "slab": SLAB, "epoch": joining.epoch, "since": 0, "chunks": None, "term": 1,
+        "source": {"address": "127.0.0.1", "port": source.port, "drive": source.drive_id},
+    }  # fmt: skip
+    pulled = await cluster.owner.links.call("n1", "pull", args, timeout_s=10)
+    assert pulled["chunks"] == 1
+
+
 class _Book:
     def __init__(self, descriptor: SlabDescriptor) -> None:
         self.descriptor = descriptor

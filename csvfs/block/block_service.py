@@ -383,8 +383,9 @@ class BlockService:
             torn = await trio.to_thread.run_sync(drive.adopt_torn, copy)
             if torn:
                 log.warning("slab %d on drive %s: %d torn blocks adopted", slab, served.path, torn)
-        if epoch > copy.epoch:
-            # A pull of this epoch must not undo what is written at it (I7), so that is noted from here on.
+        if epoch > copy.epoch or copy not in served.in_service:
+            # A pull of this epoch must not undo what is written at it (I7), so that is noted from here on. A copy
+            # not in service has taken nothing in the life of this process, even if it knows the epoch already.
             copy.joining_begin()
         drive.set_epoch(copy, epoch, role, Term(term))
         served.in_service.add(copy)
