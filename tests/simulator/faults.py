@@ -43,6 +43,7 @@ class Faults:
             "stop server": self._stop_server,
             "kill host": lambda: self._kill_role("host"),
             "kill writer": lambda: self._kill_role("writer"),
+            "kill mid-write": self._kill_mid_write,
             "power cut": self._power_cut,
             "total power cut": self._total_power_cut,
             "pause": self._pause,
@@ -105,6 +106,9 @@ class Faults:
     def _kill_mid_store(self) -> None:
         medium = self._rng.choice(self._machine().media)
         medium.kill_after_stores = self._rng.randrange(8)
+
+    def _kill_mid_write(self) -> None:
+        self._world.kill_writer_at_write = True
 
     def _stop_server(self) -> None:
         process = self._process("server")

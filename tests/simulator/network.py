@@ -173,6 +173,10 @@ class SimLink(Link):
         self.closed = Disconnected("its process is dead")
         self._waiting = {}
         self.out.drop_held()
+        # What its system had not taken yet, or the wire not yet, is lost: for each connection another part.
+        rng = self.out.network.rng
+        if rng.random() < 0.5:
+            self.out.drop(rng.randrange(4))
         if not quietly:
             self.out.send(_END)
 
@@ -208,6 +212,7 @@ class Network:
         self.listeners: dict[Address, SimListener] = {}
         self.last_port = 7000
         self.cut: set[tuple[str, str]] = set()  # (from node, to node)
+        self.scale = 1.0  # of all delays of the run
         self.slow: dict[str, float] = {}  # node to seconds that its frames take longer
         self.stalled: dict[Pipe, None] = {}
         self.links: list[SimLink] = []  # one end of each connection made
@@ -222,7 +227,7 @@ class Network:
     def delay(self, source: Process, target: Process) -> float:
         base = 0.00005 if source.node == target.node else 0.0002
         slow = self.slow.get(source.node, 0.0) + self.slow.get(target.node, 0.0)
-        return base * (1 + 4 * self.rng.random()) + slow * self.rng.random()
+        return self.scale * base * (1 + 4 * self.rng.random()) + slow * self.rng.random()
 
     def passable(self, pipe: Pipe, held: bool) -> bool:
         source, target = pipe.sender.process, pipe.receiver.process

@@ -92,6 +92,7 @@ class World:
         self.machines: dict[str, Machine] = {}
         self.cluster, self.volume, self.volume_name, self.slab_size = CLUSTER, VOLUME, NAME, SLAB_SIZE
         self.calm = False
+        self.kill_writer_at_write = False
         self.rotten: set[tuple[str, int]] = set()
         self.events: list[str] = []
         self._verbose = verbose
@@ -106,6 +107,7 @@ class World:
     def _draw(self) -> None:
         rng = self.rng
         node_count = rng.choice((2, 3, 3, 3, 4))
+        self.network.scale = rng.choice((1.0, 1.0, 1.0, 10.0, 40.0))
         self.copies = min(node_count, rng.choice((2, 3, 3)))
         self._slab_count = rng.choice((1, 1, 2, 3))
         self._writer_count = rng.choice((1, 2, 2))
@@ -129,6 +131,10 @@ class World:
     def trace_write(self, process: Process, issued: list[tuple[Key, int]]) -> None:
         (slab, block), number = issued[0]
         self.trace(f"{process.name} writes slab {slab} block {block} +{len(issued)} as {number}")
+        if self.kill_writer_at_write:
+            self.kill_writer_at_write = False
+            delay = self.network.scale * 0.002 * self.rng.random()
+            self.events_queue.after(delay, lambda: process.kill("SIGKILL in the middle of a write"))
 
     def trace_read(self, process: Process, key: Key, number: int) -> None:
         self.trace(f"{process.name} reads slab {key[0]} block {key[1]}: {number}")
@@ -208,6 +214,7 @@ class World:
 
     def mend(self) -> None:
         """End all faults."""
+        self.kill_writer_at_write = False
         while self._undo:
             self._undo.pop(0)()
         for machine in self.machines.values():
