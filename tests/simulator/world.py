@@ -44,7 +44,7 @@ from tests.simulator.store import StoreCore
 from tests.simulator.writer import Writer
 
 SLAB_SIZE = 4 * MIB
-DRIVE_SIZE = 32 * MIB
+DRIVE_SIZE = 24 * MIB
 CLUSTER, POOL, VOLUME = b"c" * 16, PoolId(b"p" * 16), VolumeId(b"v" * 16)
 NAME = "v"
 BEGIN_S = 0.8  # until the volume is served
@@ -152,35 +152,37 @@ class World:
         rng = self.rng
         count = max(self.copies, rng.choice((2, 3, 3, 3, 4)))
         names = [f"n{index + 1}" for index in range(count)]
-        drives: dict[str, DriveId] = {}
+        drives: dict[str, list[DriveId]] = {}
+        drive_count = rng.choice((1, 1, 2))  # with two, metadata and data lie on different ones
         for index, name in enumerate(names):
-            drive = DriveId(bytes([index + 1]) * 16)
-            drives[name] = drive
-            medium = _blank(name, drive).copy(f"drive of {name}")
-            medium.rng = Random(f"{self.seed}/{name}/medium")
-            medium.cold = rng.choice((0.0, 0.0, 0.1))
-            self.os.media[medium.path] = medium
-            self._drive_of[drive] = medium
             rate = 1.0 + rng.choice((0.0, 0.0, 0.02, -0.02)) * rng.random()
-            self.machines[name] = Machine(self, name, [medium], rate)
+            media = []
+            drives[name] = [DriveId(bytes([16 * number + index + 1]) * 16) for number in range(drive_count)]
+            for number, drive in enumerate(drives[name]):
+                medium = _blank(drive).copy(f"drive {number} of {name}")
+                medium.rng = Random(f"{self.seed}/{medium.path}")
+                medium.cold = rng.choice((0.0, 0.0, 0.1))
+                self.os.media[medium.path] = medium
+                self._drive_of[drive] = medium
+                media.append(medium)
+            self.machines[name] = Machine(self, name, media, rate)
         self._make_volume(names, drives)
         for index, machine in enumerate(self.machines.values()):
             machine.roles = {"server": _run_server, "host": _run_host}
             if index < self._writer_count:
                 machine.roles["writer"] = _run_writer
 
-    def _make_volume(self, names: list[str], drives: dict[str, DriveId]) -> None:
-        def places(copies: int) -> list[tuple[DriveId, NodeName]]:
-            return [(drives[name], NodeName(name)) for name in self.rng.sample(names, copies)]
+    def _make_volume(self, names: list[str], drives: dict[str, list[DriveId]]) -> None:
+        def places(copies: int, number: int) -> list[tuple[DriveId, NodeName]]:
+            return [(drives[name][number], NodeName(name)) for name in self.rng.sample(names, copies)]
 
-        metadata = new_slab(METADATA_SLAB_ID_MIN, places(min(3, len(names))))
-        data = [new_slab(SlabId(slab), places(self.copies)) for slab in range(1, self._slab_count + 1)]
+        metadata = new_slab(METADATA_SLAB_ID_MIN, places(min(3, len(names)), -1))
+        data = [new_slab(SlabId(slab), places(self.copies, 0)) for slab in range(1, self._slab_count + 1)]
         block = first_block(data)
-        for machine in self.machines.values():
-            (medium,) = machine.media
+        for drive, medium in self._drive_of.items():
             opened = Drive.open(medium.path)
             for descriptor in [metadata, *data]:
-                if any(member.node == machine.name for member in descriptor.members):
+                if any(member.drive == drive for member in descriptor.members):
                     copy = opened.create_slab(VOLUME, descriptor.slab, Epoch(1), ROLE_IN_SYNC, Term(0))
                     if descriptor is metadata:
                         copy.write_blocks(1, block, _sums(block, copy.seed, 1))
@@ -192,10 +194,11 @@ class World:
             "pool": {"id": POOL, "name": "pool", "slab_size": SLAB_SIZE},
             f"volumes/{NAME}": {"id": VOLUME, "copies": self.copies, "size": 0, "state": "online"},
         }
-        for name, drive in drives.items():
-            path = self._drive_of[drive].path
+        for name in names:
             values[f"nodes/{name}"] = {"address": name, "domain": name}
-            values[f"drives/{drive.hex()}"] = {"node": name, "path": path, "state": "ok"}
+            for drive in drives[name]:
+                path = self._drive_of[drive].path
+                values[f"drives/{drive.hex()}"] = {"node": name, "path": path, "state": "ok"}
         self.store.transact([], [Put(key, pack_value(value)) for key, value in values.items()])
         self.store.transact([], [Put(f"meta/{NAME}", pack_descriptors([metadata]))])
 
@@ -454,26 +457,26 @@ async def _run_writer(process: Process) -> None:
     await process.writer.run()  # type: ignore[attr-defined]
 
 
-_blanks: dict[str, Medium] = {}
+_blanks: dict[DriveId, Medium] = {}
 
 
-def _blank(node: str, drive: DriveId) -> Medium:
+def _blank(drive: DriveId) -> Medium:
     """A formatted drive, made once."""
-    if node not in _blanks:
+    if drive not in _blanks:
         layout = layout_of(DRIVE_SIZE, SLAB_SIZE)
-        medium = Medium(node, layout)
+        medium = Medium("blank", layout)
         sim_os = SimOs()
-        sim_os.media[node] = medium
+        sim_os.media["blank"] = medium
         with seams.installed(SimClock(), sim_os, 0, None):  # type: ignore[arg-type]
-            fd = sim_os.open(node)
+            fd = sim_os.open("blank")
             superblock = Superblock(
                 sequence=1, drive_id=drive, pool_id=POOL, cluster_id=CLUSTER, size=layout.size,
-                slab_size=SLAB_SIZE, node=NodeName(node), label="", created_ns=0,
+                slab_size=SLAB_SIZE, node=NodeName("n"), label="", created_ns=0,
             )  # fmt: skip
             format_slot_table(fd, layout, drive)
             write_superblock(fd, superblock)
-        _blanks[node] = medium
-    return _blanks[node]
+        _blanks[drive] = medium
+    return _blanks[drive]
 
 
 def _sums(block: bytes, seed: int, number: int) -> bytes:
