@@ -159,7 +159,7 @@ class World:
             media = []
             drives[name] = [DriveId(bytes([16 * number + index + 1]) * 16) for number in range(drive_count)]
             for number, drive in enumerate(drives[name]):
-                medium = _blank(drive).copy(f"drive {number} of {name}")
+                medium = blank_drive(drive).copy(f"drive {number} of {name}")
                 medium.rng = Random(f"{self.seed}/{medium.path}")
                 medium.cold = rng.choice((0.0, 0.0, 0.1))
                 self.os.media[medium.path] = medium
@@ -460,7 +460,7 @@ async def _run_writer(process: Process) -> None:
 _blanks: dict[DriveId, Medium] = {}
 
 
-def _blank(drive: DriveId) -> Medium:
+def blank_drive(drive: DriveId) -> Medium:
     """A formatted drive, made once."""
     if drive not in _blanks:
         layout = layout_of(DRIVE_SIZE, SLAB_SIZE)
