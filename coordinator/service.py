@@ -159,7 +159,9 @@ class Service:
         self._janitor.lowered(ino)
 
     async def _wait_durable(self) -> None:
-        await self.log.wait(self.log.position)
+        # On the media: an epoch that a power cut of all could take back would bring back the in-sync set before it,
+        # whose members may lack what was flushed since (I1).
+        await self.log.flush()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled, or until another coordinator is at work: raises that."""

@@ -40,7 +40,8 @@ from tests.simulator.process import Process
 
 RECALL_TIMEOUT_S = 2.0
 WRITE_TIMEOUT_MS = 2000
-ELECTION_INTERVAL_S = 0.5
+ELECTION_INTERVAL_S = 2.0
+LIVENESS_S = 0.3
 
 
 class Host:
@@ -71,7 +72,7 @@ class Host:
 
     async def _watch_liveness_forever(self) -> None:
         while self.process.may_serve():
-            await trio.sleep(0.1)
+            await self.world.events_queue.sleep(LIVENESS_S)
             await self.process.gate()
         raise LeaseLost(f"node {self.process.node} lost its lease")
 
@@ -239,7 +240,8 @@ class SimService:
         return result
 
     async def _wait_durable(self) -> None:
-        await self.log.wait(self.log.position)
+        """As service.py."""
+        await self.log.flush()
 
     async def _delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         try:
