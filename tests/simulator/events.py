@@ -34,6 +34,24 @@ class EventQueue:
     def after(self, delay_s: float, action: Callable[[], None]) -> None:
         self.at(self._clock.now + delay_s, action)
 
+    async def sleep(self, delay_s: float) -> None:
+        """As trio.sleep, at a third of its cost: no scope, no cancellation."""
+        task = trio.lowlevel.current_task()
+        waiting = True
+
+        def go_on() -> None:
+            if waiting:
+                trio.lowlevel.reschedule(task)
+
+        def abort(raise_cancel: object) -> trio.lowlevel.Abort:
+            nonlocal waiting
+            waiting = False
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self.after(delay_s, go_on)
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        waiting = False
+
     def next_due(self) -> float:
         # Without its task (the run is over) nothing of it will happen any more.
         return self._heap[0][0] if self._heap and self._task is not None else math.inf

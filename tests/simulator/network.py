@@ -261,7 +261,7 @@ class Network:
         if node not in process.world.machines or not process.world.machines[node].up or blocked:
             await trio.sleep(timeout_s)
             raise TimedOut(f"{describe_address(address)} did not accept a connection within {timeout_s:g} s")
-        await trio.sleep(0.0005 * (1 + self.rng.random()))
+        await self.events.sleep(0.0005 * (1 + self.rng.random()))
         listener = self.listeners.get(address)
         if listener is None or not listener.process.alive:
             raise Unavailable(f"cannot connect to {describe_address(address)}: refused")

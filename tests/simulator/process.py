@@ -195,7 +195,7 @@ class Machine:
 
     async def _heartbeat_forever(self, agent: Process, scope: trio.CancelScope) -> None:
         while True:
-            await trio.sleep(HEARTBEAT_S)
+            await self.world.events_queue.sleep(HEARTBEAT_S)
             await agent.gate()
             sent = self.clock_ns()
             try:

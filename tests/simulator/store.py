@@ -40,7 +40,7 @@ class StoreCore:
     def __init__(self, clock: SimClock, events: EventQueue, rng: Random) -> None:
         self.clock = clock
         self.rng = rng
-        self._events = events
+        self.events = events
         self.items: dict[str, Item] = {}
         self.revision = 0
         self.leases: dict[int, tuple[float, float]] = {}  # to (ends at, lasts)
@@ -69,7 +69,7 @@ class StoreCore:
         for watch in self.watches:
             if change.key.startswith(watch.prefix):
                 watch.changes.append(change)
-                self._events.after(0.0005 + 0.003 * self.rng.random(), watch.event.set)
+                self.events.after(0.0005 + 0.003 * self.rng.random(), watch.event.set)
 
     def grant(self, ttl_ms: int) -> int:
         self._lease_number += 1
@@ -79,7 +79,7 @@ class StoreCore:
 
     def _check_at(self, lease: int) -> None:
         due, _ = self.leases[lease]
-        self._events.at(due, lambda: self._check(lease))
+        self.events.at(due, lambda: self._check(lease))
 
     def _check(self, lease: int) -> None:
         if lease in self.leases:
@@ -109,7 +109,7 @@ class StoreHandle:
         self._process = process
 
     async def _travel(self) -> None:
-        await trio.sleep(0.0003 + 0.0005 * self._core.rng.random())
+        await self._core.events.sleep(0.0003 + 0.0005 * self._core.rng.random())
         if self._process.node in self._core.cut:
             await trio.sleep(GIVE_UP_S)
             raise Unavailable("the cluster store cannot be reached")

@@ -298,9 +298,9 @@ class World:
 
     async def slow_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of a thread: it takes a while, and happens at one instant of that while."""
-        await trio.sleep(self._slow_rng.random() * 0.004)
+        await self.events_queue.sleep(self._slow_rng.random() * 0.004)
         result = function(*args)
-        await trio.sleep(self._slow_rng.random() * 0.002)
+        await self.events_queue.sleep(self._slow_rng.random() * 0.002)
         return result
 
     async def run(self) -> None:

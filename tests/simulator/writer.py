@@ -89,7 +89,7 @@ class Writer:
         while True:
             await self.process.gate()
             await self.call("ping", {})
-            await trio.sleep(PING_S)
+            await self.world.events_queue.sleep(PING_S)
 
     async def call(self, name: str, args: dict[str, Any]) -> Any:
         """Ask the coordinator, whoever it is, until it answers. Raises Fenced: this incarnation is out."""
@@ -162,7 +162,7 @@ class Writer:
                     if self._recalled.is_set() or self.world.calm:
                         break
                     await self._operate(region)
-                    await trio.sleep(self.rng.choice((0, 0.001, 0.02, 0.2)))
+                    await self.world.events_queue.sleep(self.rng.choice((0, 0.001, 0.02, 0.2)))
                 await self.finish_writes()
                 if self.rng.random() < 0.5:
                     await self._flush(region)
@@ -171,7 +171,7 @@ class Writer:
             if self.rng.random() < 0.5:
                 await self.call("release", {"region": region.number})
             self.world.operated()
-            await trio.sleep(self.rng.choice((0.01, 0.1, 0.5, 2.0)))
+            await self.world.events_queue.sleep(self.rng.choice((0.01, 0.1, 0.5, 2.0)))
 
     async def hold(self, region: int, slab: int) -> None:
         """Take the lease of a region, and the descriptors that come with it."""
