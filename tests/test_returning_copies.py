@@ -2,8 +2,10 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import trio
 
 from coordinator.slab_changes import SlabChanges
 from csvfs.block import slab_state
@@ -130,3 +132,33 @@ def test_a_drive_stopped_before_its_torn_copies_were_judged_is_still_known_to_be
     drives = ServedDrives()
     assert not drives.open(DRIVE, path, pool_id=POOL, cluster_id=CLUSTER).opened().unclean
     drives.close()
+
+
+async def test_I4_a_write_does_not_overtake_an_earlier_one_that_fails_slowly(
+    tmp_path: Path, nursery: Any
+) -> None:
+    """Simulator seed 4037: the first was still unanswered on one member when the second was sent again."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, BLOCK)
+    landed: list[int] = []
+    good = cluster.servers[1].copy()
+    store = type(good).write_blocks
+
+    def note(self: Any, block: int, data: Any, checksums: Any) -> None:
+        if self is good:
+            landed.append(bytes(data)[0])
+        store(self, block, data, checksums)
+
+    (await bus.links.connected(NodeName("n1"))).link.close()
+    answers: list[int] = []
+    with patch.object(type(good), "write_blocks", note):
+        for number in (1, 2):
+            bus.write(SLAB, 0, bytes([number]) * 4096, lambda error, number=number: answers.append(number))
+        with trio.fail_after(5):
+            while len(answers) < 2:
+                await trio.sleep(0.005)
+    assert answers == [1, 2]
+    assert landed[-1] == 2
+    assert all(bytes(server.copy().read_blocks(0, 1)[1])[0] == 2 for server in cluster.servers[1:])
