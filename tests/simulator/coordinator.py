@@ -198,6 +198,7 @@ class SimService:
         blocks = [data[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE] for index in range(BLOCKS)]
         self.journal = Journal(blocks)
         self.world.trace(f"{self.process.name} opened the journal at commit {self.journal.commit}")
+        self.world.journal_opened(list(self.journal.slabs()))
         self.log = MetadataLog(bus, self.journal, self.book.slabs, self.setup.slab_blocks)
         book = DataBook(self.journal, self.commit, self._wait_durable)  # type: ignore[arg-type]
         self.changes = SlabChanges(book, self.control)
@@ -235,8 +236,9 @@ class SimService:
         """Apply a change and return its value when it is on all members of the metadata slabs."""
         result = change()
         position = self.log.append(self.journal.take_log())
-        self.world.descriptors_changed(list(self.journal.slabs()))
+        descriptors = list(self.journal.slabs())
         await self.log.wait(position)
+        self.world.descriptors_changed(descriptors)
         return result
 
     async def _wait_durable(self) -> None:

@@ -7,7 +7,7 @@ Place      simulator. Interface: csvfs/store/interface.py. The store itself neve
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
 from typing import TYPE_CHECKING
@@ -46,6 +46,7 @@ class StoreCore:
         self.leases: dict[int, tuple[float, float]] = {}  # to (ends at, lasts)
         self.watches: list[Watch] = []
         self.cut: set[str] = set()  # nodes that cannot reach it
+        self.on_change: dict[str, Callable[[Change], None]] = {}  # for the checker: by key, at once
         self._lease_number = 0
 
     def transact(self, compares: list[Compare], changes: list[Put | Delete]) -> TransactionResult:
@@ -66,6 +67,8 @@ class StoreCore:
         return TransactionResult(True, self.revision)
 
     def _tell(self, change: Change) -> None:
+        if change.key in self.on_change:
+            self.on_change[change.key](change)
         for watch in self.watches:
             if change.key.startswith(watch.prefix):
                 watch.changes.append(change)

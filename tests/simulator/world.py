@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from coordinator.slab_book import pack_descriptors
+from coordinator.slab_book import pack_descriptors, parse_descriptors
 from csvfs.block.drive import Drive
 from csvfs.block.layout import layout_of
 from csvfs.block.slab_state import new_slab
@@ -25,7 +25,7 @@ from csvfs.block.superblock import Superblock, write_superblock
 from csvfs.cluster.membership import item_map
 from csvfs.errors import CsvfsError
 from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, Epoch, NodeName, PoolId, SlabId, Term, VolumeId
-from csvfs.store.interface import Put
+from csvfs.store.interface import Change, Put
 from csvfs.units import MIB
 from csvfs.wire.block_messages import ROLE_IN_SYNC, SlabDescriptor, block_checksums, pack_checksums
 from csvfs.wire.control import pack_value
@@ -99,7 +99,8 @@ class World:
         self._operations = operations
         self._undo: list[Callable[[], None]] = []
         self._drive_of: dict[DriveId, Medium] = {}
-        self._lost_power: set[DriveId] = set()
+        self._lost_power: set[tuple[SlabId, DriveId]] = set()
+        self._journal_lost = False  # all copies of the metadata have lost what was not flushed
         self._descriptors: dict[SlabId, SlabDescriptor] = {}
         self._slow_rng = Random(f"{seed}/slow")
         self._draw()
@@ -200,6 +201,7 @@ class World:
                 path = self._drive_of[drive].path
                 values[f"drives/{drive.hex()}"] = {"node": name, "path": path, "state": "ok"}
         self.store.transact([], [Put(key, pack_value(value)) for key, value in values.items()])
+        self.store.on_change[f"meta/{NAME}"] = self.metadata_changed
         self.store.transact([], [Put(f"meta/{NAME}", pack_descriptors([metadata]))])
 
     # -- faults ----------------------------------------------------------------------------------
@@ -249,7 +251,8 @@ class World:
 
     def power_lost(self, machine: Machine) -> None:
         """A machine's page cache is gone: slabs of which all in-sync copies have lost theirs may fall back."""
-        self._lost_power.update(drive for drive, medium in self._drive_of.items() if medium in machine.media)
+        drives = [drive for drive, medium in self._drive_of.items() if medium in machine.media]
+        self._lost_power.update((slab, drive) for slab in self._descriptors for drive in drives)
         self._check_power()
 
     def descriptors_changed(self, descriptors: list[SlabDescriptor]) -> None:
@@ -273,12 +276,27 @@ class World:
             raise Violation(f"slab {after.slab} epoch {after.epoch} has no in-sync copy (I1)")
         if after.epoch == before.epoch + 1 and not old & new:
             raise Violation(f"slab {after.slab} epoch {after.epoch} shares no copy with the one before (I1)")
-        self._lost_power -= new - old
+        self._lost_power.difference_update((after.slab, drive) for drive in new - old)
 
     def _check_power(self) -> None:
         for slab, descriptor in self._descriptors.items():
-            if all(member.drive in self._lost_power for member in descriptor.in_sync):
+            if all((slab, member.drive) in self._lost_power for member in descriptor.in_sync):
                 self.history.power_lost(slab)
+                self._journal_lost |= slab >= METADATA_SLAB_ID_MIN
+
+    def metadata_changed(self, change: Change) -> None:
+        """The cluster store has other descriptors of metadata slabs."""
+        if change.item is not None:
+            self.descriptors_changed(list(parse_descriptors(change.item).values()))
+
+    def journal_opened(self, descriptors: list[SlabDescriptor]) -> None:
+        """A new coordinator knows these. Changes that were not flushed may have been lost with all copies."""
+        if self._journal_lost:
+            self._journal_lost = False
+            for descriptor in descriptors:
+                self._descriptors[descriptor.slab] = descriptor
+            self._check_power()
+        self.descriptors_changed(descriptors)
 
     def owner_node(self) -> str | None:
         owner = item_map(self.store.items.get(f"owner/{NAME}")).get("node")
