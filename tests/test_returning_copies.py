@@ -1,5 +1,6 @@
 """Copies that come back, and copies that are made equal: what the simulator found, each told directly."""
 
+import errno
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,12 +10,13 @@ import trio
 
 from coordinator.slab_changes import SlabChanges
 from csvfs.block import slab_state
+from csvfs.block.drive import Drive
 from csvfs.block.served_drives import ServedDrives
-from csvfs.errors import Corrupt, CsvfsError, LeaseLost
+from csvfs.errors import Corrupt, CsvfsError, DriveFailed, LeaseLost
 from csvfs.ids import DriveId, Epoch, NodeName, SlabId
 from csvfs.wire.block_messages import ROLE_IN_SYNC, SlabDescriptor
 from tests.block_cluster import SLAB, BlockCluster, write
-from tests.drive_files import CLUSTER, DRIVE, POOL, make_drive, make_slab
+from tests.drive_files import CLUSTER, DRIVE, POOL, make_drive, make_slab, sums_of
 from tests.drive_files import write as write_copy
 
 BLOCK = bytes(range(256)) * 16
@@ -162,3 +164,20 @@ async def test_I4_a_write_does_not_overtake_an_earlier_one_that_fails_slowly(
     assert answers == [1, 2]
     assert landed[-1] == 2
     assert all(bytes(server.copy().read_blocks(0, 1)[1])[0] == 2 for server in cluster.servers[1:])
+
+
+def test_I7_a_write_that_failed_on_a_joining_copy_does_not_keep_the_pull_from_its_blocks(
+    tmp_path: Path,
+) -> None:
+    """Simulator seed 119: a full drive joined, and held zeros where an acknowledged write was missing."""
+    path, _ = make_drive(tmp_path / "d")
+    drive = Drive.open(path)
+    copy = make_slab(drive)
+    copy.joining_begin()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch("csvfs.block.slab_copy.os.pwrite", side_effect=full), pytest.raises(DriveFailed):
+        write_copy(copy, 3, BLOCK)
+    assert not copy.written_since_joining(3)
+    assert copy.apply_pulled_blocks(3, BLOCK, sums_of(copy, 3, BLOCK)) == 1
+    assert bytes(copy.read_blocks(3, 1)[1]) == BLOCK
+    drive.close()
