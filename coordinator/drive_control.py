@@ -81,7 +81,10 @@ class DriveControl:
         Returns  the (slab, drive) pairs where it did not succeed. Raises Fenced.
         """
         by_node: dict[NodeName, list[list[Any]]] = {}
+        alone: set[SlabId] = set()  # of the only in-sync copies: these go on even if their server started anew
         for descriptor in descriptors:
+            if len(descriptor.in_sync) == 1:
+                alone.add(descriptor.slab)
             for member in descriptor.writable:
                 item = [member.drive, descriptor.slab, descriptor.epoch, member.role]
                 by_node.setdefault(member.node, []).append(item)
@@ -89,18 +92,25 @@ class DriveControl:
         fenced: list[Fenced] = []
         async with trio.open_nursery() as nursery:
             for node, items in by_node.items():
-                nursery.start_soon(self._install_on_node, node, items, failures, fenced)
+                nursery.start_soon(self._install_on_node, node, items, alone, failures, fenced)
         if fenced:
             raise fenced[0]
         return failures
 
     async def _install_on_node(
-        self, node: NodeName, items: list[list[Any]], failures: Failures, fenced: list[Fenced]
+        self,
+        node: NodeName,
+        items: list[list[Any]],
+        alone: set[SlabId],
+        failures: Failures,
+        fenced: list[Fenced],
     ) -> None:
         for start in range(0, len(items), INSTALL_ITEMS_MAX):
             part = items[start : start + INSTALL_ITEMS_MAX]
+            numbers = [number for number, item in enumerate(part) if item[1] in alone]
             try:
-                answer = await self.call(node, "install", {"term": self.term, "items": part})
+                args = {"term": self.term, "items": part, "alone": numbers}
+                answer = await self.call(node, "install", args)
                 for drive, slab, reason in answer["refused"]:
                     failures[SlabId(slab), DriveId(drive)] = DriveFailed(str(reason))
             except Fenced as error:

@@ -2,7 +2,8 @@
 
 Place      coordinator floor; above restoration.py, resync.py, slab_changes.py, session_desk.py, below
            service.py.
-Tasks      one that follows the view and one that restores, so that a slow restoration delays no reaction.
+Tasks      one that follows the view and one that restores for each book, so that a slow restoration delays no
+           reaction, and one of data slabs not that of the metadata slabs, for which it may be waiting.
 """
 
 import logging
@@ -53,7 +54,8 @@ class MembershipReactions:
         self._suspects: set[NodeName] = set()
         self._reports: dict[DriveId, tuple[str, int]] = {}  # of drives, as their servers tell
         self._failed: set[DriveId] = set()  # to be dropped
-        self._look_due = trio.Event()
+        self._looks = 0  # occasions so far
+        self._look_due = trio.Event()  # replaced at each occasion
         self._drop_due = trio.Event()
         self._patience_ends = 0.0
         self._next_slab = 0  # ids from here on were given out by this coordinator
@@ -63,7 +65,7 @@ class MembershipReactions:
         back."""
         self._suspects.update(node for node in map(self._facts.node_of, drives) if node is not None)
         self._drop_due.set()
-        self._look_due.set()
+        self._look()
 
     async def run_forever(self) -> None:
         """Raises Fenced: another coordinator is at work."""
@@ -71,11 +73,12 @@ class MembershipReactions:
         self._known = self._servers()
         self._patience_ends = trio.current_time() + PATIENCE_S
         self._follow_drives()
-        self._look_due.set()
+        self._look()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_forever)
             nursery.start_soon(self._drop_forever)
-            nursery.start_soon(self._restore_forever)
+            for changes in self._books:
+                nursery.start_soon(self._restore_forever, changes)
 
     def _servers(self) -> dict[NodeName, Incarnation]:
         servers = ((node, self._facts.server(node)) for node in self._facts.drive_nodes())
@@ -89,7 +92,7 @@ class MembershipReactions:
                 self._gone.update(gone)
                 self._drop_due.set()
             if any(self._known.get(node) != incarnation for node, incarnation in servers.items()):
-                self._look_due.set()
+                self._look()
             if servers != self._known:
                 self._slabs.pool_changed()
             self._known = servers
@@ -106,7 +109,7 @@ class MembershipReactions:
                 self._failed.add(drive)
                 self._drop_due.set()
             elif not fault and (before[0] or (before[1] and opens != before[1])):
-                self._look_due.set()
+                self._look()
         if reports != self._reports:
             self._slabs.pool_changed()
         self._reports = reports
@@ -146,38 +149,51 @@ class MembershipReactions:
         except CsvfsError as error:
             log.warning("%s is not dropped yet: %s", what, error)
 
-    async def _restore_forever(self) -> None:
-        while True:
-            with trio.move_on_after(PERIOD_S):
-                await self._look_due.wait()
-            self._look_due = trio.Event()
-            await trio.sleep(SETTLE_S)
-            try:
-                again = await self._restore()
-            except Fenced:
-                raise
-            except CsvfsError as error:
-                log.warning("restoration waits: %s", error)
-                again = True
-            if again:
-                with trio.move_on_after(RETRY_S):
-                    await self._look_due.wait()
-                self._look_due.set()
+    def _look(self) -> None:
+        self._looks += 1
+        due, self._look_due = self._look_due, trio.Event()
+        due.set()
 
-    async def _restore(self) -> bool:
+    async def _wait_look(self, looked: int, timeout_s: float) -> int:
+        """Until there was an occasion after number `looked`, or `timeout_s` later; returns the number by then."""
+        with trio.move_on_after(timeout_s):
+            while self._looks == looked:
+                await self._look_due.wait()
+        return self._looks
+
+    async def _restore_forever(self, changes: SlabChanges) -> None:
+        """One such task for each book: a change of data slabs waits for as long as a metadata slab has no copy in
+        service, and that must be restored meanwhile."""
+        looked = 0
+        while True:
+            looked = await self._wait_look(looked, PERIOD_S)
+            await trio.sleep(SETTLE_S)
+            looked = self._looks
+            again = True
+            while again:
+                try:
+                    again = await self._restore(changes)
+                except Fenced:
+                    raise
+                except CsvfsError as error:
+                    log.warning("restoration waits: %s", error)
+                if again:
+                    looked = await self._wait_look(looked, RETRY_S)
+                    await trio.sleep(SETTLE_S)
+
+    async def _restore(self, changes: SlabChanges) -> bool:
         """One census and what follows from it; True: it has to be done again."""
         nodes = self._facts.drive_nodes()
         patience_over = trio.current_time() > self._patience_ends
-        since = {changes: changes.change_count for changes in self._books}
+        since = changes.change_count
         census = await take_census(
             self._control, self._facts, self._volume, nodes, patience_over=patience_over
         )
-        unsettled = 0
-        for changes in self._books:
-            unsettled += len(await restore(changes, census, since[changes]))
-            await forget_lost_copies(changes, census)
-            self._resync.add(changes, census.node_of)
-        await self._delete_strays(census)
+        unsettled = await restore(changes, census, since)
+        await forget_lost_copies(changes, census)
+        self._resync.add(changes, census.node_of)
+        if changes is self._books[-1]:
+            await self._delete_strays(census)
         return bool(unsettled) or any(
             node not in census.nodes for node in nodes if self._facts.server(node) is not None
         )

@@ -179,7 +179,9 @@ class Service:
         self._janitor.lowered(ino)
 
     async def _wait_durable(self) -> None:
-        await self.log.wait(self.log.position)
+        # On the media: an epoch that a power cut of all could take back would bring back the in-sync set before it,
+        # whose members may lack what was flushed since (I1).
+        await self.log.flush()
 
     async def _describe_forever(self) -> None:
         """Keep in the metadata what the cluster store says of the volume, so that the drives alone can tell."""

@@ -45,7 +45,10 @@ class SlabBook(Protocol):
         ...
 
     async def wait_durable(self) -> None:
-        """Until what `current` said before the call cannot un-happen any more."""
+        """Until what `current` said before the call cannot un-happen any more, not even by a power cut of all nodes.
+
+        Raises   what a flush raises: nothing is known.
+        """
         ...
 
 

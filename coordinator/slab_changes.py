@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from coordinator.drive_control import DriveControl
 from coordinator.slab_book import SlabBook
 from csvfs.block import slab_state
-from csvfs.errors import CsvfsError, Fenced, LastCopy, Unavailable
+from csvfs.errors import Corrupt, CsvfsError, Fenced, LastCopy, LeaseLost, Unavailable
 from csvfs.ids import DriveId, Epoch, NodeName, SlabId
 from csvfs.wire.block_messages import Member, SlabDescriptor
 
@@ -244,11 +244,20 @@ class SlabChanges:
         except Fenced:
             raise
         except CsvfsError as error:
-            if failing is not source and not await self._is_reachable(source.node):
-                failing = source  # the pull failed, but not for its target's fault
+            if failing is not source and await self._is_sources_fault(error, descriptor):
+                failing = source
             await self.failed(slab, descriptor.epoch, [failing.drive], f"cannot be made equal: {error}")
             return False
         return True
+
+    async def _is_sources_fault(self, error: CsvfsError, descriptor: SlabDescriptor) -> bool:
+        """Whether a pull failed because of the first in-sync member, which it reads from.
+
+        A block of it that rotted, or a node without its lease, must not cost the good copies one after the other.
+        """
+        if isinstance(error, Corrupt | LeaseLost):
+            return len(descriptor.in_sync) > 1
+        return not await self._is_reachable(descriptor.in_sync[0].node)
 
     async def _is_reachable(self, node: NodeName) -> bool:
         try:

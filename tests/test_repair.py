@@ -288,13 +288,13 @@ async def test_a_census_that_began_before_a_copy_was_made_takes_nothing_from_it(
             return census
 
         monkeypatch.setattr(membership_reactions, "take_census", slow_census)
-        service.members._look_due.set()
+        service.members._look()
         await taken.wait()
         await cluster.set_usage(retired, "retired")
         await wait_slabs(cluster, whole_without(cluster, retired))
         before = await descriptors(cluster)
         may_be_judged.set()
-        service.members._look_due.set()
+        service.members._look()
         with trio.fail_after(10):
             await judged.wait()
         assert await descriptors(cluster) == before, "nobody was dropped"

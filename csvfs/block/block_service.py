@@ -37,6 +37,7 @@ from csvfs.errors import (
     LeaseLost,
     ProtocolError,
     StaleEpoch,
+    Unavailable,
 )
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable
@@ -432,20 +433,38 @@ class BlockService:
             client.copies.clear()
 
     async def install(
-        self, served: ServedDrive, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: int
+        self,
+        served: ServedDrive,
+        volume: VolumeId,
+        slab: SlabId,
+        epoch: Epoch,
+        role: int,
+        term: int,
+        *,
+        alone: bool,
     ) -> None:
-        """Set a copy's epoch and role, and put it in service (I1: the epoch only grows)."""
+        """Set a copy's epoch and role, and put it in service (I1: the epoch only grows).
+
+        Args     alone: it is the slab's only in-sync copy.
+        Raises   Unavailable: it is not, and has not been in service since this process started: it may lack
+                 what was acknowledged since, so it has to leave the in-sync set and be resynced (I7).
+        """
         drive = served.opened()
         copy = self.drives.copy(served, volume, slab)
+        if role == ROLE_IN_SYNC and copy not in served.in_service and not alone:
+            raise Unavailable(
+                f"slab {slab} on drive {served.drive_id.hex()[:8]}: its server has started anew, so only a resync "
+                "makes it in sync again"
+            )
         if role == ROLE_IN_SYNC and copy not in served.in_service and drive.unclean:
-            # The coordinator says so only of the last copy: what a killed writer left torn becomes old or
-            # new. In a thread: after a power cut every chunk is active, and nobody uses a copy not in
-            # service.
+            # It is the last copy: what a killed writer left torn becomes old or new.
+            # In a thread: after a power cut every chunk is active, and nobody uses a copy not in service.
             torn = await trio.to_thread.run_sync(drive.adopt_torn, copy)
             if torn:
                 log.warning("slab %d on drive %s: %d torn blocks adopted", slab, served.path, torn)
-        if epoch > copy.epoch:
-            # A pull of this epoch must not undo what is written at it (I7), so that is noted from here on.
+        if epoch > copy.epoch or copy not in served.in_service:
+            # A pull of this epoch must not undo what is written at it (I7), so that is noted from here on. A copy
+            # not in service has taken nothing in the life of this process, even if it knows the epoch already.
             copy.joining_begin()
         drive.set_epoch(copy, epoch, role, Term(term))
         served.in_service.add(copy)

@@ -139,6 +139,8 @@ class Bus:
         self._incomplete.append(write)
         if state.parked:
             state.parked.append(write)  # behind those that wait already (I4)
+        elif state.failing:
+            self._park(write)  # behind those that will wait, once their last member has answered (I4)
         else:
             self._send(write)
 
@@ -180,7 +182,9 @@ class Bus:
             write.state.note_failure(drive, error, write.epoch)
         if write.remaining:
             return
-        if write.failed:
+        state = write.state
+        if write.failed or state.failing or (state.parked and state.parked[0].sequence < write.sequence):
+            # Failed, or given after one that did: that one is sent again, and must not land on top of this one (I4).
             self._park(write)
         else:
             write.complete = True
@@ -243,6 +247,12 @@ class Bus:
                     await trio.sleep(delay_s)
                     delay_s = min(2 * delay_s, REPAIR_RETRY_S_MAX)
                     continue
+                for write in self._incomplete:
+                    # Sent, and not answered by all: it may still fail. What was given after it must not overtake it.
+                    if write.state is state and write.remaining and not write.complete:
+                        write.attempt += 1  # whatever is answered to the earlier sending does not count
+                        write.remaining = 0
+                        state.park(write)
                 parked = state.take_parked()
                 for index, write in enumerate(parked):
                     if state.parked:  # failed again at once; the rest keeps its order behind it

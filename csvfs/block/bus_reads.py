@@ -140,7 +140,8 @@ class Reader:
         except (Unavailable, Corrupt) as error:
             before = self._bus.descriptor(slab)
             after = await self._bus.ask_owner(slab, str(error))
-            if before is not None and after.epoch == before.epoch:
+            # Even the same epoch may be readable now: the owner has installed it before it answered.
+            if isinstance(error, Corrupt) and before is not None and after.epoch == before.epoch:
                 raise
             return await self._read_members(slab, block, count)
 

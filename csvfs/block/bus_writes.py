@@ -104,6 +104,11 @@ class SlabState:
         if epoch == self.descriptor.epoch:
             self._failures[drive] = error
 
+    @property
+    def failing(self) -> bool:
+        """Whether a member has answered badly at this epoch and nobody has dealt with it yet."""
+        return bool(self._failures)
+
     def take_failures(self, epoch: int) -> dict[DriveId, CsvfsError]:
         """What members answered badly at `epoch` since the last call."""
         failures, self._failures = self._failures, {}

@@ -153,14 +153,17 @@ class DriveCalls:
     async def install(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         volume = _client(link).volume
+        alone = set(optional_field(args, "alone", list) or ())
         refused = []
-        for row in self._rows(args, 4):
+        for number, row in enumerate(self._rows(args, 4)):
             drive_id, slab, epoch, role = row
             try:
                 served = self._service.drives.by_id(DriveId(drive_id))
                 if role not in (ROLE_IN_SYNC, ROLE_JOINING) or not isinstance(epoch, int):
                     raise BadRequest(f"role {role!r} at epoch {epoch!r} cannot be installed")
-                await self._service.install(served, volume, SlabId(slab), Epoch(epoch), role, term)
+                await self._service.install(
+                    served, volume, SlabId(slab), Epoch(epoch), role, term, alone=number in alone
+                )
             except CsvfsError as error:
                 refused.append([drive_id, slab, str(error)])
         return {"refused": refused}

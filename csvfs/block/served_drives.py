@@ -145,11 +145,20 @@ class ServedDrives:
         return copy
 
     def close(self, *, clean: bool = True) -> None:
-        """Flush and close every drive cleanly; one that fails is logged and stays marked as not clean."""
+        """Flush and close every drive cleanly; one that fails is logged and stays marked as not clean.
+
+        A drive found unclean stays so until all its copies have been put in service: what is torn in the others
+        is made good only then, and only of a drive that is known to be unclean (BlockService.install).
+        """
         for served in self._by_index:
             if served.drive is not None:
+                drive = served.drive
                 try:
-                    served.drive.close(clean=clean)
+                    if clean and drive.unclean and not served.in_service.issuperset(drive.slabs()):
+                        drive.flush()
+                        drive.close(clean=False)
+                    else:
+                        drive.close(clean=clean)
                 except (CsvfsError, OSError) as error:
                     log.error("drive %s was not closed cleanly: %s", served.path, error)
                 served.drive = None

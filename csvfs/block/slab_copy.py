@@ -26,7 +26,7 @@ from crc32c import crc32c
 from csvfs.block.layout import BLOCKS_PER_CHUNK
 from csvfs.block.medium import punch_hole
 from csvfs.block.slot_tables import SlotTables, any_bits, clear_bits, set_bits
-from csvfs.errors import BadRequest, Corrupt
+from csvfs.errors import BadRequest, Corrupt, DriveFailed
 from csvfs.ids import Epoch, SlabId, Term, VolumeId
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import NEVER_WRITTEN, ZERO_BLOCK, slab_seed
@@ -147,7 +147,11 @@ class SlabCopy:
             self._check_range(block, count)
             raise BadRequest(f"{len(data)} bytes of data for {count} checksums")
         self._mark(tables, block, end, self.epoch)
-        self._store(tables, block, end, data, checksums)
+        try:
+            self._store(tables, block, end, data, checksums)
+        except DriveFailed:
+            self._not_written(block, end)
+            raise
         self._drive.counters.writes += 1
 
     def _mark(self, tables: SlotTables, block: int, end: int, epoch: int) -> None:
@@ -162,6 +166,11 @@ class SlabCopy:
                 epochs[chunk] = epoch
         if self._since_joining is not None:
             set_bits(self._since_joining, block, end)
+
+    def _not_written(self, block: int, end: int) -> None:
+        """A write failed (a full file system): a pull must not take these blocks for newer ones, and skip them."""
+        if self._since_joining is not None:
+            clear_bits(self._since_joining, block, end)
 
     def _store(self, tables: SlotTables, block: int, end: int, data: Data, checksums: Data) -> None:
         try:
@@ -195,7 +204,11 @@ class SlabCopy:
         tables = self._open()
         self._check_range(block, count)
         self._mark(tables, block, block + count, self.epoch)
-        self._erase(tables, block, block + count)
+        try:
+            self._erase(tables, block, block + count)
+        except DriveFailed:
+            self._not_written(block, block + count)
+            raise
 
     def _erase(self, tables: SlotTables, block: int, end: int) -> None:
         clear_bits(tables.written, block, end)
