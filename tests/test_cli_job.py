@@ -31,9 +31,9 @@ def test_a_drive_is_retired_and_used_again_by_command(pool: Cluster) -> None:
     drive = drive_of(pool, "n2")
     assert "retired and being emptied" in pool.run("drive", "retire", drive[:8]).stdout
     assert pool.value(f"drives/{drive}")["usage"] == "retired"
-    assert next(row["state"] for row in pool.json("drive", "list") if row["id"] == drive) == "retired"
+    assert next(row["usage"] for row in pool.json("drive", "list") if row["id"] == drive) == "retired"
     assert pool.json("drive", "retire", "--undo", "/n2/0")["usage"] == "auto"
-    assert next(row["state"] for row in pool.json("drive", "list") if row["id"] == drive) == "ok"
+    assert next(row["usage"] for row in pool.json("drive", "list") if row["id"] == drive) == "auto"
 
 
 def test_volumes_are_not_created_on_drives_that_are_retired(pool: Cluster) -> None:

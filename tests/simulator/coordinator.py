@@ -147,7 +147,7 @@ class SimService:
         self.facts = host.facts
         self.nursery: trio.Nursery | None = None
         self.ready = False
-        self.resync = Resync(setup.slab_size)
+        self.resync = Resync(setup.name, setup.slab_size, lambda: False)
         self.sessions: dict[SessionKey, Session] = {}
         self.newest: dict[str, int] = {}
         self._evictions: dict[SessionKey, trio.Event] = {}

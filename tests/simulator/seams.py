@@ -15,12 +15,16 @@ import trio
 import trio._core._run as trio_run
 
 import csvfs.block.block_service
+import csvfs.block.bus_reads
 import csvfs.block.drive
 import csvfs.block.drive_server
 import csvfs.block.local_reader
 import csvfs.block.medium
+import csvfs.block.medium_check
+import csvfs.block.member_latency
 import csvfs.block.open_tables
 import csvfs.block.pull
+import csvfs.block.served_drives
 import csvfs.block.server_links
 import csvfs.block.slab_copy
 import csvfs.block.slot_table
@@ -40,6 +44,8 @@ _OS_MODULES = (
     csvfs.block.superblock,
     csvfs.block.medium,
     csvfs.block.local_reader,
+    csvfs.block.medium_check,
+    csvfs.block.served_drives,
 )
 
 
@@ -49,6 +55,9 @@ class _Time:
 
     def monotonic_ns(self) -> int:
         return int(self._clock.now * 1e9)
+
+    def monotonic(self) -> float:
+        return self._clock.now
 
 
 async def _connect(engine: Any, address: Any, *, timeout_s: float) -> Any:
@@ -75,6 +84,10 @@ def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[...
         put(csvfs.block.block_service, "Flusher", SimFlusher)
         put(csvfs.block.drive_server, "Listener", SimListener)
         put(csvfs.block.server_links, "monotonic_ns", time.monotonic_ns)
+        put(csvfs.block.bus_reads, "monotonic", time.monotonic)
+        put(csvfs.block.member_latency, "monotonic", time.monotonic)
+        put(csvfs.block.block_service, "perf_counter", time.monotonic)
+        put(csvfs.block.block_service, "perf_counter_ns", time.monotonic_ns)
         put(csvfs.net.link, "time", time)
         put(trio.to_thread, "run_sync", slow_call)
         put(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)

@@ -12,6 +12,7 @@ from typing import Any
 from csvfs.block.block_service import BlockService
 from csvfs.block.drive_calls import DriveCalls
 from csvfs.block.drive_server import DriveServer
+from csvfs.block.drive_watch import DriveWatch
 from csvfs.block.flusher import Flushed, Flusher
 from csvfs.errors import CsvfsError, DriveFailed
 from tests.simulator.network import ProcessKilled
@@ -35,6 +36,9 @@ class SimDriveServer(DriveServer):
             engine, process.node, process.world.cluster, process.incarnation, process.may_serve
         )
         self.calls = DriveCalls(self.service, engine)
+        self.watch = DriveWatch(self.service, self._publish)
+        self._key = {}
+        self._lease = 0
         self._pool = None
         self._rows = {}
         process.on_killed = lambda: self.service.close(clean=False)
