@@ -161,6 +161,9 @@ class Service:
         self._health = Health([book, data_book], self.healing.wanted)
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
+        self._register_calls()
+
+    def _register_calls(self) -> None:
         self._async_calls: dict[str, Callable[[Session, Args], Awaitable[Reply]]] = {
             "reclaim": self._reclaim,
             "statfs": self._statfs_later,
