@@ -52,7 +52,7 @@ def test_a_drive_is_retired_removed_and_reset_under_fio_and_fio_sees_nothing(lab
     wait_for(lambda: sum(used(row) for row in drives(lab, "n2")) > 0, within_s=15)
     full = max(drives(lab, "n2"), key=used)
     lab.run("n1", "csvfs", "drive", "retire", full["id"][:8])
-    assert next(row for row in drives(lab, "n2") if row["id"] == full["id"])["state"] == "retired"
+    assert next(row for row in drives(lab, "n2") if row["id"] == full["id"])["usage"] == "retired"
     lab.run("n1", "csvfs", "job", "watch")
 
     def is_empty() -> bool:
@@ -61,7 +61,7 @@ def test_a_drive_is_retired_removed_and_reset_under_fio_and_fio_sees_nothing(lab
     wait_for(is_empty, within_s=40)
     wait_for(lambda: is_healthy(lab), within_s=20)
     lab.run("n2", "csvfs", "drive", "reset", full["path"])
-    assert all(row["id"] != full["id"] and row["state"] == "ok" for row in drives(lab, "n2"))
+    assert all(row["id"] != full["id"] and row["state"] == "OK" for row in drives(lab, "n2"))
     assert len(drives(lab, "n2")) == 2
     joined = next(row for row in drives(lab, "n2") if row["path"] == full["path"])
     out = lab.run("n2", "csvfs", "drive", "remove", "--yes", joined["path"])
@@ -77,4 +77,4 @@ def test_the_last_drive_of_a_node_cannot_be_removed_and_the_shortage_is_said(lab
     (left,) = drives(lab, "n2")
     result = lab.run("n2", "sh", "-c", f"csvfs drive remove --yes {left['path']} 2>&1 || true").decode()
     assert "there is no place in another fault domain" in result
-    assert drives(lab, "n2")[0]["state"] == "ok"
+    assert drives(lab, "n2")[0]["state"] == "OK"
