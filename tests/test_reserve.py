@@ -72,7 +72,7 @@ async def fill(mount):
 async def test_a_full_pool_loses_nothing_keeps_its_reserve_and_takes_writes_again_after_a_delete(cluster):
     service = await cluster.wait_serving()
     mount = await cluster.mount("n2")
-    with trio.fail_after(30):
+    with trio.fail_after(120):
         contents = await fill(mount)
     assert len(contents) > 10
     await service.slabs.refresh_spaces()
