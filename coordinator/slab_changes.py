@@ -11,6 +11,8 @@ Invariants
 import logging
 from collections.abc import Callable, Collection, Iterable
 
+import trio
+
 from coordinator.drive_control import DriveControl
 from coordinator.slab_book import SlabBook
 from csvfs.block import slab_state
@@ -35,6 +37,7 @@ class SlabChanges:
         self.change_count = 0  # grows with every `note_change`
         self._changed_at: dict[SlabId, int] = {}
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
+        self._equalizing = trio.Lock()
 
     async def failed(
         self, slab: SlabId, epoch: Epoch, drives: Collection[DriveId], reason: str
@@ -212,6 +215,12 @@ class SlabChanges:
         Args    lost: slabs of which no in-sync copy can be reached are added here, and left as they are.
         Raises  LastCopy (without `lost`), Unavailable: not now; call again. Fenced.
         """
+        # One at a time: each begins a new epoch, at which the pulls of the other are over; two sessions evicted at
+        # once kept each other from ending.
+        async with self._equalizing:
+            await self._equalize(chunks, lost)
+
+    async def _equalize(self, chunks: dict[SlabId, set[int]], lost: list[SlabId] | None) -> None:
         pending = list(chunks)
         while pending:
             part, pending = pending[:SLABS_PER_CHANGE_MAX], pending[SLABS_PER_CHANGE_MAX:]

@@ -1,4 +1,4 @@
-"""Power cuts: what was flushed is there, and every block is old or new, never a third thing (issue 3, "Shown by" 2).
+"""Power cuts: what was flushed is there, and every block is old or new, never a third thing.
 
 Drives are the real Drive over a simulated page cache (tests/simulator/medium.py): at a cut the medium has what the last
 flush put there, and an arbitrary subset of the pages of 4 KiB that were written since, data and tables alike.
