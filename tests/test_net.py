@@ -159,3 +159,24 @@ async def test_a_unix_socket_left_by_a_killed_process_is_replaced(server, tmp_pa
     Server(engine, nursery, path)
     link = await connect(engine, path, timeout_s=5)
     assert await link.call("echo", {"value": 5}, timeout_s=5) == 5
+
+
+async def test_an_engine_that_waits_for_hot_io_still_lets_other_tasks_run(server, monkeypatch):
+    """While requests are hot the engine waits in its own epoll; timers and tasks must go on meanwhile."""
+    _, link, engine = server
+    monkeypatch.setattr("csvfs.net.engine.HOT_NS", 2_000_000)
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        for _ in range(20):
+            await trio.sleep(0.001)
+            ticks += 1
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tick)
+            for value in range(200):
+                engine.hot()
+                assert await link.call("echo", {"value": value}, timeout_s=5) == value
+    assert ticks == 20
