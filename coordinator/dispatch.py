@@ -39,7 +39,7 @@ class NeedsSpaceError(Conflict):
     """An allocation has to wait for `blocks` free blocks."""
 
     def __init__(self, blocks: int) -> None:
-        super().__init__(f"{blocks} blocks are missing")
+        super().__init__(f"{blocks} free blocks are needed")
         self.blocks = blocks
 
 
@@ -230,17 +230,18 @@ class Dispatch:
         count = arguments.number(args, "count", 1, ALLOCATE_BLOCKS_MAX)
         size, mtime_ns = arguments.number_or_zero(args, "size"), arguments.number_or_zero(args, "mtime_ns")
         end = block + count
-        # From where on there may be holes, and how many blocks were missing: as the last transaction found
-        # it.
-        start, reached, missing = block, block, 0
+        # From where on there may be holes, and how many blocks must be free, if too few are: as the last
+        # transaction found it.
+        start, reached, needed = block, block, 0
 
         def apply() -> Value | None:
-            nonlocal missing, reached
+            nonlocal needed, reached
             self._operations.check_holds(session.key, ino, WRITE)
             now_ns = self._operations.now_ns()
             allocated = self._metadata.allocate(ino, start, end - start, size, mtime_ns, now_ns)
-            missing = allocated.missing
-            reached = start if missing else max(start, allocated.reached)
+            # In all, not how many more: by the time somebody looks, others may have freed or taken some.
+            needed = allocated.missing and allocated.missing + self._metadata.statfs().free_blocks
+            reached = start if needed else max(start, allocated.reached)
             if reached < end:
                 return None
             known = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)
@@ -259,8 +260,8 @@ class Dispatch:
                 done(None, error)
             elif outcome.reply is not None:
                 done(Reply(outcome.reply), None)
-            elif missing:
-                done(None, NeedsSpaceError(missing))
+            elif needed:
+                done(None, NeedsSpaceError(needed))
             else:
                 start = reached
                 self._batches.submit(transaction, None, durable)
@@ -270,7 +271,7 @@ class Dispatch:
 
     async def make_space(self, blocks: int) -> None:
         """After NeedsSpaceError, before the allocation begins anew. Raises NoSpace."""
-        await self._slabs.ensure_free(self._metadata.statfs().free_blocks + blocks)
+        await self._slabs.ensure_free(blocks)
 
     def release(self, session: Session, args: Args) -> Reply:
         for ino, kind in arguments.rows(args, "items", 2, RELEASE_ITEMS_MAX):

@@ -80,6 +80,10 @@ class SlabManager:
         self._wanted_blocks = 0
         self._grow_due = trio.Event()
         self._grown = trio.Event()  # replaced at the end of every round
+        self._rounds_begun = 0  # of growing
+        self._growing = False  # such a round is under way
+        self._gains = 0  # grows whenever space came free: in the volume, or in the pool by an empty slab
+        self._giving_back = 0  # blocks of slabs that are on their way back to the pool
         self._shortage: NoSpace | None = None  # why the last round could not give more
         self.pool_spaces: list[DriveSpace] = []
         self.served_spaces: list[DriveSpace] = []  # also of drives that take no new slabs
@@ -100,24 +104,33 @@ class SlabManager:
 
         Raises  NoSpace: neither the pool nor, once trimmed, the volume itself has so many.
         """
-        deadline = trio.current_time() + TRIM_WAIT_S
+        gains, deadline = self._gains, trio.current_time() + TRIM_WAIT_S
+        while not await self._has_after_growing(blocks):
+            if self._shortage is None or await self._trim_once():
+                continue
+            if gains != self._gains:  # since the round looked, or it looked too early
+                gains, deadline = self._gains, trio.current_time() + TRIM_WAIT_S
+            elif not self._freed_blocks() or trio.current_time() >= deadline:
+                raise NoSpace(str(self._shortage))
+            else:
+                await trio.sleep(TRIM_POLL_S)  # what was deleted is being trimmed by another task
+
+    async def _has_after_growing(self, blocks: int) -> bool:
+        """Whether so many are free now, or after a round of growing that began after this call."""
+        begun = self._rounds_begun
         while self._metadata.statfs().free_blocks < blocks:
+            if self._rounds_begun > begun and not self._growing:
+                return False
             self._wanted_blocks = max(self._wanted_blocks, blocks)
             grown = self._grown
             self._grow_due.set()
             await grown.wait()
-            if self._metadata.statfs().free_blocks >= blocks:
-                return
-            if self._shortage is None or await self._trim_once():
-                continue
-            if not self._freed_blocks() or trio.current_time() >= deadline:
-                raise NoSpace(str(self._shortage))
-            await trio.sleep(TRIM_POLL_S)  # what was deleted is being trimmed by another task
+        return True
 
     def _freed_blocks(self) -> int:
-        """Blocks that no file has any more, and that are not free yet."""
+        """Blocks that no file has any more, and that are free neither in the volume nor in the pool yet."""
         statistics = self._metadata.statfs()
-        return statistics.slab_blocks - statistics.used_blocks - statistics.free_blocks
+        return statistics.slab_blocks - statistics.used_blocks - statistics.free_blocks + self._giving_back
 
     def pool_changed(self) -> None:
         """Drive servers came or went."""
@@ -132,10 +145,13 @@ class SlabManager:
         """Raises Fenced, and what ends the batches."""
         while True:
             self._grow_due = trio.Event()
-            await self.refresh_spaces()
+            self._rounds_begun += 1
+            self._growing = True
             try:
+                await self.refresh_spaces()
                 await self._grow()
             finally:
+                self._growing = False
                 grown, self._grown = self._grown, trio.Event()
                 grown.set()
             if not self._wanted_blocks:
@@ -374,6 +390,7 @@ class SlabManager:
             self._metadata.trims_failed(failed)
         self._metadata.trims_done(done)
         await self._batches.run(lambda: None)  # the batch that makes them free
+        self._gains += 1
         self.on_trimmed()
         return bool(done)
 
@@ -406,10 +423,14 @@ class SlabManager:
             return
         for slab in self._metadata.empty_slabs(min(SLABS_AT_ONCE, surplus // self.slab_blocks)):
             descriptor = self._changes.book.current(slab)
+            self._giving_back += self.slab_blocks
             try:
                 await self._batches.run(partial(self._metadata.remove_slab, slab))
+                self._changes.forget(slab)
+                for member in descriptor.members:
+                    await self.delete_copy(slab, member.node, member.drive)
             except Conflict:
                 continue  # somebody took blocks of it just now
-            self._changes.forget(slab)
-            for member in descriptor.members:
-                await self.delete_copy(slab, member.node, member.drive)
+            finally:
+                self._giving_back -= self.slab_blocks
+                self._gains += 1
