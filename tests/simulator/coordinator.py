@@ -71,9 +71,16 @@ class Host:
             await self._elect_forever()
 
     async def _watch_liveness_forever(self) -> None:
-        while self.process.may_serve():
-            await self.world.events_queue.sleep(LIVENESS_S)
-            await self.process.gate()
+        lost = trio.Event()
+
+        def look() -> None:
+            if self.process.may_serve() or self.process.paused:
+                self.world.events_queue.after(LIVENESS_S, look)
+            else:
+                lost.set()
+
+        look()
+        await lost.wait()
         raise LeaseLost(f"node {self.process.node} lost its lease")
 
     async def _elect_forever(self) -> None:
@@ -203,7 +210,7 @@ class SimService:
         book = DataBook(self.journal, self.commit, self._wait_durable)  # type: ignore[arg-type]
         self.changes = SlabChanges(book, self.control)
         self.eviction = Eviction(self.changes, self.control, self.facts)
-        for key in self.journal.sessions:
+        for key in sorted(self.journal.sessions):
             self.sessions[key] = Session(0, (NodeName(key[0]), Incarnation(key[1])))
 
     def _begin(self, nursery: trio.Nursery) -> None:
