@@ -23,11 +23,11 @@ from coordinator.sessions import Session
 from coordinator.slab_book import DataBook, MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
-from coordinator.takeover import secure_metadata_slabs
+from coordinator.takeover import bring_members_back, secure_metadata_slabs
 from csvfs.block.bus import Bus
 from csvfs.cluster.election import decide, release_ownership, take_ownership
 from csvfs.cluster.membership import View, keep_view_forever
-from csvfs.errors import CsvfsError, Disconnected, Fenced, LeaseLost, NotCoordinator, Unavailable
+from csvfs.errors import Corrupt, CsvfsError, Disconnected, Fenced, LeaseLost, NotCoordinator, Unavailable
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId
 from csvfs.net.calls import CallTable
 from csvfs.net.link import Link
@@ -201,7 +201,11 @@ class SimService:
 
     async def _open_journal(self, bus: Bus) -> None:
         slab = self.book.slabs[0]
-        data = bytes(await bus.read(slab, 1, BLOCKS))
+        try:
+            data = bytes(await bus.read(slab, 1, BLOCKS))
+        except Corrupt:  # as serving.py
+            await bring_members_back(self.metadata_changes)
+            data = bytes(await bus.read(slab, 1, BLOCKS))
         blocks = [data[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE] for index in range(BLOCKS)]
         self.journal = Journal(blocks)
         self.world.trace(f"{self.process.name} opened the journal at commit {self.journal.commit}")

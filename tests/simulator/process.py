@@ -14,7 +14,7 @@ import trio
 from csvfs.cluster.election import release_host
 from csvfs.cluster.liveness import serve_until_ns
 from csvfs.cluster.membership import item_map
-from csvfs.errors import CsvfsError, NotFound, Unavailable, leaves
+from csvfs.errors import CsvfsError, leaves
 from csvfs.ids import Incarnation, NodeName
 from csvfs.store.interface import Compare, Delete, Put
 from csvfs.wire.control import pack_value

@@ -23,7 +23,7 @@ from csvfs.block.slab_state import new_slab
 from csvfs.block.slot_table import format_slot_table
 from csvfs.block.superblock import Superblock, write_superblock
 from csvfs.cluster.membership import item_map
-from csvfs.errors import CsvfsError
+from csvfs.errors import CsvfsError, Fenced
 from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, Epoch, NodeName, PoolId, SlabId, Term, VolumeId
 from csvfs.store.interface import Change, Put
 from csvfs.units import MIB
@@ -312,6 +312,20 @@ class World:
             if (number * 4096 - medium.layout.data_offset) % SLAB_SIZE // 4096 == within
         }
 
+    def has_equal(self, medium: Medium, page: int) -> bool:
+        """Whether another drive has the same content at the same place of the slab: what only one has must not rot."""
+        content, within = medium.pages[page], self._within_slab(medium, page)
+        return any(
+            data == content and self._within_slab(other, number) == within
+            for other in self._drive_of.values()
+            if other is not medium
+            for number, data in other.pages.items()
+        )
+
+    @staticmethod
+    def _within_slab(medium: Medium, page: int) -> int:
+        return (page * 4096 - medium.layout.data_offset) % SLAB_SIZE // 4096
+
     # -- the run ---------------------------------------------------------------------------------
 
     async def slow_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -397,7 +411,11 @@ class World:
             if process is None or writer is None or not process.alive:
                 await trio.sleep(0.2)
                 continue
-            await writer.hold(region.number, region.slab)
+            try:
+                await writer.hold(region.number, region.slab)
+            except Fenced:  # it was stopped for too long
+                await trio.sleep(0.2)
+                continue
             try:
                 for block in region.blocks:
                     key = (region.slab, block)
