@@ -94,6 +94,9 @@ class Process:
             return
         self.alive = False
         self.on_killed()
+        if self.role == "server":
+            for medium in self.machine.media:
+                medium.locked_by = None  # the kernel closes what a dead process had open
         links, self.links = list(self.links), {}
         for link in links:
             link.die(quietly=quietly)

@@ -31,7 +31,9 @@ import csvfs.block.slab_copy
 import csvfs.block.slot_table
 import csvfs.block.slot_tables
 import csvfs.block.superblock
+import csvfs.block.writer_marks
 import csvfs.net.link
+from csvfs.block.writer_marks import REST_S
 from tests.simulator.clock import SimClock
 from tests.simulator.medium import SimMmap, SimOs
 from tests.simulator.network import SimListener
@@ -74,8 +76,11 @@ def _events(manager: Any, timeout: float) -> Any:
 
 
 @contextmanager
-def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[..., Any]) -> Iterator[None]:
-    """Run with simulated files, sockets and time. `slow_call`: in place of trio.to_thread.run_sync."""
+def installed(
+    clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[..., Any], *, rest_s: float = REST_S
+) -> Iterator[None]:
+    """Run with simulated files, sockets and time. `slow_call`: in place of trio.to_thread.run_sync. `rest_s`: as
+    REST_S of writer_marks.py, which is longer than most runs."""
     time = _Time(clock)
     with ExitStack() as stack:
 
@@ -98,6 +103,7 @@ def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[...
         put(csvfs.block.block_service, "perf_counter", time.monotonic)
         put(csvfs.block.block_service, "perf_counter_ns", time.monotonic_ns)
         put(csvfs.net.link, "time", time)
+        put(csvfs.block.writer_marks, "REST_S", rest_s)
         put(trio.to_thread, "run_sync", slow_call)
         put(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         put(trio_run, "_r", random.Random(seed))
