@@ -39,6 +39,7 @@ class TestCluster:
         self.drive_retire_ms = 900_000
         self.hosts: dict[str, Host] = {}
         self._host_scopes: dict[str, trio.CancelScope] = {}
+        self._running_hosts = 0
         self._incarnation = 100
         names = [f"n{index}" for index in range(1, nodes + 1)]
         self.servers = {
@@ -48,6 +49,7 @@ class TestCluster:
         self.serving: dict[str, bool] = dict.fromkeys(names, True)
 
     async def start(self) -> "TestCluster":
+        self.nursery.start_soon(self._close_store_at_the_end)
         self.lease = await self.store.grant_lease(600_000)
         await self.store.put("cluster", pack_value({"id": CLUSTER, "name": "test"}))
         await self.store.put("pool", pack_value({"id": POOL, "name": "pool", "slab_size": SLAB_SIZE}))
@@ -57,6 +59,18 @@ class TestCluster:
             await self.start_node(name)
             await self.start_server(name)
         return self
+
+    async def _close_store_at_the_end(self) -> None:
+        """Hosts that end use it still."""
+        store = self.store
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                while self._running_hosts:
+                    await trio.sleep(0.001)
+                await store.close()
+                await self.store.close()  # a test may have replaced it
 
     def format(self, name: str) -> None:
         """Its drive has nothing on it any more, but its id."""
@@ -154,11 +168,16 @@ class TestCluster:
         return host
 
     async def _run_host(self, name: str, host: Host, started: trio.Event) -> None:
-        with trio.CancelScope() as scope:
-            self._host_scopes[name] = scope
-            async with trio.open_nursery() as nursery:
-                await nursery.start(host.run)
-                started.set()
+        self._running_hosts += 1
+        try:
+            with trio.CancelScope() as scope:
+                self._host_scopes[name] = scope
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(host.run)
+                    started.set()
+        finally:
+            host.engine.close()
+            self._running_hosts -= 1
 
     async def kill_host(self, name: str) -> None:
         """As kill -9: its tasks end, its sockets close, the node's `run` buries it."""
@@ -277,18 +296,25 @@ class Mount:
 
     async def _run(self) -> None:
         assert self.bus is not None
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.engine.run_forever)
-                nursery.start_soon(self.bus.run_forever)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.engine.run_forever)
+                    nursery.start_soon(self.bus.run_forever)
+        finally:
+            self._close_links()
+            self.engine.close()
 
     def kill(self) -> None:
         """As kill -9 of the process."""
         self._scope.cancel()
+        self._close_links()
+
+    def _close_links(self) -> None:
         if self.link is not None:
             self.link.close()
         if self.bus is not None:
-            self.bus.links.close()
+            self.bus.close()
 
     def _server(self, node: NodeName) -> ServerAddress | None:
         server = self.cluster.servers[node]
