@@ -127,7 +127,7 @@ class Owner:
     async def commit(self, descriptor: SlabDescriptor) -> None:
         for member in descriptor.writable:
             items = [[member.drive, descriptor.slab, descriptor.epoch, member.role]]
-            answer = await self.links.call(member.node, "install", {"term": 1, "items": items}, timeout_s=5)
+            answer = await self.links.call(member.node, "install", {"term": 1, "items": items}, timeout_s=60)
             assert answer["refused"] == []
         self.descriptors[descriptor.slab] = descriptor
 
@@ -148,7 +148,7 @@ class Owner:
             "term": 1,
             "source": {"address": "127.0.0.1", "port": source.port, "drive": source.drive_id},
         }
-        pulled = await self.links.call(server.node, "pull", args, timeout_s=30)
+        pulled = await self.links.call(server.node, "pull", args, timeout_s=60)
         async with self._changing:
             assert self.descriptors[slab] == joining
             await self.commit(complete_joining(joining, server.drive_id))
@@ -217,7 +217,7 @@ class BlockCluster:
         self.owner.descriptors[slab] = SlabDescriptor(slab, Epoch(1), members)
         for server in self.servers:
             args = {"drive": server.drive_id, "slab": slab, "epoch": 1, "term": 1}
-            await self.owner.links.call(server.node, "create_slab", args, timeout_s=5)
+            await self.owner.links.call(server.node, "create_slab", args, timeout_s=60)
 
 
 async def write(bus: Bus, block: int, data: bytes, slab: SlabId = SLAB) -> None:

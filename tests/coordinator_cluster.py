@@ -1,6 +1,7 @@
 """A small cluster in one process: real store, drive servers and coordinator hosts over loopback; simple
 mounts."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ from coordinator.slab_book import MetadataBook, parse_descriptors
 from csvfs.block.bus import Bus
 from csvfs.block.formatting import format_drive
 from csvfs.block.server_links import ServerAddress, ServerLinks
-from csvfs.errors import CsvfsError, NotCoordinator, Unavailable
+from csvfs.errors import CsvfsError, Fenced, NotCoordinator, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, connect
@@ -37,6 +38,9 @@ class TestCluster:
         self.store = EmbeddedStore(path / "store.db")
         self.lease = 0
         self.drive_retire_ms = 900_000
+        # Long, for a test that is about something else: on a busy machine this thread stands still for long too.
+        self.recall_timeout_ms = 20_000
+        self.reclaim_timeout_ms = 20_000
         self.hosts: dict[str, Host] = {}
         self._host_scopes: dict[str, trio.CancelScope] = {}
         self._running_hosts = 0
@@ -157,17 +161,26 @@ class TestCluster:
             NodeName(name), "127.0.0.1", 0,
             unix_path=None, store=self.store, cluster=CLUSTER, lease=self.lease,
             incarnation=Incarnation(self._incarnation), may_serve=lambda: self.serving[name],
-            recall_timeout_ms=300, reclaim_timeout_ms=300, write_timeout_ms=2000,
+            recall_timeout_ms=self.recall_timeout_ms, reclaim_timeout_ms=self.reclaim_timeout_ms,
+            write_timeout_ms=20_000,
             drive_retire_ms=self.drive_retire_ms,
             serve=partial(serve_volume, make_reader=self.make_reader, rng=Random(1)), rng=Random(1),
         )  # fmt: skip
+        links: list[Link] = []
+        accept = host._accept
+
+        def note(link: Link) -> None:
+            links.append(link)
+            accept(link)
+
+        host._accept = note  # type: ignore[method-assign]
         started = trio.Event()
-        self.nursery.start_soon(self._run_host, name, host, started)
+        self.nursery.start_soon(self._run_host, name, host, links, started)
         await started.wait()
         self.hosts[name] = host
         return host
 
-    async def _run_host(self, name: str, host: Host, started: trio.Event) -> None:
+    async def _run_host(self, name: str, host: Host, links: list[Link], started: trio.Event) -> None:
         self._running_hosts += 1
         try:
             with trio.CancelScope() as scope:
@@ -176,6 +189,8 @@ class TestCluster:
                     await nursery.start(host.run)
                     started.set()
         finally:
+            for link in links:
+                link.close()
             host.engine.close()
             self._running_hosts -= 1
 
@@ -204,7 +219,7 @@ class TestCluster:
         item = await self.store.get(f"volumes/{NAME}")
         return {} if item is None else unpack_value(item.value)
 
-    async def wait_serving(self, within_s: float = 10) -> Any:
+    async def wait_serving(self, within_s: float = 60) -> Any:
         with trio.fail_after(within_s):
             while True:
                 for host in self.hosts.values():
@@ -232,7 +247,7 @@ class TestCluster:
             return None
         return server.service.drives.by_id(drive_id).opened().find(VOLUME, SlabId(slab))
 
-    async def wait(self, condition: Any, within_s: float = 10) -> None:
+    async def wait(self, condition: Any, within_s: float = 60) -> None:
         with trio.fail_after(within_s):
             while not condition():
                 await trio.sleep(0.01)
@@ -283,6 +298,7 @@ class Mount:
         self.answers_recalls = True
         self.size_reported: int | None = None
         self._scope = trio.CancelScope()
+        self._connecting = trio.Lock()
         self.bus: Bus | None = None
 
     async def start(self) -> None:
@@ -301,6 +317,7 @@ class Mount:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.engine.run_forever)
                     nursery.start_soon(self.bus.run_forever)
+                    nursery.start_soon(self._stay_connected)
         finally:
             self._close_links()
             self.engine.close()
@@ -328,13 +345,22 @@ class Mount:
         args = {"slab": slab, "epoch": epoch, "drives": drives, "reason": reason}
         return SlabDescriptor.from_wire(await self.call("slab_failed", **args))
 
-    async def connect(self) -> None:
-        while True:
-            try:
-                await self._connect_once()
-                return
-            except (Unavailable, KeyError):
+    async def _stay_connected(self) -> None:
+        """As a real mount: it reclaims its leases from the next coordinator also when no program asks for anything."""
+        with contextlib.suppress(Fenced):
+            while True:
+                if self.link is not None and self.link.closed is not None:
+                    await self.connect()
                 await trio.sleep(0.02)
+
+    async def connect(self) -> None:
+        """To the coordinator, whoever it is, unless it is connected. Raises Fenced."""
+        async with self._connecting:
+            while self.link is None or self.link.closed is not None:
+                try:
+                    await self._connect_once()
+                except (Unavailable, KeyError):
+                    await trio.sleep(0.02)
 
     async def _connect_once(self) -> None:
         item = await self.cluster.store.get(f"owner/{NAME}")
@@ -342,17 +368,24 @@ class Mount:
             raise Unavailable("no owner")
         owner = unpack_value(item.value)
         port = self.cluster.hosts[owner["node"]]._port
-        link = await connect(self.engine, ("127.0.0.1", port), timeout_s=1)
+        link = await connect(self.engine, ("127.0.0.1", port), timeout_s=60)
+        try:
+            await self._greet(link)
+        except BaseException:
+            link.close()
+            raise
+        self.link = link
+
+    async def _greet(self, link: Link) -> None:
         link.on_frame = self._on_frame
         hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation}
-        answer = await link.call("hello", hello, timeout_s=8)
+        answer = await link.call("hello", hello, timeout_s=60)
         if answer["term"] > self.term:
             self.term = answer["term"]
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
-            refused = (await link.call("reclaim", {"leases": leases, "last": True}, timeout_s=5))["refused"]
+            refused = (await link.call("reclaim", {"leases": leases, "last": True}, timeout_s=60))["refused"]
             for ino in refused:
                 self.held[ino] = 0
-        self.link = link
 
     def _on_frame(self, link: Link, frame: Any) -> None:
         name, args = unpack_call(frame.head)
@@ -378,7 +411,7 @@ class Mount:
                 await self.connect()
             assert self.link is not None
             try:
-                reply = await self.link.call(call_name, args, timeout_s=10)
+                reply = await self.link.call(call_name, args, timeout_s=60)
                 break
             except NotCoordinator:
                 self.link.close()
