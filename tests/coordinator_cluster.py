@@ -166,21 +166,13 @@ class TestCluster:
             drive_retire_ms=self.drive_retire_ms,
             serve=partial(serve_volume, make_reader=self.make_reader, rng=Random(1)), rng=Random(1),
         )  # fmt: skip
-        links: list[Link] = []
-        accept = host._accept
-
-        def note(link: Link) -> None:
-            links.append(link)
-            accept(link)
-
-        host._accept = note  # type: ignore[method-assign]
         started = trio.Event()
-        self.nursery.start_soon(self._run_host, name, host, links, started)
+        self.nursery.start_soon(self._run_host, name, host, started)
         await started.wait()
         self.hosts[name] = host
         return host
 
-    async def _run_host(self, name: str, host: Host, links: list[Link], started: trio.Event) -> None:
+    async def _run_host(self, name: str, host: Host, started: trio.Event) -> None:
         self._running_hosts += 1
         try:
             with trio.CancelScope() as scope:
@@ -189,8 +181,10 @@ class TestCluster:
                     await nursery.start(host.run)
                     started.set()
         finally:
-            for link in links:
-                link.close()
+            for handler in list(host.engine._handlers.values()):
+                owner = getattr(handler, "__self__", None)
+                if isinstance(owner, Link):  # a process that ends closes its sockets
+                    owner.close()
             host.engine.close()
             self._running_hosts -= 1
 
