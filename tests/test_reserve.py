@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -148,3 +149,25 @@ async def test_of_two_questions_for_space_at_once_the_newer_counts(cluster, monk
         await service.slabs.refresh_spaces()
         may_answer.set()
     assert all(space.free_slots for space in service.slabs.pool_spaces)
+
+
+async def test_space_that_another_task_made_free_during_the_last_look_is_taken():
+    """Its batch is through, it has not counted the gain yet, and nothing is left to be trimmed."""
+    free = [0]
+    metadata = SimpleNamespace(
+        statfs=lambda: SimpleNamespace(free_blocks=free[0], slab_blocks=2048, used_blocks=2048 - 1280)
+    )
+    slabs = slab_manager.SlabManager(
+        metadata, None, None, None, None, None, copies=2, slab_blocks=1024, size_blocks_max=0, rng=None
+    )
+    slabs._shortage = NoSpace("full")
+
+    async def has_after_growing(blocks):
+        return free[0] >= blocks
+
+    async def trim_once():
+        free[0] = 1280
+        return False
+
+    slabs._has_after_growing, slabs._trim_once = has_after_growing, trim_once
+    await slabs.ensure_free(512)
