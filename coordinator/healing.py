@@ -25,7 +25,8 @@ METADATA_COPIES = 3  # where there are so many fault domains
 
 
 class Healing:
-    """`books`: the changes of metadata slabs and those of data slabs. `copies`: of a data slab."""
+    """`books`: the changes of metadata slabs and those of data slabs. `copies`: of a data slab, as the volume's settings
+    say now."""
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class Healing:
         self._books = books
         self._facts = facts
         self._slabs = slabs
-        self._copies = copies
+        self.copies = copies
         self.record = record
         self.resync = Resync(volume_name, slab_size, lambda: record.is_paused("repair"))
         self._watch = DriveWatch(facts, lambda: slabs.served_spaces, drive_retire_s)
@@ -57,7 +58,7 @@ class Healing:
     def wanted(self, descriptor: SlabDescriptor) -> int:
         """How many copies a slab shall have: those of metadata never fewer than they are on."""
         if descriptor.slab < METADATA_SLAB_ID_MIN:
-            return self._copies
+            return self.copies
         has = {self._facts.domain_of(member.node) for member in descriptor.members}
         return min(METADATA_COPIES, max(len(has), len(self._watch.domains_that_stay())))
 

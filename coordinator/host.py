@@ -407,7 +407,7 @@ class Host:
                 self._nursery.start_soon(self._statfs, service, link, frame.request_id)
             elif name == "volume_status":
                 link.reply(frame.request_id, service.volume_status())
-            elif name in ("job_control", "drive_members"):
+            elif name in ("job_control", "drive_members", "volume_set"):
                 self._nursery.start_soon(self._answer_admin, service, link, frame.request_id, name, args)
             elif name == "scrub":
                 link.reply(frame.request_id, service.scrub.start())
@@ -433,7 +433,9 @@ class Host:
         self, service: Service, link: Link, request_id: int, name: str, args: dict[str, Any]
     ) -> None:
         try:
-            if name == "drive_members":
+            if name == "volume_set":
+                value = await service.control.change(args)
+            elif name == "drive_members":
                 value = await service.healing.drive_members(DriveId(field(args, "drive", bytes)))
             else:
                 kind, speed = optional_field(args, "kind", str), optional_field(args, "speed", str)

@@ -14,20 +14,12 @@ from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status
 from csvfs.errors import Unavailable
+from csvfs.units import format_size
 
 ONLINE_TIMEOUT_S = 60.0
 MOUNT_TIMEOUT_S = 30.0
 MOVE_TIMEOUT_S = 60.0
 DELETE_TIMEOUT_S = 120.0
-
-
-min_copies_option = click.option(
-    "--min-copies",
-    type=click.IntRange(1, 3),
-    default=1,
-    show_default=True,
-    help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
-)
 
 
 @click.group("volume")
@@ -53,7 +45,13 @@ def volume_group() -> None:
 @click.option(
     "--size", type=SIZE, default=0, show_default="as large as the pool", help="At least 64M, like 500G."
 )
-@min_copies_option
+@click.option(
+    "--min-copies",
+    type=click.IntRange(1, volume_ops.COPIES_MAX),
+    default=1,
+    show_default=True,
+    help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
+)
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1, 3600), default=ONLINE_TIMEOUT_S, hidden=True)
 @json_option
 def create_command(
@@ -101,17 +99,64 @@ def list_command(as_json: bool) -> None:
     )
 
 
+@volume_group.command("resize")
+@click.argument("name")
+@click.option("--size", type=SIZE, required=True, help="At least 64M, like 500G; 0: as large as the pool.")
+@json_option
+def resize_command(name: str, size: int, as_json: bool) -> None:
+    """Make volume NAME larger or smaller while it is in use.
+
+    A size is a bound, no space is taken for it: it may be larger than the pool. One below what files use is refused.
+    """
+    answer = _set(name, size=size)
+    if as_json:
+        print_json(answer)
+    else:
+        words = format_size(answer["size"]) if answer["size"] else "as large as the pool"
+        click.echo(f"volume {name} is {words} now, {format_size(answer['used'])} are used")
+
+
 @volume_group.command("set")
 @click.argument("name")
-@min_copies_option
-def set_command(name: str, min_copies: int) -> None:
-    """Change volume NAME while it is in use."""
+@click.option(
+    "--copies",
+    type=click.IntRange(1, volume_ops.COPIES_MAX),
+    default=None,
+    help="Copies of everything, 2 or 3; a simple volume becomes a mirror.",
+)
+@click.option(
+    "--min-copies",
+    type=click.IntRange(1, volume_ops.COPIES_MAX),
+    default=None,
+    help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
+)
+@json_option
+def set_command(name: str, copies: int | None, min_copies: int | None, as_json: bool) -> None:
+    """Change volume NAME while it is in use.
 
-    async def work(here: Here, peers: Peers) -> None:
-        await volume_ops.set_min_copies(here.store, name, min_copies)
+    With --copies new data has so many copies at once; what is there already follows as a storage job
+    (csvfs job list, watch, pause): copies are made before any is given up.
+    """
+    wanted = {"copies": copies, "min_copies": min_copies}
+    given = {what: number for what, number in wanted.items() if number is not None}
+    if not given:
+        raise click.UsageError("say what to change: --copies, --min-copies; its size: csvfs volume resize")
+    answer = _set(name, **given)
+    if as_json:
+        print_json(answer)
+        return
+    parts = [f"{answer['copies']} copies, writes want {answer['min_copies']} in sync"]
+    for what, verb in (("to_copy", "to be copied"), ("to_drop", "to be given back")):
+        if answer[what]:
+            parts.append(f"{format_size(answer[what])} {verb}: csvfs job watch --volume {name}")
+    click.echo(f"volume {name}: {'; '.join(parts)}")
 
-    run_with_peers(work)
-    click.echo(f"volume {name}: writes want {min_copies} copies in sync")
+
+def _set(name: str, **wanted: int) -> dict[str, Any]:
+    async def work(here: Here, peers: Peers) -> dict[str, Any]:
+        return await volume_ops.set_volume(here.store, peers, name, **wanted)
+
+    return run_with_peers(work)
 
 
 @volume_group.command("repair")

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -46,6 +47,7 @@ from csvfs.wire.control import pack_value
 VOLUME_SIZE_MIN = 64 * MIB
 COPIES_MAX = 3
 CHANGE_ATTEMPTS = 10
+SET_TIMEOUT_S = 30.0  # it looks at all slabs
 MOUNT_POLL_S = 0.05  # the kernel does not tell about mounts of another process in any simpler way
 
 
@@ -87,14 +89,22 @@ def check_min_copies(min_copies: int, copies: int) -> None:
         raise BadRequest(f"--min-copies {min_copies} of a volume with {copies}: from 1 to {copies}")
 
 
-async def set_min_copies(store: ClusterStore, name: str, min_copies: int) -> Record:
-    """Mounts follow within a moment. Raises NotFound, BadRequest, Conflict, Unavailable."""
+async def set_volume(store: ClusterStore, peers: Peers, name: str, **wanted: int) -> dict[str, Any]:
+    """Have the coordinator change `size` (bytes, 0: as large as the pool), `copies`, `min_copies` of a volume in use.
 
-    def change(volume: Record) -> bytes:
-        check_min_copies(min_copies, volume.number("copies", 1))
-        return volume.packed_with(min_copies=min_copies)
-
-    return await change_volume(store, name, change)
+    It decides, for it alone knows what is in use at that moment; mounts follow within a moment.
+    Returns  what it answers (PROTOCOL.md, `volume_set`).
+    Raises   NotFound. BadRequest, NoSpace, Conflict: refused, with the numbers. Unavailable: nobody coordinates it now.
+             TimedOut: it may have been done.
+    """
+    view = await read_cluster_view(store)
+    state = view.volume(name).text("state")
+    if state != VOLUME_ONLINE:
+        raise Conflict(f"volume {name} is {state}: only one that is online can be changed")
+    answer = await peers.coordinator_slowly(view, name, "volume_set", SET_TIMEOUT_S, **wanted)
+    if not isinstance(answer, dict) or not all(isinstance(value, int) for value in answer.values()):
+        raise ProtocolError(f"the coordinator of {name} answers volume_set with {answer!r}")
+    return answer
 
 
 def check_domains(view: ClusterView, copies: int) -> None:
