@@ -251,8 +251,9 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
         "state": volume.state,
         "health": volume.health,
         "coordinator": volume.coordinator or "none at the moment",
-        "size": size_or_unknown(volume.size),
+        "size": size_text(volume),
         "free": size_or_unknown(volume.free),
+        "copies": copies_text(volume),
     }
     if volume.slabs:
         lines["slabs"] = ", ".join(f"{count} {state}" for state, count in volume.slabs.items())
@@ -264,6 +265,23 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
         click.echo(f"{title + ':':13}{value}")
     for job in jobs:
         click.echo(f"{'repairing:':13}{job_line(job).partition(': ')[2]}")
+
+
+def size_text(volume: VolumeStatus) -> str:
+    """What files may have, and the bound that was set, where the pool cannot give all of it."""
+    text = size_or_unknown(volume.size)
+    if volume.size_limit and volume.size_limit != volume.size:
+        return f"{text} of {format_size(volume.size_limit)}"
+    return text if volume.size_limit else f"{text}, as large as the pool"
+
+
+def copies_text(volume: VolumeStatus) -> str:
+    """How many copies are wanted, and how many slabs have how many."""
+    text = f"{volume.copies} wanted"
+    if volume.min_copies > 1:
+        text += f", writes wait below {volume.min_copies}"
+    has = ", ".join(f"{slabs} slabs have {copies}" for copies, slabs in sorted(volume.slabs_by_copies.items()))
+    return f"{text}; in sync: {has}" if has else text
 
 
 def scrub_text(scrub: dict[str, Any]) -> str:
