@@ -22,6 +22,8 @@ from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId
 from csvfs.wire.block_messages import SlabDescriptor
 
 METADATA_COPIES = 3  # where there are so many fault domains
+LOOK_WAIT_S = 3.0
+LOOK_POLL_S = 0.05
 
 
 class Healing:
@@ -67,6 +69,13 @@ class Healing:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.resync.run_forever)
             nursery.start_soon(self._repair.run_forever)
+
+    async def look_now(self) -> None:
+        """Look at all slabs without an occasion; returns when that is done, or LOOK_WAIT_S later. Cancel safe."""
+        looks = self._repair.look_soon()
+        with trio.move_on_after(LOOK_WAIT_S):
+            while self._repair.looks <= looks:
+                await trio.sleep(LOOK_POLL_S)
 
     def to_status(self) -> list[dict[str, Any]]:
         """Rows of `volume_status`."""

@@ -407,6 +407,8 @@ class Host:
                 self._nursery.start_soon(self._statfs, service, link, frame.request_id)
             elif name == "volume_status":
                 link.reply(frame.request_id, service.volume_status())
+            elif name == "repair":
+                self._nursery.start_soon(_answer, link, frame.request_id, service.repair_now)
             elif name in ("job_control", "drive_members", "volume_set"):
                 self._nursery.start_soon(self._answer_admin, service, link, frame.request_id, name, args)
             elif name == "scrub":

@@ -94,6 +94,7 @@ class Repair:
         self._onto: Counter[DriveId] = Counter()  # copies being made, by target
         self._changed = trio.Event()
         self._retry_at = 0.0
+        self.looks = 0  # at all slabs, so far
         record.on_change = self._wake
 
     # -- looking ---------------------------------------------------------------------------------
@@ -127,6 +128,11 @@ class Repair:
             changed = self._facts.view.wait_changed
             with trio.move_on_after(wait_s + 0.001):
                 await changed()
+
+    def look_soon(self) -> int:
+        """Look at all slabs without waiting for an occasion; returns `looks`, which grows when that is done."""
+        self._retry_at = trio.current_time()
+        return self.looks
 
     def _signature(self) -> tuple[object, ...]:
         """Equal as long as a look would find the same."""
@@ -173,6 +179,7 @@ class Repair:
         found.sort(key=lambda item: (-item[0], item[1].key.kind != COPIES))
         self._todo = [task for _, task in found]
         self._jobs.counted(counts, waiting)
+        self.looks += 1
         self._wake()
 
     def _key_of(self, changes: SlabChanges, descriptor: SlabDescriptor) -> JobKey:

@@ -450,6 +450,8 @@ class Service:
         ids = field(args, "ids", list)
         if len(ids) > SLABS_ASKED_MAX:
             raise BadRequest(f"{len(ids)} slabs asked for at once; at most {SLABS_ASKED_MAX}")
+        open_files = arguments.optional_number(args, "open")
+        session.open_files = session.open_files if open_files is None else open_files
         descriptors = [self._metadata.slab(int(slab)).to_wire() for slab in ids]
         return Reply(descriptors, position=self.log.position if ids else 0)
 
@@ -486,6 +488,12 @@ class Service:
             "name_max": statistics.name_size_max,
         }
 
+    async def repair_now(self) -> dict[str, Any]:
+        """The call `repair`: look at all drives and slabs at once, and say what there is to do."""
+        self.members.look_into(())
+        await self.healing.look_now()
+        return self.volume_status()
+
     def volume_status(self) -> dict[str, Any]:
         sessions = [
             {
@@ -493,6 +501,7 @@ class Service:
                 "incarnation": session.incarnation,
                 "connected": session.link is not None,
                 "leases": self.leases.table.lease_counts().get(session.key, 0),
+                "open_files": session.open_files,
             }
             for session in self.desk.sessions
         ]

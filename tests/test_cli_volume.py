@@ -93,3 +93,53 @@ def test_only_a_volume_that_is_online_and_coordinated_is_changed(cluster: Cluste
     assert "new is creating: only one that is online" in cluster.fails("volume", "resize", "new", "--size", "1G")
     assert "no volume 'w'" in cluster.fails("volume", "set", "w", "--copies", "2")
     assert "v has no coordinator at the moment" in cluster.fails("volume", "set", "v", "--copies", "2")
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the coordinator says of the volume's mounts."""
+    rows: list[dict[str, Any]] = []
+
+    async def call(self: object, view: object, volume: str, name: str, **args: Any) -> Any:
+        return {"sessions": rows, "files": 2, "files_free": 1}
+
+    monkeypatch.setattr("csvfs.admin.peers.Peers.coordinator", call)
+    return rows
+
+
+def test_a_volume_with_open_files_is_not_deleted_unless_forced(
+    cluster: Cluster, sessions: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csvfs.admin.cli_volume.DELETE_TIMEOUT_S", 0.01)
+    sessions += [{"node": "n2", "open_files": 3, "connected": True}, {"node": "n1", "open_files": 0}]
+    said = cluster.fails("volume", "delete", "v", "--yes")
+    assert said.startswith("volume v is in use, files are open: 3 on n2; stop the programs")
+    sessions[0]["open_files"] = None
+    assert "not known yet whether files of volume v are open on n2" in cluster.fails("volume", "delete", "v", "--yes")
+    assert cluster.value("volumes/v")["state"] == "online"
+    assert "still being deleted" in cluster.fails("volume", "delete", "v", "--yes", "--force")
+    assert cluster.value("volumes/v")["state"] == "deleting"
+
+
+def test_a_volume_that_nobody_uses_or_can_tell_of_is_deleted(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csvfs.admin.cli_volume.DELETE_TIMEOUT_S", 0.01)
+    assert "still being deleted" in cluster.fails("volume", "delete", "v", "--yes")
+
+
+def test_repair_says_what_there_is_to_do_or_that_there_is_nothing(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer: dict[str, Any] = {"health": "Healthy", "jobs": []}
+
+    async def call(self: object, view: object, volume: str, name: str, timeout_s: float) -> Any:
+        return answer if name == "repair" else None
+
+    monkeypatch.setattr("csvfs.admin.peers.Peers.coordinator_slowly", call)
+    assert cluster.run("volume", "repair", "v").stdout == "volume v is Healthy: nothing is to be repaired\n"
+    row = {"kind": "repair", "what": "rebuild of drive ab on n1", "done": 0, "total": GIB, "waiting_for": "a drive"}
+    answer |= {"health": "Degraded", "jobs": [row]}
+    assert "v: rebuild of drive ab on n1, 0 % of 1.0 GiB, waiting for a drive" in cluster.run("volume", "repair", "v").stdout
+    assert cluster.json("volume", "repair", "v")["jobs"][0]["waiting_for"] == "a drive"
+    assert "no volume 'w'" in cluster.fails("volume", "repair", "w")

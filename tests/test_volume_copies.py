@@ -12,6 +12,8 @@ from csvfs.admin import volume_ops
 from csvfs.admin.peers import open_peers
 from csvfs.errors import BadRequest, Conflict, NoSpace
 from csvfs.ids import DriveId
+from csvfs.wire.control import pack_value
+from tests.block_cluster import Server
 from tests.coordinator_cluster import NAME, Mount, TestCluster
 from tests.test_repair import (
     JOINING,
@@ -112,8 +114,8 @@ async def test_new_slabs_have_the_new_number_at_once_while_the_job_for_the_other
         await fill(mount, 4)
         service = await cluster.wait_serving()
         await service.healing.record.control("pause", "copies", None)
-        # Nothing is being created: what is begun with the old number is finished with it, and made whole by the job.
-        await cluster.wait(lambda: not service.slabs.creating and _has_enough_ahead(service), within_s=30)
+        # What is begun with the old number is finished with it, and made whole by the job.
+        await wait_none_is_created(cluster)
         old = {d.slab for d in await data_slabs(cluster)}
         await ask(cluster, copies=3)
         other = await mount.make(b"other")
@@ -141,8 +143,13 @@ async def test_new_slabs_have_the_new_number_at_once_while_the_job_for_the_other
         await wait_slabs(cluster, has_copies(cluster, 3), within_s=60)
 
 
-def _has_enough_ahead(service: Any) -> bool:
-    return bool(service._metadata.statfs().free_blocks >= 2 * service.setup.slab_blocks)
+async def wait_none_is_created(cluster: TestCluster) -> None:
+    """Until there is enough free space ahead, so that no slab is being made."""
+    service = await cluster.wait_serving()
+    enough = 2 * service.setup.slab_blocks
+    await cluster.wait(
+        lambda: not service.slabs.creating and service._metadata.statfs().free_blocks >= enough, within_s=30
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)])
@@ -235,6 +242,7 @@ async def test_what_the_pool_cannot_hold_is_refused_with_its_numbers_and_nothing
         await fill(await cluster.mount("n1"), 20)
         await add_node(cluster, "n3", path, size=48 << 20)
         await cluster.wait(lambda: "n3" in cluster.hosts["n1"].facts.drive_nodes(), within_s=30)
+        await wait_none_is_created(cluster)
         slabs = len(await data_slabs(cluster))
         with pytest.raises(NoSpace, match=rf"for {slabs} more copies of slabs, and \d+ of them find no place"):
             await ask(cluster, copies=3)
@@ -242,9 +250,6 @@ async def test_what_the_pool_cannot_hold_is_refused_with_its_numbers_and_nothing
 
 
 async def add_node(cluster: TestCluster, name: str, path: Any, size: int) -> None:
-    from csvfs.wire.control import pack_value
-    from tests.block_cluster import Server
-
     drive = DriveId(name.encode().ljust(16, b"-"))
     cluster.servers[name] = Server(name, path / f"drive-{name}", drive)
     cluster.serving[name] = True
@@ -290,3 +295,21 @@ async def test_a_job_for_more_copies_leaves_the_reserve_alone_and_says_what_it_w
         assert all(len(d.members) == 2 for d in await data_slabs(cluster))
         monkeypatch.undo()
         await wait_slabs(cluster, has_copies(cluster, 3), within_s=60)
+
+
+async def test_a_repair_that_is_asked_for_looks_at_once_and_says_what_it_waits_for(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, nodes=3, copies=2) as cluster, open_peers() as peers:
+        mount = await cluster.mount("n1")
+        await fill(mount, 3)
+        answer = await volume_ops.repair_now(cluster.store, peers, NAME)
+        assert (answer["health"], answer["jobs"]) == ("Healthy", [])
+        await cluster.kill_server("n3")
+        away = cluster.servers["n3"].drive_id
+        await wait_slabs(cluster, lambda d: away not in [m.drive for m in d.in_sync], within_s=30)
+        answer = await volume_ops.repair_now(cluster.store, peers, NAME)
+        assert any("on n3 to come back" in row["waiting_for"] for row in answer["jobs"])
+        with trio.fail_after(30):  # a mount says it once a second; this one when it is told to
+            await mount.call("slabs", ids=[], open=4)
+        (session,) = answer["sessions"]
+        assert session["open_files"] is None
+        assert (await cluster.wait_serving()).volume_status()["sessions"][0]["open_files"] == 4

@@ -54,6 +54,29 @@ def test_copies_go_from_two_to_three_and_back_under_fio_and_fio_sees_nothing(lab
     assert fio.returncode == 0, output + lab.logs()
 
 
+def test_a_volume_in_use_is_deleted_only_by_force_and_then_its_programs_get_errors(lab):
+    lab.run("n1", "csvfs", "volume", "create", "Other", "--copies", "2")
+    path = "/clusterstorage/Other"
+    wait_for(lambda: lab.run("n2", "sh", "-c", f"mountpoint -q {path} && echo ok || true"), within_s=60)
+    loop = f"exec 3>{path}/vm; while echo x >&3; do sleep 0.1; done; sleep 1; exit 7"
+    program = lab.start_command("n2", "sh", "-c", loop, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    delete = "csvfs volume delete Other --yes"
+
+    def opened() -> bool:
+        sessions = json.loads(lab.run("n1", "csvfs", "volume", "status", "Other", "--json"))["volume"]["open_files"]
+        return bool(sessions.get("n2") == 1)
+
+    wait_for(opened, within_s=60)
+    refused = lab.run("n3", "sh", "-c", f"{delete} 2>&1 || true").decode()
+    assert "volume Other is in use, files are open: 1 on n2" in refused
+    assert "is deleted" in lab.run("n3", "sh", "-c", f"{delete} --force").decode()
+    assert program.communicate(timeout=60) and program.returncode == 7
+    names = {row["name"] for row in json.loads(lab.run("n1", "csvfs", "volume", "list", "--json"))}
+    assert names == {"Volume1"}
+    for node in NODES:
+        wait_for(lambda node=node: b"gone" in lab.run(node, "sh", "-c", f"mountpoint -q {path} || echo gone"), within_s=60)
+
+
 def test_a_new_size_is_what_every_node_sees_and_a_write_beyond_it_is_refused(lab):
     lab.run("n1", "csvfs", "volume", "resize", "Volume1", "--size", "256M")
 

@@ -7,12 +7,12 @@ import click
 
 from csvfs.admin import volume_ops
 from csvfs.admin.cli_context import SIZE, Here, json_option, run_with_peers, yes_option
-from csvfs.admin.cli_status import job_line, resiliency_text, volume_row
+from csvfs.admin.cli_status import job_line, job_map, resiliency_text, volume_row
 from csvfs.admin.cluster_view import ALIVE, read_cluster_view
 from csvfs.admin.lost_ranges import LostReport, accept_loss, lost_report
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
-from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status
+from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status, job_statuses
 from csvfs.errors import Unavailable
 from csvfs.units import format_size
 
@@ -167,15 +167,27 @@ def _set(name: str, **wanted: int) -> dict[str, Any]:
 @yes_option
 @json_option
 def repair_command(name: str, accept_data_loss: bool, yes: bool, as_json: bool) -> None:
-    """Give up what is lost of volume NAME. Everything else is repaired by itself, without this command.
+    """Look for what there is to repair of volume NAME now, and say how far it is. Repairs begin by themselves, too.
 
-    For slabs of which no in-sync copy can be reached (csvfs volume status NAME --lost): the newest stale copy goes on,
-    or zeros where there is none. It is written down in the cluster store for ever. There is no way back: first try to
-    bring back a drive.
+    With --accept-data-loss, for slabs of which no in-sync copy can be reached (csvfs volume status NAME --lost): the
+    newest stale copy goes on, or zeros where there is none. It is written down in the cluster store for ever. There is
+    no way back: first try to bring back a drive.
     """
-    if not accept_data_loss:
-        raise click.UsageError("repairs go on by themselves; this is for --accept-data-loss only")
+    if accept_data_loss:
+        _accept_data_loss(name, yes, as_json)
+        return
+    answer = run_with_peers(lambda here, peers: volume_ops.repair_now(here.store, peers, name))
+    jobs = job_statuses(name, answer)
+    if as_json:
+        print_json({"health": answer.get("health"), "jobs": [job_map(job) for job in jobs]})
+        return
+    for job in jobs:
+        click.echo(job_line(job))
+    if not jobs:
+        click.echo(f"volume {name} is {answer.get('health')}: nothing is to be repaired")
 
+
+def _accept_data_loss(name: str, yes: bool, as_json: bool) -> None:
     async def look(here: Here, peers: Peers) -> LostReport:
         return await lost_report(here.store, peers, name)
 
@@ -257,6 +269,8 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
     }
     if volume.slabs:
         lines["slabs"] = ", ".join(f"{count} {state}" for state, count in volume.slabs.items())
+    used = ", ".join(f"{count} on {node}" for node, count in sorted(volume.open_files.items()) if count)
+    lines["open files"] = used or "none"
     if volume.scrub.get("finished"):
         lines["scrubbed"] = scrub_text(volume.scrub)
     if volume.note:
@@ -324,7 +338,8 @@ def scrub_command(name: str, as_json: bool) -> None:
 @volume_group.command("move")
 @click.argument("name")
 @click.argument("node")
-def move_command(name: str, node: str) -> None:
+@json_option
+def move_command(name: str, node: str, as_json: bool) -> None:
     """Let NODE coordinate volume NAME. Programs that use it notice a pause of a second at most."""
 
     async def work(here: Here, peers: Peers) -> None:
@@ -334,14 +349,19 @@ def move_command(name: str, node: str) -> None:
             await volume_ops.wait_owner(here.store, name, node, MOVE_TIMEOUT_S)
 
     run_with_peers(work)
-    click.echo(f"volume {name} is coordinated by {node}")
+    if as_json:
+        print_json({"name": name, "coordinator": node})
+    else:
+        click.echo(f"volume {name} is coordinated by {node}")
 
 
 @volume_group.command("delete")
 @click.argument("name")
 @yes_option
-def delete_command(name: str, yes: bool) -> None:
-    """Delete volume NAME. One that is not empty is refused without --yes."""
+@click.option("--force", is_flag=True, help="Also while programs have files of it open: they get errors.")
+@json_option
+def delete_command(name: str, yes: bool, force: bool, as_json: bool) -> None:
+    """Delete volume NAME on all nodes. One that is not empty is refused without --yes, one in use without --force."""
 
     async def work(here: Here, peers: Peers) -> None:
         view = await read_cluster_view(here.store)
@@ -349,9 +369,14 @@ def delete_command(name: str, yes: bool) -> None:
         being_deleted = volume.text("state") == volume_ops.VOLUME_DELETING
         if not yes and not being_deleted:
             await volume_ops.require_empty(view, peers, name)
+        if not force and not being_deleted:
+            await volume_ops.require_unused(view, peers, name)
         await volume_ops.mark_deleting(here.store, name, volume.id())
         with progress(f"deleting volume {name}"):
             await volume_ops.wait_volume_gone(here.store, name, DELETE_TIMEOUT_S)
 
     run_with_peers(work)
-    click.echo(f"volume {name} is deleted")
+    if as_json:
+        print_json({"name": name, "state": "deleted"})
+    else:
+        click.echo(f"volume {name} is deleted")

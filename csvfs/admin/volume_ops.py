@@ -215,6 +215,43 @@ async def require_empty(view: ClusterView, peers: Peers, name: str) -> None:
         raise NotEmpty(f"volume {name} holds {what}: use --yes to delete it with all it holds")
 
 
+async def require_unused(view: ClusterView, peers: Peers, name: str) -> None:
+    """Raises Conflict when programs have files of the volume open, as its mounts said within the last second;
+    Unavailable: a mount has just connected and not said yet.
+
+    Where nobody coordinates the volume nobody can tell, and nobody uses it for long: then nothing is raised.
+    """
+    try:
+        answer = await peers.coordinator(view, name, "volume_status")
+    except Unavailable:
+        return
+    sessions = answer.get("sessions") if isinstance(answer, dict) else None
+    rows = [row for row in sessions if isinstance(row, dict)] if isinstance(sessions, list) else []
+    used = {str(row.get("node")): row.get("open_files") for row in rows}
+    silent = [str(row.get("node")) for row in rows if row.get("connected") and row.get("open_files") is None]
+    counts = {node: count for node, count in sorted(used.items()) if isinstance(count, int) and count > 0}
+    if counts:
+        where = ", ".join(f"{count} on {node}" for node, count in counts.items())
+        raise Conflict(
+            f"volume {name} is in use, files are open: {where}; stop the programs, or let them fail with --force"
+        )
+    if silent:
+        raise Unavailable(f"it is not known yet whether files of volume {name} are open on {', '.join(silent)}: try again")
+
+
+async def repair_now(store: ClusterStore, peers: Peers, name: str) -> dict[str, Any]:
+    """Have the coordinator look for what there is to repair; its answer is that of `volume_status`.
+
+    Raises  NotFound, Unavailable, what it answers.
+    """
+    view = await read_cluster_view(store)
+    view.volume(name)
+    answer = await peers.coordinator_slowly(view, name, "repair", SET_TIMEOUT_S)
+    if not isinstance(answer, dict):
+        raise ProtocolError(f"the coordinator of {name} answers repair with {type(answer).__name__}")
+    return answer
+
+
 async def mark_deleting(store: ClusterStore, name: str, volume_id: bytes) -> Record:
     """Ask the cluster to delete a volume. There is no way back.
 
