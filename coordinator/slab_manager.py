@@ -25,7 +25,7 @@ from coordinator.metadata_log import MetadataLog
 from coordinator.slab_changes import SlabChanges
 from coordinator.space import Trim
 from csvfs.block import slab_state
-from csvfs.block.placement import DriveSpace, choose_drives
+from csvfs.block.placement import DriveSpace, choose_drives, slabs_that_fit
 from csvfs.block.reserve import DriveSlots, reserve_slots
 from csvfs.errors import Conflict, CsvfsError, Fenced, LastCopy, NoSpace, NotFound, StaleEpoch
 from csvfs.ids import DriveId, NodeName, SlabId
@@ -229,8 +229,14 @@ class SlabManager:
             self.creating.discard(slab)
 
     def _nodes_away(self) -> list[NodeName]:
-        nodes = self._facts.drive_nodes()
-        return [node for node in nodes if self._facts.server(node) is None or node in self._silent]
+        """Nodes that get no new copies now and will again: down, silent, or in maintenance."""
+        return [
+            node
+            for node in self._facts.drive_nodes()
+            if self._facts.server(node) is None
+            or node in self._silent
+            or self._facts.in_maintenance(node)
+        ]
 
     def _live_domains(self) -> set[str]:
         return {self._facts.domain_of(space.node) for space in self.pool_spaces if space.free_slots > 0}
@@ -272,20 +278,23 @@ class SlabManager:
             candidates = [
                 space
                 for space in self.pool_spaces
-                if space.drive not in failed and self._facts.takes_slabs(space.drive)  # it may be retired since
+                if space.drive not in failed and self._takes(space)  # it may be retired since
             ]
             places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
+            for place in places:  # no await since the choice: slabs made at once see each other
+                self.note_copy(place.drive, 1)
             done: list[DriveSpace] = []
             try:
                 for place in places:
                     await self._control.create_slab(slab, slab_state.EPOCH_FIRST, place.node, place.drive)
                     done.append(place)
-                    self.note_copy(place.drive, 1)
                 return places
             except Fenced:
                 raise
             except CsvfsError as failure:
                 error = failure
+                for place in places:
+                    self.note_copy(place.drive, -1)
                 failed.add(places[len(done)].drive)
                 log.warning("slab %d cannot be created on node %s: %s", slab, places[len(done)].node, failure)
                 for place in [*done, places[len(done)]]:
@@ -298,6 +307,9 @@ class SlabManager:
             for index, space in enumerate(spaces):
                 if space.drive == drive:
                     spaces[index] = replace(space, free_slots=max(0, space.free_slots - change))
+
+    def _takes(self, space: DriveSpace) -> bool:
+        return self._facts.takes_slabs(space.drive) and not self._facts.in_maintenance(space.node)
 
     async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
@@ -322,7 +334,7 @@ class SlabManager:
                 silent.add(node)
                 return
             served.extend(found)
-            spaces.extend(space for space in found if self._facts.takes_slabs(space.drive))
+            spaces.extend(filter(self._takes, found))
 
         async with trio.open_nursery() as nursery:
             for node in self._facts.drive_nodes():
@@ -345,23 +357,13 @@ class SlabManager:
             await self._spaces_known.wait()
 
     def free_slabs_in_pool(self) -> int:
-        """How many slabs of this volume the pool has room for: a bound, from the free slots of each fault
-        domain."""
+        """How many slabs of this volume the pool has room for, by the free slots of each fault domain."""
         by_domain: dict[str, int] = {}
         for space in self.pool_spaces:
             domain = self._facts.domain_of(space.node)
             by_domain[domain] = by_domain.get(domain, 0) + space.free_slots
-        slots = sorted(by_domain.values())
-        # With c copies, n slabs fit iff the domains' slots, each counted up to n, sum up to c * n.
         copies = self._copies_now()
-        low, high = 0, sum(slots) // copies
-        while low < high:
-            middle = (low + high + 1) // 2
-            if sum(min(count, middle) for count in slots) >= copies * middle:
-                low = middle
-            else:
-                high = middle - 1
-        return min(low, self.slots_above_reserve() // copies)
+        return min(slabs_that_fit(by_domain.values(), copies), self.slots_above_reserve() // copies)
 
     # -- trims -----------------------------------------------------------------------------------
 

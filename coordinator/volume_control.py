@@ -134,7 +134,7 @@ class VolumeControl:
     async def _check_room(self, copies: int) -> None:
         """Raises NoSpace: too few fault domains, or too little room above the reserve."""
         await self._slabs.refresh_spaces()
-        spaces = [space for space in self._slabs.pool_spaces if self._facts.takes_slabs(space.drive)]
+        spaces = list(self._slabs.pool_spaces)
         domain_of = self._facts.domain_of
         free: Counter[str] = Counter()
         for space in spaces:
