@@ -278,9 +278,13 @@ class Repair:
 
     async def _remove(self, changes: SlabChanges, descriptor: SlabDescriptor, step: Remove) -> None:
         slab, member = descriptor.slab, step.member
-        await changes.change(slab, lambda d: slab_state.remove_member(d, member.drive, needs=step.needs))
+        self._note_copy(member.drive, -1)  # no await since it was chosen: slabs changed at once see each other
+        try:
+            await changes.change(slab, lambda d: slab_state.remove_member(d, member.drive, needs=step.needs))
+        except CsvfsError:
+            self._note_copy(member.drive, 1)
+            raise
         # Installed on all others: no write can complete with it any more, and readers find the others.
-        self._note_copy(member.drive, -1)
         if self._facts.server(member.node) is not None:
             await self._slabs.delete_copy(slab, member.node, member.drive)
 

@@ -190,11 +190,14 @@ def _is_under_way(slabs: list[Any], before: int, after: int) -> bool:
 
 async def test_copies_that_are_dropped_leave_the_drives_equally_full(tmp_path, monkeypatch):
     async with pool_of(tmp_path, monkeypatch, copies=3) as cluster:
+        # As good as never, as in production: what servers answer while copies go is behind what is known here.
+        monkeypatch.setattr("coordinator.slab_manager.SPACE_INTERVAL_S", 60.0)
         await fill(await cluster.mount("n1"), 18)
+        await wait_none_is_created(cluster)
         await ask(cluster, copies=2)
         await wait_slabs(cluster, has_copies(cluster, 2), within_s=60)
         held = Counter(m.drive for d in await data_slabs(cluster) for m in d.members)
-        assert len(held) == 3 and max(held.values()) - min(held.values()) <= 4
+        assert len(held) == 3 and max(held.values()) - min(held.values()) <= 6, held
 
 
 async def test_a_change_of_mind_halfway_ends_where_it_began(tmp_path, monkeypatch):
