@@ -105,7 +105,7 @@ class DriveCalls:
     def drives(self, link: Link, args: dict[str, Any]) -> list[dict[str, Any]]:
         """As in the reply of `hello`, as of now."""
         return [
-            {"id": served.drive_id, "index": served.index, "path": served.path, "state": served.state}
+            {"id": served.drive_id, "index": served.index, "path": served.path, "state": served.condition[0]}
             for served in self._service.drives
         ]
 
@@ -223,8 +223,9 @@ class DriveCalls:
         """Chunks marked by the writer, and those nobody in this process's life has marked."""
         volume = _client(link).volume
         writer = optional_field(args, "writer", str)
-        of_writer = self._service.marks.of_writer(volume, writer)
-        of_all = of_writer if writer is None else self._service.marks.of_writer(volume, None)
+        marks = self._service.marks
+        of_writer = marks.of_writer(volume, writer)
+        of_all = of_writer if writer is None else marks.of_writer(volume, None)
         rows = []
         for served in self._service.drives:
             if served.drive is None:
@@ -234,7 +235,8 @@ class DriveCalls:
                     chunks = [
                         chunk
                         for chunk in _active_chunks(copy)
-                        if (copy, chunk) in of_writer or (copy, chunk) not in of_all
+                        if (copy, chunk) in of_writer
+                        or ((copy, chunk) not in of_all and not marks.is_resting((copy, chunk)))
                     ]
                     if chunks:
                         rows.append([served.drive_id, copy.slab, chunks])
@@ -358,8 +360,9 @@ class DriveCalls:
         service = self._service
         rows = []
         for served in service.drives:
+            state, fault = served.condition
             row: dict[str, Any] = {
-                "id": served.drive_id, "path": served.path, "state": served.state, "fault": served.fault,
+                "id": served.drive_id, "path": served.path, "state": state, "fault": fault,
                 "slow": served.slow, "latency": served.latency.to_map(trio.current_time()),
             }  # fmt: skip
             if served.drive is not None:
