@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,8 +58,18 @@ class EtcdServer:
             self.process = subprocess.Popen(member_argv(self.place), stdout=log, stderr=log)
 
     def signal(self, number: int) -> None:
+        """Send it; a process that is to stop or die does nothing any more when this returns."""
         assert self.process is not None
         os.kill(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+        while number == signal.SIGSTOP and not self._is_stopped(self.process.pid):
+            time.sleep(0.001)
+
+    @staticmethod
+    def _is_stopped(pid: int) -> bool:
+        threads = Path(f"/proc/{pid}/task").glob("*/stat")
+        return all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in threads)
 
     def stop(self) -> None:
         """Kill it; what it stored is gone when the `with` of running_etcd ends."""
