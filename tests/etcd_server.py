@@ -115,12 +115,12 @@ async def wait_ready(place: EtcdPlace) -> None:
 
 
 @contextlib.contextmanager
-def running_etcd(directory: Path, count: int = 1) -> Iterator[list[EtcdServer]]:
-    """Members of one cluster that are ready; each one's place names itself first."""
+def running_etcd(directory: Path, count: int = 1, **changed: object) -> Iterator[list[EtcdServer]]:
+    """Members of one cluster that are ready; each one's place names itself first. `changed`: of member.json."""
     servers = [EtcdServer(f"m{index}", directory / f"m{index}") for index in range(1, count + 1)]
     try:
         for server in servers:
-            server.configure([(other.name, other.peer_url) for other in servers])
+            server.configure([(other.name, other.peer_url) for other in servers], **changed)
             others = [other.endpoint for other in servers if other is not server]
             server.place.write_endpoints([server.endpoint, *others])
             server.start()

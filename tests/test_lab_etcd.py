@@ -132,6 +132,7 @@ def test_a_node_with_its_member_is_lost_and_comes_back(cluster: LabCluster) -> N
     cluster.start("n3")
     writer.wait_writes(20)
     writer.end()
+    wait_for(lambda: cluster.run("n3", "sh", "-c", "test -e /clusterstorage/V/by-n1 && echo yes", check=False), WAIT_S)
     assert cluster.run("n3", "cat", "/clusterstorage/V/by-n1") == cluster.run("n2", "cat", "/clusterstorage/V/by-n1")
 
 

@@ -38,6 +38,7 @@ from csvfs.store.limits import check_changes, check_key, check_ttl
 
 PAGE_ITEMS = 512  # of a list, in one answer
 WRITE_ATTEMPT_S = 2.0  # two disks flush in between
+TURNS_MAX = 5  # 2, 4, 8, 16, 32 s
 TOKEN_TTL_S = 120
 TOKEN_AGE_MAX_S = 60.0  # an older one is not used for a further transaction: it must outlast its attempts
 KEEP_ALIVE_TRIES_MAX = 5  # elections during one of them
@@ -108,14 +109,14 @@ class EtcdStore:
                 raise
 
     async def _transact(self, compares: list[Compare], changes: list[Put | Delete]) -> TransactionResult:
-        deadline = trio.current_time() + 2 * TOKEN_AGE_MAX_S
         compared, done = messages.transaction_request(compares, changes)
         is_fresh = False
-        while trio.current_time() < deadline:  # each turn that comes round was fenced off: not done
+        for turn in range(TURNS_MAX):  # each that comes round was fenced off: not done
             if self._token is None or self._token.is_old:
                 self._token, is_fresh = await self._new_token(), True
             try:
-                result = await self._try_once(self._token, compared, done)
+                # Twice as long each time: one that is too large for the first must not fence itself off for ever.
+                result = await self._try_once(self._token, compared, done, WRITE_ATTEMPT_S * 2**turn)
             except Refused as error:
                 if error.code != CODE_NOT_FOUND:
                     raise self._failed(error) from None
@@ -125,10 +126,10 @@ class EtcdStore:
                 continue
             if result is not None:
                 return result
-        raise Unavailable(f"{_names(changes)}: the cluster store settled nothing; see csvfs cluster members")
+        raise Unavailable(f"{_names(changes)}: not done, {TURNS_MAX} times no answer came; is etcd overloaded?")
 
     async def _try_once(
-        self, token: "_Token", compared: list[dict[str, Any]], done: list[dict[str, Any]]
+        self, token: "_Token", compared: list[dict[str, Any]], done: list[dict[str, Any]], attempt_s: float
     ) -> TransactionResult | None:
         """None: it was not done, and never will be. Raises Refused, Unavailable (not settled)."""
         mark = secrets.token_bytes(8)
@@ -139,7 +140,7 @@ class EtcdStore:
         }
         try:
             work = _posting("/v3/kv/txn", body)
-            answer = await self._client.call(work, attempt_s=WRITE_ATTEMPT_S, once=True)
+            answer = await self._client.call(work, attempt_s=attempt_s, once=True)
         except AnswerLost:
             return await self._settle(token, mark)
         revision = messages.header_of(answer).revision

@@ -67,7 +67,7 @@ class EtcdClient:
         Cancel   safe; it may have been done.
         """
         reasons: dict[Endpoint, str] = {}
-        deadline_s = deadline_s or OPERATION_S
+        deadline_s = max(deadline_s or OPERATION_S, attempt_s)
         deadline = trio.current_time() + deadline_s
         while True:
             for endpoint in self.endpoints_in_order():
