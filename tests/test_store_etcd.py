@@ -306,7 +306,7 @@ async def test_a_renewal_passed_on_by_a_deposed_leader_does_not_count(
 
 
 async def test_a_node_that_has_no_cluster_yet_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="csvfs cluster join"):
+    with pytest.raises(Unavailable, match="one host:port a line"):
         EtcdStore(EtcdPlace(tmp_path))
     (tmp_path / "endpoints").write_text("10.0.0.1\n")
     with pytest.raises(BadRequest, match=r"write 10\.0\.0\.1:7003"):

@@ -3,7 +3,7 @@
 Place      admin floor. Bytes in, bytes out, but for `write_certificates`.
 Keys       ECDSA P-256. A node's certificate serves both ends of a connection, bears its name and IP address,
            and is good for CERTIFICATE_DAYS: there is no renewal yet.
-Secret     whoever has `ca.key` can let anybody in: it stays on the node that created the cluster.
+Secret     whoever has `ca.key` can let anybody in: keep it where the cluster was made.
 """
 
 import datetime
@@ -72,12 +72,12 @@ def issue(ca: str, ca_key: str, node: str, address: str) -> Certificate:
 
 
 def read_authority(place: EtcdPlace) -> tuple[str, str]:
-    """Raises NotFound: this node did not create the cluster."""
+    """Raises NotFound: it is not here."""
     try:
         return place.ca_path.read_text(), place.ca_key_path.read_text()
     except OSError:
         raise NotFound(
-            f"{place.ca_key_path} is not on this node: only the one that created the cluster can invite others"
+            f"{place.ca_key_path} is not here: certificates are signed where the cluster was made"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """The etcd member of a node: its configuration file, and the process.
 
-Place      admin floor, below node_run.py, lab.py and cluster_setup.py.
+Place      admin floor, below store_member.py and lab_store.py.
 File       `member.json` (store/etcd_place.py) is etcd's own configuration file, in etcd's own words. Where it
            is there, `csvfs node run` runs the member; nowhere else is written whether a node has one.
 Why so     heartbeat and election: a leader that dies is replaced after about a second, while the nodes' liveness
@@ -12,7 +12,6 @@ Why so     heartbeat and election: a leader that dies is replaced after about a 
 import ipaddress
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 from csvfs.admin.files import write_whole
@@ -98,9 +97,3 @@ def write_member(place: EtcdPlace, values: dict[str, Any]) -> None:
 def member_argv(place: EtcdPlace) -> tuple[str, ...]:
     """The command that runs the member. Raises NotSupported."""
     return (etcd_program(), "--config-file", str(place.member_path))
-
-
-def initial_token(place: EtcdPlace) -> str:
-    """Of a member that is configured. Raises OSError, ValueError."""
-    values = json.loads(Path(place.member_path).read_text())
-    return str(values["initial-cluster-token"])

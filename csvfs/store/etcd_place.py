@@ -3,10 +3,10 @@
 Place      store floor, below etcd_client.py.
 Layout     DIR/endpoints               host:port of each member's client side, one a line, this node's first
            DIR/ca.crt, node.crt, node.key   present: TLS, each side showing a certificate of the cluster's CA
-           DIR/ca.key                  on the node that created the cluster: signs those of nodes that join
+           DIR/ca.key                  where the cluster was made: signs the nodes' certificates
            DIR/member.json             etcd's own configuration, if this node runs a member
            DIR/data/                   that member's data
-Writer     `csvfs cluster create|join`, the lab; `csvfs node run` keeps `endpoints` up to date.
+Writer     the lab, or whoever sets a node up; `csvfs node run` keeps `endpoints` up to date.
 """
 
 import os
@@ -70,8 +70,8 @@ class EtcdPlace:
                 text = file.read(_FILE_SIZE_MAX).decode(errors="replace")
         except OSError as error:
             raise Unavailable(
-                f"{self.endpoints_path}: {(error.strerror or str(error)).lower()}; this node has no cluster"
-                " yet: csvfs cluster create, or csvfs cluster join"
+                f"{self.endpoints_path}: {(error.strerror or str(error)).lower()}; this node does not"
+                " know the members of its cluster store; write one host:port a line"
             ) from None
         found = [parse_endpoint(line, self.endpoints_path) for line in text.split()]
         if not 0 < len(found) <= ENDPOINTS_MAX:
