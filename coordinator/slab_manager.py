@@ -29,7 +29,7 @@ from csvfs.block.placement import DriveSpace, choose_drives, slabs_that_fit
 from csvfs.block.reserve import DriveSlots, reserve_slots
 from csvfs.errors import Conflict, CsvfsError, Fenced, LastCopy, NoSpace, NotFound, StaleEpoch
 from csvfs.ids import DriveId, NodeName, SlabId
-from csvfs.units import BLOCK_SIZE
+from csvfs.units import BLOCK_SIZE, format_size
 from csvfs.wire.block_messages import SlabDescriptor
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ CREATE_TRIES = 4
 class SlabManager:
     """Data slabs of one volume.
 
-    size_blocks_max   of the volume, in blocks of one copy; 0: as large as the pool.
+    copies   that a new slab gets: set anew whenever the volume's settings change.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class SlabManager:
         *,
         copies: int,
         slab_blocks: int,
-        size_blocks_max: int,
         rng: Random,
     ) -> None:
         self._metadata = metadata
@@ -73,9 +72,9 @@ class SlabManager:
         self._changes = changes
         self._control = control
         self._facts = facts
-        self._copies = copies
+        self.copies = copies
+        self.outdated_count = 0  # grows when a slab was made with another number of copies than is wanted by now
         self.slab_blocks = slab_blocks
-        self._size_blocks_max = size_blocks_max
         self._rng = rng
         self._wanted_blocks = 0
         self._grow_due = trio.Event()
@@ -118,7 +117,7 @@ class SlabManager:
     async def _has_after_growing(self, blocks: int) -> bool:
         """Whether so many are free now, or after a round of growing that began after this call."""
         begun = self._rounds_begun
-        while self._metadata.statfs().free_blocks < blocks:
+        while self._metadata.space.available_blocks < blocks:
             if self._rounds_begun > begun and not self._growing:
                 return False
             self._wanted_blocks = max(self._wanted_blocks, blocks)
@@ -138,7 +137,8 @@ class SlabManager:
 
     def note_use(self) -> None:
         """Space was taken: grow ahead if it has become little."""
-        if self._metadata.statfs().free_blocks < AHEAD_SLABS * self.slab_blocks:
+        ahead = min(AHEAD_SLABS * self.slab_blocks, self._metadata.space.left_blocks)
+        if self._metadata.statfs().free_blocks < ahead:
             self._grow_due.set()
 
     async def grow_forever(self) -> None:
@@ -164,26 +164,33 @@ class SlabManager:
         # An empty volume takes nothing from the pool until somebody writes.
         used = self._metadata.statfs().slab_blocks > 0
         ahead = AHEAD_SLABS * self.slab_blocks if used else 0
-        missing = max(wanted, ahead) - self._metadata.statfs().free_blocks
+        left = self._metadata.space.left_blocks
+        missing = min(left, max(wanted, ahead)) - self._metadata.statfs().free_blocks
         count = -(-missing // self.slab_blocks)
         while count > 0 and self._shortage is None:
             room = self._slabs_allowed()
             if room <= 0:
-                self._shortage = NoSpace(
-                    f"the volume's size of {self._size_blocks_max * BLOCK_SIZE} bytes is used up; "
-                    "delete something"
-                )
+                self._shortage = self._size_used_up()
                 return
             batch = min(count, SLABS_AT_ONCE, room)
             count -= batch
             async with trio.open_nursery() as nursery:
                 for _ in range(batch):
                     nursery.start_soon(self._create_or_note)
+        if self._shortage is None and wanted > self._metadata.space.left_blocks:
+            self._shortage = self._size_used_up()
+
+    def _size_used_up(self) -> NoSpace:
+        size = self._metadata.space.limit_blocks * BLOCK_SIZE
+        return NoSpace(
+            f"the volume's size of {format_size(size)} is used up: delete files, or see csvfs volume resize"
+        )
 
     def _slabs_allowed(self) -> int:
-        if not self._size_blocks_max:
+        limit = self._metadata.space.limit_blocks
+        if not limit:
             return 1 << 40
-        return -(-(self._size_blocks_max - self._metadata.statfs().slab_blocks) // self.slab_blocks)
+        return -(-(limit - self._metadata.statfs().slab_blocks) // self.slab_blocks)
 
     async def _create_or_note(self) -> None:
         try:
@@ -201,7 +208,7 @@ class SlabManager:
         free = sum(space.free_slots for space in self.pool_spaces)
         domain_of = self._facts.domain_of
         drives = [DriveSlots(space.node, domain_of(space.node), space.slots) for space in self.pool_spaces]
-        return max(0, free - reserve_slots(drives, self._copies))
+        return max(0, free - reserve_slots(drives, self.copies))
 
     async def _create_slab(self) -> SlabDescriptor:
         """Raises NoSpace, Fenced, and what the last try raised."""
@@ -210,11 +217,13 @@ class SlabManager:
         slab = await self._batches.run(self._metadata.new_slab_id)
         self.creating.add(slab)
         try:
+            wanted = self.copies  # it may be changed meanwhile
             places = await self.create_copies(slab, self._copies_now())
-            later = self._places_later(places)
+            later = self._places_later(places, wanted)
             descriptor = slab_state.new_slab(slab, [(place.drive, place.node) for place in places], later)
             self._changes.note_change(slab)  # a census under way may have missed some of its copies
             await self._batches.run(lambda: self._metadata.add_slab(descriptor, self.slab_blocks))
+            self.outdated_count += wanted != self.copies
             return descriptor
         finally:
             self.creating.discard(slab)
@@ -240,15 +249,15 @@ class SlabManager:
         """
         live = self._live_domains()
         away = {self._facts.domain_of(node) for node in self._nodes_away()}
-        lacking = len(live) < self._copies <= len(live | away)
-        return max(1, self._copies - 1) if lacking else self._copies
+        lacking = len(live) < self.copies <= len(live | away)
+        return max(1, self.copies - 1) if lacking else self.copies
 
-    def _places_later(self, places: list[DriveSpace]) -> list[tuple[DriveId, NodeName]]:
+    def _places_later(self, places: list[DriveSpace], wanted: int) -> list[tuple[DriveId, NodeName]]:
         """For the copies that `places` lack: drives of other fault domains, which are down now.
 
         Raises  NoSpace: the pool has too few fault domains, up and down together.
         """
-        if len(places) == self._copies:
+        if len(places) == wanted:
             return []
         taken = {self._facts.domain_of(place.node) for place in places}
         drives = [
@@ -257,7 +266,7 @@ class SlabManager:
             for drive in self._facts.drives_of(node)
             if self._facts.takes_slabs(drive)
         ]
-        count = self._copies - len(places)
+        count = wanted - len(places)
         chosen = choose_drives(drives, count, self._rng, domain_of=self._facts.domain_of, taken=taken)
         return [(space.drive, space.node) for space in chosen]
 
@@ -272,7 +281,8 @@ class SlabManager:
                 if space.drive not in failed and self._takes(space)  # it may be retired since
             ]
             places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
-            self._take_slots(places, 1)  # no await since the choice: slabs made at once see each other
+            for place in places:  # no await since the choice: slabs made at once see each other
+                self.note_copy(place.drive, 1)
             done: list[DriveSpace] = []
             try:
                 for place in places:
@@ -283,22 +293,23 @@ class SlabManager:
                 raise
             except CsvfsError as failure:
                 error = failure
-                self._take_slots(places, -1)
+                for place in places:
+                    self.note_copy(place.drive, -1)
                 failed.add(places[len(done)].drive)
                 log.warning("slab %d cannot be created on node %s: %s", slab, places[len(done)].node, failure)
                 for place in [*done, places[len(done)]]:
                     await self.delete_copy(slab, place.node, place.drive)
         raise error
 
+    def note_copy(self, drive: DriveId, change: int) -> None:
+        """A drive has gained (1) or lost (-1) a copy since its server told how many slots it has free."""
+        for spaces in (self.pool_spaces, self.served_spaces):
+            for index, space in enumerate(spaces):
+                if space.drive == drive:
+                    spaces[index] = replace(space, free_slots=max(0, space.free_slots - change))
+
     def _takes(self, space: DriveSpace) -> bool:
         return self._facts.takes_slabs(space.drive) and not self._facts.in_maintenance(space.node)
-
-    def _take_slots(self, places: list[DriveSpace], count: int) -> None:
-        """`count` on each, or -count given back; the servers' next answers say how many there really are."""
-        drives = {place.drive for place in places}
-        for index, space in enumerate(self.pool_spaces):
-            if space.drive in drives:
-                self.pool_spaces[index] = replace(space, free_slots=max(0, space.free_slots - count))
 
     async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
