@@ -38,7 +38,9 @@ AHEAD_SLABS = 2  # so much free space is kept, so that no write waits for a slab
 SLABS_AT_ONCE = 8  # created in parallel when a writer needs much
 TRIMS_AT_ONCE = 512
 TRIM_INTERVAL_S = 0.5
-TRIM_WAIT_S = 5.0  # a writer waits so long at most for space that was freed and is not trimmed yet
+# A writer waits so long at most for space that was freed and is not trimmed yet, and for drive servers that did not
+# say how much they have. Slow drives take seconds for a round of trims; a call to a drive server has five.
+TRIM_WAIT_S = 15.0
 TRIM_POLL_S = 0.05
 SPACE_INTERVAL_S = 5.0
 EMPTY_SLABS_KEPT = 4
@@ -88,6 +90,7 @@ class SlabManager:
         self.served_spaces: list[DriveSpace] = []  # also of drives that take no new slabs
         self._silent: set[NodeName] = set()  # did not answer when last asked
         self._spaces_known = trio.Event()  # every drive server was asked once
+        self._asked = self._told = 0  # questions for the space of all drive servers: begun, newest that was answered
         self.creating: set[SlabId] = set()
         self.on_trimmed: Callable[[], None] = lambda: None
 
@@ -107,12 +110,14 @@ class SlabManager:
         while not await self._has_after_growing(blocks):
             if self._shortage is None or await self._trim_once():
                 continue
+            if self._metadata.statfs().free_blocks >= blocks:
+                continue  # trimmed by another task, whose batch is through and which has not come to count it as a gain
             if gains != self._gains:  # since the round looked, or it looked too early
                 gains, deadline = self._gains, trio.current_time() + TRIM_WAIT_S
-            elif not self._freed_blocks() or trio.current_time() >= deadline:
+            elif not (self._freed_blocks() or self._silent) or trio.current_time() >= deadline:
                 raise NoSpace(str(self._shortage))
-            else:
-                await trio.sleep(TRIM_POLL_S)  # what was deleted is being trimmed by another task
+            else:  # what was deleted is being trimmed by another task, or a drive server will say what it has
+                await trio.sleep(TRIM_POLL_S)
 
     async def _has_after_growing(self, blocks: int) -> bool:
         """Whether so many are free now, or after a round of growing that began after this call."""
@@ -321,7 +326,9 @@ class SlabManager:
             log.info("the copy of slab %d on node %s stays for now: %s", slab, node, error)
 
     async def refresh_spaces(self) -> None:
-        """Ask every drive server for its free slots."""
+        """Ask every drive server for its free slots. Of several questions at once the newest counts."""
+        self._asked += 1
+        number = self._asked
         spaces: list[DriveSpace] = []
         served: list[DriveSpace] = []
         silent: set[NodeName] = set()
@@ -343,7 +350,9 @@ class SlabManager:
             if not self._spaces_known.is_set():
                 # Growing as they answer: who has waited long enough sees what there is.
                 self.pool_spaces, self._silent = spaces, silent
-        self.pool_spaces, self.served_spaces, self._silent = spaces, served, silent
+        if number > self._told:
+            self._told = number
+            self.pool_spaces, self.served_spaces, self._silent = spaces, served, silent
         self._spaces_known.set()
 
     @property
