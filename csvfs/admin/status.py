@@ -19,6 +19,7 @@ from csvfs.admin.cluster_view import (
     Record,
     read_cluster_view,
 )
+from csvfs.admin.node_life import node_state
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
 from csvfs.store.interface import ClusterStore
@@ -50,7 +51,7 @@ class DriveStatus:
 @dataclass(slots=True)
 class NodeStatus:
     name: str
-    state: str  # up, down
+    state: str  # up, down, draining, paused
     address: str
     drives: int
     drives_bad: list[str]  # paths
@@ -112,6 +113,10 @@ class VolumeStatus:
     free: int | None
     note: str = ""
     slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
+    slabs_by_copies: dict[str, Any] = field(default_factory=dict)  # of data, by how many copies are in sync
+    open_files: dict[str, int] = field(default_factory=dict)  # by node, as its mount said within the last second
+    min_copies: int = 1
+    size_limit: int = 0  # bytes that files may have; 0: as many as the pool gives
     scrub: dict[str, Any] = field(
         default_factory=dict
     )  # the last round; coordinator/scrub.py says what it has
@@ -219,14 +224,16 @@ def node_statuses(
         up = name in view.alive
         record = view.alive.get(name) or view.nodes.get(name)
         note = ""
-        if up and name not in view.servers:
+        if name in view.maintenance and not up:
+            note = "switched off"
+        elif up and name not in view.servers:
             note = "drive server is not running"
         elif up and name in server_errors:
             note = f"drive server: {server_errors[name]}"
         found.append(
             NodeStatus(
                 name=name,
-                state="up" if up else "down",
+                state=node_state(view, name),
                 address=record.text("address") if record else "",
                 drives=len(own),
                 drives_bad=[d.path for d in own if up and not note and _is_bad(d)],
@@ -273,7 +280,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         health = UNKNOWN
     if record.text("state") != VOLUME_ONLINE and not record.text("error"):
         note = ""  # being created or deleted: it need not have a coordinator
-    slabs, scrub = reply.get("slabs"), reply.get("scrub")
+    slabs, by_copies, scrub = reply.get("slabs"), reply.get("slabs_by_copies"), reply.get("scrub")
     return VolumeStatus(
         name=record.name,
         resiliency=record.text("resiliency"),
@@ -285,6 +292,14 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         free=_number(figures, "free"),
         note=note,
         slabs=slabs if isinstance(slabs, dict) else {},
+        open_files={
+            str(row["node"]): row["open_files"]
+            for row in _maps(reply, "sessions")
+            if "node" in row and _number(row, "open_files") is not None
+        },
+        slabs_by_copies=by_copies if isinstance(by_copies, dict) else {},
+        min_copies=record.number("min_copies", 1),
+        size_limit=record.number("size"),
         scrub=scrub if isinstance(scrub, dict) else {},
     )
 
