@@ -73,7 +73,8 @@ class Drive:
     fd         its descriptor, for this package.
     unclean    it was not closed cleanly before this open.
     contents_lost  unclean, and the page cache may be gone too (another boot, replugged, failed flush): see
-                   D3.
+                   D3. It stays so, durably, until all copies have been judged (`note_judged`): a copy here may
+                   lack what was acknowledged, so one on another drive is preferred.
     repairs    what was found damaged at this open, one line each; it has been repaired where another copy
                allowed it.
     """
@@ -103,11 +104,12 @@ class Drive:
         self.id: DriveId = self.superblock.drive_id
         self.is_file = is_regular_file(fd)
         self.unclean = not self.superblock.clean
-        self.contents_lost = self.unclean and (
+        self._loses_now = self.unclean and (  # since the last open; else at an earlier one, if at all
             self.superblock.failed
             or self.superblock.boot_id != self._boot_id
             or self.superblock.disk_sequence != disk_sequence(fd)
         )
+        self.contents_lost = self.unclean and (self._loses_now or self.superblock.contents_lost)
         self._copies: dict[tuple[VolumeId, SlabId], SlabCopy] = {}
         self.slots: Slots
         self._tables: OpenTables
@@ -147,8 +149,8 @@ class Drive:
     def _load(self) -> None:
         try:
             opens = self.superblock.opens + 1
-            if self.contents_lost:
-                self._note(clean=False, opens=opens)  # D1; the old boot id stays until D3 holds
+            if self._loses_now:  # D1; the old boot id stays until D3 holds
+                self._note(clean=False, contents_lost=True, opens=opens)
             else:
                 self._note_open(opens)
             self.slots = Slots(self.fd, self.layout, self.id)
@@ -162,7 +164,7 @@ class Drive:
             for entry in self.slots.find():
                 self._add_copy(entry.slot, entry.volume, entry.slab, entry.epoch, entry.role, entry.term)
             self.repairs += self.slots.repairs
-            if self.contents_lost:
+            if self._loses_now:
                 self._mark_all_active()
                 os.fdatasync(self.fd)
                 self._note_open(opens)
@@ -342,6 +344,19 @@ class Drive:
             if self.failure is None and not self._closed:
                 write_superblock(self.fd, self.superblock)
 
+    def note_judged(self) -> None:
+        """Every copy has been put in service or made anew since this open: none needs to be distrusted any more.
+        May run in another thread.
+
+        Raises  DriveFailed: it stays as it was.
+        """
+        self.flush()  # the epochs that were installed by the judgement
+        with self._flush_lock:
+            if self.failure is not None:
+                raise self.failed_error()
+            self._note(contents_lost=False)
+            self.contents_lost = False
+
     def end_failed(self) -> None:
         """Wait until no flush uses a failed drive any more, and note what the medium has lost. Then `close`.
 
@@ -449,7 +464,7 @@ class Drive:
             self._tables.close()
             try:
                 if clean:
-                    self._note(clean=True)  # D1
+                    self._note(clean=True, contents_lost=False)  # D1
             finally:
                 os.close(self.fd)
                 self.fail("it was closed", drive_faults.NOT_OPENED)
