@@ -51,6 +51,7 @@ from csvfs.wire.control import pack_value, unpack_value
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+GIVE_UP_S_MAX = 2.0
 RETRY_S_MAX = 5.0  # what fails whoever tries it must not make the volume hop between hosts all the time
 SOUND_S = 30.0  # a service that ran so long counts as no failure to start
 ELECTION_INTERVAL_S = 2.0  # a look without occasion
@@ -265,10 +266,12 @@ class Host:
         finally:
             owned.service = None
             owned.finished = True
-            with trio.CancelScope(shield=True), trio.move_on_after(2):
-                await self._give_up(owned)
+            given_up = await self._give_up(owned)
             try:
                 await trio.sleep(self._pause_s(owned, has_failed))  # what failed would fail at once again
+                while not given_up:  # as long as this host lives, nobody takes what the store says it has
+                    await trio.sleep(RETRY_S)
+                    given_up = await self._give_up(owned)
             finally:
                 self.owned.pop(owned.name, None)
 
@@ -281,11 +284,15 @@ class Host:
         self._retry_s[owned.name] = min(2 * pause_s, RETRY_S_MAX)
         return pause_s
 
-    async def _give_up(self, owned: OwnedVolume) -> None:
-        try:
-            await release_ownership(self._store, owned.name, self.node, self._incarnation)
-        except CsvfsError as error:
-            log.warning("volume %s is not given up yet: %s", owned.name, error)
+    async def _give_up(self, owned: OwnedVolume) -> bool:
+        """False: the cluster store cannot be reached, or does not answer."""
+        with trio.CancelScope(shield=True), trio.move_on_after(GIVE_UP_S_MAX):
+            try:
+                await release_ownership(self._store, owned.name, self.node, self._incarnation)
+                return True
+            except CsvfsError as error:
+                log.warning("volume %s is not given up yet: %s", owned.name, error)
+        return False
 
     async def _work_on(self, owned: OwnedVolume) -> None:
         while True:

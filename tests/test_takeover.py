@@ -4,7 +4,9 @@ acknowledged."""
 import pytest
 import trio
 
+from coordinator import host as host_module
 from csvfs.block.server_links import ServerLinks
+from csvfs.errors import Unavailable
 from csvfs.store.embedded import EmbeddedStore
 from tests.coordinator_cluster import NAME
 from tests.test_service import block_of, cluster_of
@@ -87,3 +89,26 @@ async def _first(died: trio.Event, cluster) -> bool:
                 return True
             await trio.sleep(0.002)
     return False
+
+
+async def test_a_volume_that_could_not_be_given_up_is_given_up_when_the_store_can_be_reached_again(
+    tmp_path, monkeypatch
+):
+    """Its key names a host that lives, so nobody else takes it. Simulator seeds 20352, 22173: no coordinator for ever."""
+    release, tries = host_module.release_ownership, []
+
+    async def unreachable_at_first(store, name, node, incarnation):
+        tries.append(name)
+        if len(tries) <= 2:
+            raise Unavailable("the cluster store cannot be reached")
+        return await release(store, name, node, incarnation)
+
+    async with cluster_of(tmp_path) as cluster:
+        first = await cluster.wait_serving()
+        monkeypatch.setattr(host_module, "release_ownership", unreachable_at_first)
+        owned = next(host.owned[NAME] for host in cluster.hosts.values() if NAME in host.owned)
+        owned.scope.cancel()
+        with trio.fail_after(60):
+            while await cluster.wait_serving() is first:
+                await trio.sleep(0.01)
+        assert len(tries) >= 3

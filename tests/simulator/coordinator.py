@@ -124,13 +124,22 @@ class Host:
             self.world.trace(f"{process.name} term {term} ends: {group.exceptions[0]}")
         finally:
             self.service = None
-            if process.alive:
-                with trio.CancelScope(shield=True), trio.move_on_after(2):
-                    try:
-                        await release_ownership(process.store, name, process.node, process.incarnation)
-                    except CsvfsError:
-                        self.world.trace(f"{process.name} could not give the volume up")
+            given_up = not process.alive or await self._give_up()
         await trio.sleep(0.5)
+        while not given_up:
+            await trio.sleep(0.5)
+            given_up = await self._give_up()
+
+    async def _give_up(self) -> bool:
+        """As the host does."""
+        process = self.process
+        with trio.CancelScope(shield=True), trio.move_on_after(2):
+            try:
+                await release_ownership(process.store, self.world.volume_name, process.node, process.incarnation)
+                return True
+            except CsvfsError:
+                self.world.trace(f"{process.name} could not give the volume up")
+        return False
 
     def _accept(self, link: Link) -> None:
         link.on_frame = self._on_frame

@@ -27,7 +27,7 @@ from csvfs.errors import CsvfsError, Fenced
 from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, Epoch, NodeName, PoolId, SlabId, Term, VolumeId
 from csvfs.store.interface import Change, Put
 from csvfs.units import MIB
-from csvfs.wire.block_messages import ROLE_IN_SYNC, SlabDescriptor, block_checksums, pack_checksums
+from csvfs.wire.block_messages import ROLE_IN_SYNC, Member, SlabDescriptor, block_checksums, pack_checksums
 from csvfs.wire.control import pack_value
 from tests.simulator import seams
 from tests.simulator.clock import START_S, SimClock
@@ -51,6 +51,7 @@ BEGIN_S = 0.8  # until the volume is served
 WORK_S_MAX = 60.0
 HEAL_S_MAX = 400.0
 READ_S_MAX = 60.0
+HOLD_S_MAX = 10.0  # for a lease; the process that asks for it may have died
 COLLECT_EVERY = 8  # runs; each leaves some 5 MB in cycles
 
 
@@ -388,6 +389,8 @@ class World:
         for descriptor in [*service.book.all(), *service.journal.slabs()]:
             if len(descriptor.in_sync) != len(descriptor.members):
                 return f"slab {descriptor.slab} epoch {descriptor.epoch}: not all members are in sync"
+            if not all(self._has_epoch(member, descriptor) for member in descriptor.members):
+                return f"slab {descriptor.slab} epoch {descriptor.epoch}: not installed everywhere"
         for machine in self.machines.values():
             writer = machine.processes.get("writer")
             if writer is not None and getattr(writer, "writer", None) is not None and writer.alive:
@@ -396,6 +399,12 @@ class World:
                 if writer.writer.held is not None:  # type: ignore[attr-defined]
                     return f"{writer.name} still holds a region"
         return ""
+
+    def _has_epoch(self, member: Member, descriptor: SlabDescriptor) -> bool:
+        served = _served(self.machines[member.node].processes["server"])
+        drive = next((s.drive for s in served if s.drive_id == member.drive), None)
+        copy = None if drive is None else drive.find(VOLUME, descriptor.slab)
+        return copy is not None and copy.epoch == descriptor.epoch
 
     async def _read_back(self) -> None:
         """Every block, by one writer that takes all leases, twice: the second time from settled copies."""
@@ -415,10 +424,13 @@ class World:
             if process is None or writer is None or not process.alive:
                 await trio.sleep(0.2)
                 continue
-            try:
-                await writer.hold(region.number, region.slab)
-            except Fenced:  # it was stopped for too long
-                await trio.sleep(0.2)
+            with trio.move_on_after(HOLD_S_MAX) as scope:
+                try:
+                    await writer.hold(region.number, region.slab)
+                except Fenced:  # it was stopped for too long
+                    await trio.sleep(0.2)
+                    continue
+            if scope.cancelled_caught or not process.alive:
                 continue
             try:
                 for block in region.blocks:
