@@ -3,6 +3,7 @@
 import click
 
 from csvfs.admin import drive_life, drive_ops
+from csvfs.admin.cli_claim import claim_command
 from csvfs.admin.cli_context import Here, json_option, run_here, run_with_peers, yes_option
 from csvfs.admin.cluster_view import USAGE_AUTO, Record, read_cluster_view
 from csvfs.admin.drive_locate import DriveLocation, blink, locate_drive
@@ -127,6 +128,9 @@ def add_command(paths: tuple[str, ...], kind: str | None, dry_run: bool, as_json
     run_here(add)
     if as_json:
         print_json([{"id": drive.name, **drive.value} for drive in added])
+
+
+drive_group.add_command(claim_command)
 
 
 @drive_group.command("retire")

@@ -233,5 +233,8 @@ async def _rejoin(store: ClusterStore, node: NodeName, drive: Record) -> Record:
         label=label_of(path),
     )
     superblock = await trio.to_thread.run_sync(make)
-    as_before = DriveCandidate(path, superblock.size, drive.text("backing"), drive.text("kind"))
+    as_before = DriveCandidate(
+        path, superblock.size, drive.text("backing"), drive.text("kind"),
+        declared=bool(drive.value.get("declared")), identity=drive.text("identity"), by="csvfs drive reset",
+    )  # fmt: skip
     return await put_drive(store, node, as_before, new_id, superblock.layout.slot_count)

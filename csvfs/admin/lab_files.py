@@ -180,4 +180,5 @@ def _node_toml(files: LabFiles, node: LabNode) -> str:
         f"port_base = {PORT_BASE}\n"
         f'store = "{files.store_url}?gate={node.gate}"\n'
         f'run_dir = "{node.run_dir}"\n'
+        f'[drives]\nclaim = ["{node.directory}/drives/*"]\n'  # never the disks of this machine
     )
