@@ -2,6 +2,7 @@
 
 Place      coordinator floor; over cluster_facts.py and what drive servers answered last (slab_manager.py).
            Synchronous; time comes in as an argument.
+Maintenance  is not away: the time counts from its end on.
 Time       Away time is summed up from a monotonic clock and recorded with the jobs (job_record.py) now and
            then: a coordinator that takes over goes on from there, and no wall clock is involved.
 """
@@ -52,7 +53,7 @@ class DriveWatch:
         for drive in self._facts.view.drives:
             if drive in self._serving:
                 self._away.pop(drive, None)
-            elif drive not in self._away:
+            elif drive not in self._away or self._facts.in_maintenance(drive):
                 self._away[drive] = _Away(now_s, 0)
         for drive in [drive for drive in self._away if drive not in self._facts.view.drives]:
             del self._away[drive]

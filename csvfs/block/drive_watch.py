@@ -160,6 +160,8 @@ class DriveWatch:
         self._service.forget_copies()
         self._service.marks.forget_drive(drive)
         served.state, served.fault = f"failed: {drive.failure}", drive.fault
+        served.failures += 1
+        served.last_failure, served.failed_at = drive.failure, trio.current_time()
         self._service.drive_failed.set()  # the cluster is told now, however long closing takes
         await self._in_thread(drive.end_failed)
         self._service.end_flusher(served)
@@ -205,6 +207,7 @@ class DriveWatch:
                 if served.slow:
                     log.warning("drive %s is no longer slow", served.path)
                 served.slow_since, served.slow = None, False
+                self._retired.discard(served.index)
                 continue
             if served.slow_since is None:
                 served.slow_since = now

@@ -17,6 +17,7 @@ from csvfs.block.latency import DriveLatency
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.errors import CsvfsError, DriveFailed, DriveRefused, NotFound, Unavailable
 from csvfs.ids import DriveId, PoolId, SlabId, VolumeId
+from csvfs.wire.block_messages import ROLE_IN_SYNC
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class ServedDrive:
     """`drive` None: it could not be opened, or has failed: `state` says why in one line, `fault` in one word.
 
     slow    its latency is an outlier (latency.py), and has been for long enough.
+    failures, last_failure, failed_at   how often it failed in the life of this process, why last, and when
     """
 
     index: int
@@ -38,6 +40,9 @@ class ServedDrive:
     latency: DriveLatency = field(default_factory=DriveLatency)
     slow: bool = False
     slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
+    failures: int = 0
+    last_failure: str = ""
+    failed_at: float | None = None  # seconds of the trio clock
 
     @property
     def condition(self) -> tuple[str, str]:
@@ -45,6 +50,12 @@ class ServedDrive:
         if self.drive is not None and self.drive.failure is not None:
             return f"failed: {self.drive.failure}", self.drive.fault
         return self.state, self.fault
+
+    @property
+    def stale_count(self) -> int:
+        """Copies that are being resynced, or wait for their coordinator to say whether they are in sync."""
+        copies = self.drive.slabs() if self.drive is not None else []
+        return sum(copy not in self.in_service or copy.role != ROLE_IN_SYNC for copy in copies)
 
     @property
     def all_judged(self) -> bool:
