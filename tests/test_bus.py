@@ -6,8 +6,9 @@ import threading
 import pytest
 import trio
 
-from csvfs.block.slab_state import bump
-from csvfs.errors import Corrupt, Fenced, StaleEpoch, Unavailable
+from csvfs.block import writer_marks
+from csvfs.block.slab_state import bump, drop_members
+from csvfs.errors import Corrupt, Disconnected, Fenced, StaleEpoch, Unavailable
 from csvfs.ids import Incarnation
 from csvfs.units import BLOCK_SIZE, MIB
 from tests.block_cluster import SLAB, BlockCluster, write
@@ -49,6 +50,32 @@ async def test_many_writes_in_flight_arrive_in_order_on_every_copy(cluster):
     assert set(done) == {None}
     for server in cluster.servers:
         assert [contents(server, block)[0] for block in range(5)] == [195, 196, 197, 198, 199]
+
+
+async def test_I4_a_write_at_a_new_epoch_does_not_overtake_one_of_the_old_epoch(cluster, monkeypatch):
+    """The member that had not answered yet is out by the new epoch, so nothing waits for its answer; a failure that
+    comes late must not have the earlier write sent again on top of the later one."""
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    held = []
+    link = bus.links.ready("n3").link
+    monkeypatch.setattr(link, "request", lambda kind, head, payload, answer: held.append(answer))
+    answered = []
+    bus.write(SLAB, 5, block_of(2), lambda error: answered.append((2, error)))
+    with trio.fail_after(30):
+        while any(contents(server, 5) != block_of(2) for server in cluster.servers[:2]):
+            await trio.sleep(0.002)
+    monkeypatch.undo()
+    await cluster.owner.commit(drop_members(bus.descriptor(SLAB), [cluster.servers[2].drive_id]))
+    bus.learn(cluster.owner.descriptors[SLAB])
+    bus.write(SLAB, 5, block_of(3), lambda error: answered.append((3, error)))
+    await trio.sleep(0.02)
+    held[0](None, Unavailable("n3 is out"))
+    with trio.fail_after(30):
+        while len(answered) < 2:
+            await trio.sleep(0.002)
+    assert answered == [(2, None), (3, None)]
+    assert [contents(server, 5) for server in cluster.servers[:2]] == [block_of(3)] * 2
 
 
 async def test_a_drive_server_killed_under_writes_drops_out_and_no_write_fails(cluster):
@@ -193,13 +220,44 @@ async def test_I8_flush_reaches_every_member_and_a_failed_flush_takes_the_member
     assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n3"]
 
 
-async def test_I3_chunks_stay_active_until_complete_and_flushed(cluster):
+async def test_I3_chunks_stay_active_until_complete_and_flushed(cluster, monkeypatch):
     bus = cluster.bus()
     await write(bus, 0, block_of(1))
     await write(bus, 40, block_of(1))
     assert all(server.copy().active_chunks() == [0, 2] for server in cluster.servers)
     await bus.flush([SLAB])
+    for server in cluster.servers:
+        copy = server.copy()
+        assert all(server.service.marks.is_resting((copy, chunk)) for chunk in (0, 2))
+        assert copy.active_chunks() == [0, 2]  # still resting
+        monkeypatch.setattr(writer_marks, "REST_S", 0.0)
+        server.service.unmark_rested(server.service.drives.by_index(0))
+        assert copy.active_chunks() == []
+
+
+async def test_I3_a_resting_chunk_that_is_written_again_is_not_unmarked_before_the_next_flush(
+    cluster, monkeypatch
+):
+    bus = cluster.bus()
+    await write(bus, 0, block_of(1))
+    await bus.flush([SLAB])
+    await write(bus, 0, block_of(2))
+    monkeypatch.setattr(writer_marks, "REST_S", 0.0)
+    for server in cluster.servers:
+        server.service.unmark_rested(server.service.drives.by_index(0))
+        assert server.copy().active_chunks() == [0]
+        assert not server.service.marks.is_resting((server.copy(), 0))
+    await bus.flush([SLAB])
     assert all(server.copy().active_chunks() == [] for server in cluster.servers)
+
+
+async def test_I3_only_so_many_chunks_rest_those_longest_unused_go_first(cluster, monkeypatch):
+    monkeypatch.setattr(writer_marks, "RESTING_MAX", 2)
+    bus = cluster.bus()
+    for chunk in (0, 1, 2, 0, 3):
+        await write(bus, chunk * 16, block_of(chunk))
+        await bus.flush([SLAB])
+    assert all(server.copy().active_chunks() == [0, 3] for server in cluster.servers)
 
 
 async def test_I3_a_chunk_written_by_two_is_active_until_both_are_complete(cluster):
@@ -320,6 +378,19 @@ async def test_links_to_a_server_that_the_store_no_longer_lists_are_dropped_at_o
     bus.links.check_servers()
     cluster.servers[2].service = service
     assert server.link.closed is not None and bus.links.ready("n3") is None
+
+
+async def test_a_long_call_to_a_server_that_is_gone_ends_though_its_connection_stands(cluster, nursery):
+    """A node that lost power breaks no connection. Simulator seeds 10446, 11243: takeover and resync hung for it."""
+    links = cluster.links("coordinator-pulls")
+    nursery.start_soon(links.follow_servers_forever)
+    await links.connected("n3")
+    service, cluster.servers[2].service = cluster.servers[2].service, None  # no longer listed
+    for client in service.clients:
+        client.link.on_frame = lambda link, frame: None  # and says nothing any more
+    with trio.fail_after(30), pytest.raises(Disconnected, match="gone, says the cluster store"):
+        await links.call("n3", "ping", {}, timeout_s=600)
+    cluster.servers[2].service = service
 
 
 async def test_I9_a_reader_that_has_not_heard_of_a_new_epoch_heals_all_the_same(cluster):

@@ -213,7 +213,7 @@ def test_a_delete_that_was_cut_short_is_finished_after_the_next_open(drive):
     assert drive.free_slots == drive.slot_count
     drive.flush()
     drive.flush()
-    assert drive._deleting == {}
+    assert not drive.slots.is_deleting
     drive.close()
     drive = Drive.open(drive.path)
     assert drive.free_slots == drive.slot_count
