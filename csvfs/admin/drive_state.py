@@ -4,8 +4,8 @@ Place      admin floor. Pure: what the cluster store and the drive server say in
 Words      as in S2D. What keeps a drive from being used comes first, then what was decided about it, then what is
            odd about one that works. Only maintenance comes before all: it says that somebody is at it.
 Not here   S2D's "Split" (a csvfs drive belongs to one pool by its id; one of another pool is "Unrecognized metadata")
-           and "Updating firmware". "Stale metadata" is a drive that is not the one its path should hold; copies that
-           merely missed writes are "In service".
+           and "Updating firmware". "Stale metadata" is a drive that is not the one its path should hold; of copies
+           that merely missed writes the reason of an "OK" drive speaks.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,6 @@ FOREIGN_METADATA = "Unrecognized metadata"
 FAILED_MEDIA = "Failed media"
 PREDICTIVE_FAILURE = "Predictive failure"
 STARTING = "Starting"
-IN_SERVICE = "In service"  # it serves, and some of its copies are not in sync yet
 NOT_USABLE = "Not usable"
 
 # A drive gave so many errors since it was opened that the next ones are to be expected.
@@ -154,7 +153,7 @@ def _condition_of_serving(reported: dict[str, Any]) -> DriveCondition:
         return DriveCondition(WARNING, TRANSIENT_ERROR, text, f"if it goes on {_REPLACE}")
     stale = _count(reported, "stale")
     if stale:
-        return DriveCondition(HEALTHY, IN_SERVICE, f"{stale} of its copies are being brought up to date")
+        return DriveCondition(HEALTHY, OK, f"{stale} of its copies are being brought up to date")
     return DriveCondition(HEALTHY, OK)
 
 
