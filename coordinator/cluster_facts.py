@@ -46,6 +46,10 @@ class ClusterFacts:
         """Whether the node's lease holds. When it does not, nothing on that node serves any more (I5)."""
         return node in self.view.alive
 
+    def in_maintenance(self, node: NodeName) -> bool:
+        """Whether the node is drained or paused: it serves while it is up, but nothing new is put onto it."""
+        return node in self.view.maintenance
+
     def drive_nodes(self) -> list[NodeName]:
         """Nodes with a drive in the pool, up or down."""
         return sorted({node for node in map(self.node_of, self.view.drives) if node is not None})
@@ -72,7 +76,7 @@ class ClusterFacts:
         in_order = value is not None and (value.get("state") or _DRIVE_OK) == _DRIVE_OK
         return in_order and self.usage(drive) is None
 
-    def in_maintenance(self, drive: DriveId) -> bool:
+    def is_attended(self, drive: DriveId) -> bool:
         """Somebody is at it: it is not counted as lost, however long it is away."""
         value = self.view.drives.get(drive)
         return value is not None and value.get("usage") == _USAGE_MAINTENANCE
