@@ -26,6 +26,8 @@ CLAIM_ENTRIES_MAX = 64
 # Ports of a node, counted from its port_base.
 DRIVE_SERVER_PORT = 1
 COORDINATOR_PORT = 2
+STORE_PORT = 3  # of the node's etcd member, for clients
+STORE_PEER_PORT = 4  # and for other members
 PORT_COUNT = 10
 
 # A unix socket's path has at most 107 bytes; ours are `<run_dir>/<role>.sock`.
@@ -97,6 +99,11 @@ class Options:
         60_000, "ms", 1000, 3_600_000,
         "longer than a failover and a reboot; guests' disks time out after 30 to 180 s",
         "reads and writes that cannot be done for this long fail with EIO",
+    )  # fmt: skip
+    hang_ms: int = _option(
+        10_000, "ms", 1000, 600_000,
+        "longer than the longest pause of a healthy disk, shorter than the patience of guests",
+        "a drive that has not answered for this long is given up; a process that it holds up is replaced",
     )  # fmt: skip
     slow_drive_ms: int = _option(
         50, "ms", 1, 60_000,

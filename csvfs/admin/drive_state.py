@@ -50,6 +50,7 @@ _OF_FAULT = {
     drive_faults.FOREIGN: (UNHEALTHY, FOREIGN_METADATA, "attach the right drive at its path; or csvfs drive remove it"),
     drive_faults.SWAPPED: (UNHEALTHY, STALE_METADATA, "give both drives their own paths (/dev/disk/by-id)"),
     drive_faults.IO_ERROR: (WARNING, IO_ERROR, f"it is tried again by itself; if it keeps failing {_REPLACE}"),
+    drive_faults.HANGS: (WARNING, IO_ERROR, f"it is opened again once it answers; if it keeps hanging {_REPLACE}"),
     drive_faults.NOT_OPENED: (WARNING, STARTING, ""),
 }
 assert set(_OF_FAULT) == drive_faults.FAULTS
