@@ -8,7 +8,7 @@ import trio
 from csvfs.block import bus_reads, drive_watch
 from csvfs.block.bus import Bus
 from csvfs.block.drive_watch import DriveWatch, SlowRules
-from csvfs.block.latency import FLUSH, READ, WRITE, DriveLatency, coarse_ms, is_outlier, slow_drives
+from csvfs.block.latency import FLUSH, READ, WRITE, DriveLatency, is_outlier, slow_drives, told_ms
 from csvfs.block.member_latency import HEDGE_S_MIN, HEDGE_S_UNKNOWN, MemberLatencies
 from csvfs.ids import NodeName
 from csvfs.units import BLOCK_SIZE
@@ -48,7 +48,21 @@ def test_drives_of_other_nodes_are_peers_too():
     assert slow_drives(alone, 1.0) == set()
     assert slow_drives(alone, 1.0, {FLUSH: [0.05, 0.05]}) == {0}
     assert slow_drives(alone, 1.0, {FLUSH: [0.256, 0.256]}) == set()
-    assert coarse_ms(alone[0], 1.0) == {FLUSH: 256}
+
+
+def test_what_others_are_told_of_a_latency_is_coarse_and_changes_only_when_it_is_clearly_wrong():
+    assert told_ms(latency(FLUSH, 0.9), 1.0, {}) == {FLUSH: 1280}
+    assert told_ms(latency(FLUSH, 0.0001), 1.0, {}) == {FLUSH: 5}
+    assert told_ms(latency(FLUSH, 0.0001), 100.0, {FLUSH: 5}) == {}  # nothing is known any more
+    told: dict[str, int] = {}
+    for average_s, said in ((0.004, 5), (0.0055, 5), (0.007, 10), (0.0115, 10), (0.004, 10), (0.003, 5)):
+        told = told_ms(latency(FLUSH, average_s), 1.0, told)
+        assert told == {FLUSH: said}
+
+
+def test_a_drive_is_no_outlier_among_drives_of_which_nothing_is_known():
+    assert slow_drives({0: latency(FLUSH, 0.2)}, 1.0, {FLUSH: []}) == set()
+    assert slow_drives({0: latency(FLUSH, 0.2)}, 1.0, {FLUSH: [0.005, 0.005]}) == {0}
 
 
 def test_one_slow_write_among_thousands_is_no_slow_drive():

@@ -274,6 +274,8 @@ class DriveCalls:
             marked = self._service.marks.of_writer(volume, None)
             copy.clear_active([chunk for chunk in pull.settled_chunks() if (copy, chunk) not in marked])
         finally:
+            if served.drive is not None:
+                served.drive.counters.pulled += pull.bytes_done
             if self.pulls.get(key) is pull:
                 del self.pulls[key]
         return {"bytes": pull.bytes_done, "chunks": pull.chunk_count}

@@ -19,7 +19,7 @@ import trio
 from csvfs.block.block_service import BlockService
 from csvfs.block.drive_calls import DriveCalls
 from csvfs.block.drive_watch import DriveWatch, SlowRules
-from csvfs.block.latency import FLOOR_S, KINDS
+from csvfs.block.latency import KINDS
 from csvfs.block.served_drives import ServedDrive
 from csvfs.cluster.liveness import Liveness
 from csvfs.config import NodeConfig, load_config
@@ -99,7 +99,7 @@ class DriveServer:
         await self.store.put(f"servers/{self.config.node}", msgpack.packb(value), self._lease)
 
     async def _peer_latencies(self) -> dict[str, list[float]]:
-        """As the other nodes' drive servers tell them; what they do not tell is at most the floor."""
+        """As the other nodes' drive servers tell them; what they do not tell is not known."""
         found: dict[str, list[float]] = {kind: [] for kind in KINDS}
         try:
             items = await self.store.list("servers/")
@@ -110,8 +110,8 @@ class DriveServer:
                 for report in (unpack_value(item.value).get("drives") or {}).values():
                     if not report.get("fault"):
                         for kind in KINDS:
-                            told_ms = (report.get("latency_ms") or {}).get(kind)
-                            found[kind].append(told_ms / 1000 if told_ms else FLOOR_S)
+                            told = (report.get("latency_ms") or {}).get(kind)
+                            found[kind] += [told / 1000] if told else []
         return found
 
     async def _retire(self, served: ServedDrive) -> None:

@@ -17,7 +17,7 @@ import trio
 
 from csvfs.block.block_service import BlockService
 from csvfs.block.drive_faults import FULL, NOT_OPENED
-from csvfs.block.latency import FLOOR_S, RETIRE_AFTER_S, SLOW_AFTER_S, coarse_ms, slow_drives
+from csvfs.block.latency import FLOOR_S, RETIRE_AFTER_S, SLOW_AFTER_S, above_floor, slow_drives, told_ms
 from csvfs.block.medium_check import check_medium
 from csvfs.block.served_drives import ServedDrive
 from csvfs.errors import CsvfsError
@@ -191,7 +191,7 @@ class DriveWatch:
             served.latency.count_writes(served.opened().counters.writes, now)
         latencies = {served.index: served.latency for served in open_drives}
         elsewhere: dict[str, list[float]] = {}
-        if any(coarse_ms(latency, now, self._rules.floor_s) for latency in latencies.values()):
+        if any(above_floor(latency, now, self._rules.floor_s) for latency in latencies.values()):
             elsewhere = await self._peers()
         outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s)
         for served in open_drives:
@@ -218,8 +218,9 @@ def drive_report(served: ServedDrive) -> dict[str, Any]:
         fault = NOT_OPENED
     opens = served.drive.opens if served.drive is not None else 0
     report = {"fault": fault, "opens": opens, "slow": served.slow}
-    latency_ms = coarse_ms(served.latency, trio.current_time()) if served.drive is not None else {}
-    return {**report, "latency_ms": latency_ms} if latency_ms else report
+    told = told_ms(served.latency, trio.current_time(), served.told_ms) if served.drive is not None else {}
+    served.told_ms = told
+    return {**report, "latency_ms": told} if told else report
 
 
 def room_around(path: str) -> int:

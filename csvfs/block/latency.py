@@ -19,6 +19,7 @@ FLOOR_S = 0.050
 SLOW_AFTER_S = 30.0
 RETIRE_AFTER_S = 300.0
 FORGET_S = 60.0  # what was measured longer ago says nothing about now
+TOLD_MS_MIN = 5  # a tenth of FLOOR_S: what is quicker makes no difference to whether a peer is an outlier
 _WEIGHT = 0.1  # of a new sample in the average
 _PEAK_DECAY = 0.98  # of the p99-like peak, with every sample
 
@@ -136,16 +137,29 @@ def slow_drives(
     return slow
 
 
-def coarse_ms(latency: DriveLatency, now: float, floor_s: float = FLOOR_S) -> dict[str, int]:
-    """By kind, milliseconds in powers of four, of what is above the floor only: changes seldom, so it may be
-    told to the whole cluster. Whoever reads it takes what is not told for `floor_s`, which flags nobody wrongly.
+def above_floor(latency: DriveLatency, now: float, floor_s: float = FLOOR_S) -> bool:
+    """Whether anything takes so long that the peers are worth asking."""
+    return any((latency.current(kind, now) or 0.0) > floor_s for kind in KINDS)
+
+
+def told_ms(latency: DriveLatency, now: float, before: Mapping[str, int]) -> dict[str, int]:
+    """What the other nodes are told: by kind of which anything is known, milliseconds that it takes at most.
+
+    Coarse, and it stays what it was (`before`) until it is clearly wrong, so that it changes seldom: it is told to
+    the whole cluster. What is under way is left out for the same reason.
     """
     rows = {}
-    for kind in KINDS:
-        current = latency.current(kind, now)
-        if current is not None and current > floor_s:
-            step = 1
-            while step * 4 <= current * 1000:
-                step *= 4
-            rows[kind] = step
+    for kind, measured in latency.kinds.items():
+        if measured.count and now - measured.last_at <= FORGET_S:
+            rows[kind] = _told_step(measured.average * 1000, before.get(kind, 0))
     return rows
+
+
+def _told_step(average_ms: float, before: int) -> int:
+    lowest = 0.0 if before == TOLD_MS_MIN else before / 3
+    if before and lowest <= average_ms <= before * 1.2:
+        return before
+    step = TOLD_MS_MIN
+    while step < average_ms:
+        step *= 2
+    return step

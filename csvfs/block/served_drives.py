@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 class ServedDrive:
     """`drive` None: it could not be opened, or has failed: `state` says why in one line, `fault` in one word.
 
+    told_ms what the others were told of its latency, by kind.
     slow    its latency is an outlier (latency.py), and has been for long enough.
     """
 
@@ -36,6 +37,7 @@ class ServedDrive:
     in_service: set[SlabCopy] = field(default_factory=set)
     fault: str = NOT_OPENED
     latency: DriveLatency = field(default_factory=DriveLatency)
+    told_ms: dict[str, int] = field(default_factory=dict)
     slow: bool = False
     slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
 
