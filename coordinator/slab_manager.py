@@ -25,7 +25,7 @@ from coordinator.metadata_log import MetadataLog
 from coordinator.slab_changes import SlabChanges
 from coordinator.space import Trim
 from csvfs.block import slab_state
-from csvfs.block.placement import DriveSpace, choose_drives
+from csvfs.block.placement import DriveSpace, choose_drives, slabs_that_fit
 from csvfs.block.reserve import DriveSlots, reserve_slots
 from csvfs.errors import Conflict, CsvfsError, Fenced, LastCopy, NoSpace, NotFound, StaleEpoch
 from csvfs.ids import DriveId, NodeName, SlabId
@@ -266,27 +266,30 @@ class SlabManager:
                 if space.drive not in failed and self._facts.takes_slabs(space.drive)  # it may be retired since
             ]
             places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
+            self._take_slots(places, 1)  # no await since the choice: slabs made at once see each other
             done: list[DriveSpace] = []
             try:
                 for place in places:
                     await self._control.create_slab(slab, slab_state.EPOCH_FIRST, place.node, place.drive)
                     done.append(place)
-                    self._take_slot(place)
                 return places
             except Fenced:
                 raise
             except CsvfsError as failure:
                 error = failure
+                self._take_slots(places, -1)
                 failed.add(places[len(done)].drive)
                 log.warning("slab %d cannot be created on node %s: %s", slab, places[len(done)].node, failure)
                 for place in [*done, places[len(done)]]:
                     await self.delete_copy(slab, place.node, place.drive)
         raise error
 
-    def _take_slot(self, place: DriveSpace) -> None:
+    def _take_slots(self, places: list[DriveSpace], count: int) -> None:
+        """`count` on each, or -count given back; the servers' next answers say how many there really are."""
+        drives = {place.drive for place in places}
         for index, space in enumerate(self.pool_spaces):
-            if space.drive == place.drive:
-                self.pool_spaces[index] = replace(space, free_slots=max(0, space.free_slots - 1))
+            if space.drive in drives:
+                self.pool_spaces[index] = replace(space, free_slots=max(0, space.free_slots - count))
 
     async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
@@ -334,23 +337,13 @@ class SlabManager:
             await self._spaces_known.wait()
 
     def free_slabs_in_pool(self) -> int:
-        """How many slabs of this volume the pool has room for: a bound, from the free slots of each fault
-        domain."""
+        """How many slabs of this volume the pool has room for, by the free slots of each fault domain."""
         by_domain: dict[str, int] = {}
         for space in self.pool_spaces:
             domain = self._facts.domain_of(space.node)
             by_domain[domain] = by_domain.get(domain, 0) + space.free_slots
-        slots = sorted(by_domain.values())
-        # With c copies, n slabs fit iff the domains' slots, each counted up to n, sum up to c * n.
         copies = self._copies_now()
-        low, high = 0, sum(slots) // copies
-        while low < high:
-            middle = (low + high + 1) // 2
-            if sum(min(count, middle) for count in slots) >= copies * middle:
-                low = middle
-            else:
-                high = middle - 1
-        return min(low, self.slots_above_reserve() // copies)
+        return min(slabs_that_fit(by_domain.values(), copies), self.slots_above_reserve() // copies)
 
     # -- trims -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import threading
 import pytest
 import trio
 
+from csvfs.block import writer_marks
 from csvfs.block.slab_state import bump
 from csvfs.errors import Corrupt, Fenced, StaleEpoch, Unavailable
 from csvfs.ids import Incarnation
@@ -193,13 +194,44 @@ async def test_I8_flush_reaches_every_member_and_a_failed_flush_takes_the_member
     assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n3"]
 
 
-async def test_I3_chunks_stay_active_until_complete_and_flushed(cluster):
+async def test_I3_chunks_stay_active_until_complete_and_flushed(cluster, monkeypatch):
     bus = cluster.bus()
     await write(bus, 0, block_of(1))
     await write(bus, 40, block_of(1))
     assert all(server.copy().active_chunks() == [0, 2] for server in cluster.servers)
     await bus.flush([SLAB])
+    for server in cluster.servers:
+        copy = server.copy()
+        assert all(server.service.marks.is_resting((copy, chunk)) for chunk in (0, 2))
+        assert copy.active_chunks() == [0, 2]  # still resting
+        monkeypatch.setattr(writer_marks, "REST_S", 0.0)
+        server.service.unmark_rested(server.service.drives.by_index(0))
+        assert copy.active_chunks() == []
+
+
+async def test_I3_a_resting_chunk_that_is_written_again_is_not_unmarked_before_the_next_flush(
+    cluster, monkeypatch
+):
+    bus = cluster.bus()
+    await write(bus, 0, block_of(1))
+    await bus.flush([SLAB])
+    await write(bus, 0, block_of(2))
+    monkeypatch.setattr(writer_marks, "REST_S", 0.0)
+    for server in cluster.servers:
+        server.service.unmark_rested(server.service.drives.by_index(0))
+        assert server.copy().active_chunks() == [0]
+        assert not server.service.marks.is_resting((server.copy(), 0))
+    await bus.flush([SLAB])
     assert all(server.copy().active_chunks() == [] for server in cluster.servers)
+
+
+async def test_I3_only_so_many_chunks_rest_those_longest_unused_go_first(cluster, monkeypatch):
+    monkeypatch.setattr(writer_marks, "RESTING_MAX", 2)
+    bus = cluster.bus()
+    for chunk in (0, 1, 2, 0, 3):
+        await write(bus, chunk * 16, block_of(chunk))
+        await bus.flush([SLAB])
+    assert all(server.copy().active_chunks() == [0, 3] for server in cluster.servers)
 
 
 async def test_I3_a_chunk_written_by_two_is_active_until_both_are_complete(cluster):

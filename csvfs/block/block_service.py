@@ -340,13 +340,23 @@ class BlockService:
         self, served: ServedDrive, drive: Drive, began: tuple[set[Chunk], int], error: CsvfsError | None
     ) -> None:
         covered, token = began
-        served.latency.end(token, trio.current_time())
+        now_s = trio.current_time()
+        served.latency.end(token, now_s)
         if error is not None:
             self.drive_failed.set()
             if served.drive is drive:
                 self.marks.flush_failed(drive, covered)
             return
-        for copy, chunks in self.marks.flushed(covered).items():
+        if served.drive is drive:
+            self._unmark(served, self.marks.flushed(drive, covered, now_s))
+
+    def unmark_rested(self, served: ServedDrive) -> None:
+        """To be called now and then, for drives that nobody flushes."""
+        if served.drive is not None:
+            self._unmark(served, self.marks.rested(served.drive, trio.current_time()))
+
+    def _unmark(self, served: ServedDrive, unmark: dict[SlabCopy, list[int]]) -> None:
+        for copy, chunks in unmark.items():
             try:
                 copy.clear_active(chunks)
             except CsvfsError as failure:
@@ -425,6 +435,8 @@ class BlockService:
         if flusher is not None:
             flusher.close()
         self.forget_copies()
+        if served.drive is not None:
+            self.marks.forget_drive(served.drive)
         self.drives.release(drive_id)
 
     def forget_copies(self) -> None:

@@ -223,8 +223,9 @@ class DriveCalls:
         """Chunks marked by the writer, and those nobody in this process's life has marked."""
         volume = _client(link).volume
         writer = optional_field(args, "writer", str)
-        of_writer = self._service.marks.of_writer(volume, writer)
-        of_all = of_writer if writer is None else self._service.marks.of_writer(volume, None)
+        marks = self._service.marks
+        of_writer = marks.of_writer(volume, writer)
+        of_all = of_writer if writer is None else marks.of_writer(volume, None)
         rows = []
         for served in self._service.drives:
             if served.drive is None:
@@ -234,7 +235,8 @@ class DriveCalls:
                     chunks = [
                         chunk
                         for chunk in _active_chunks(copy)
-                        if (copy, chunk) in of_writer or (copy, chunk) not in of_all
+                        if (copy, chunk) in of_writer
+                        or ((copy, chunk) not in of_all and not marks.is_resting((copy, chunk)))
                     ]
                     if chunks:
                         rows.append([served.drive_id, copy.slab, chunks])

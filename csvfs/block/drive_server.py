@@ -218,6 +218,7 @@ class DriveServer:
             for served in self.service.drives:
                 if served.drive is None:
                     continue
+                self.service.unmark_rested(served)
                 waiting = self.service.marks.waiting_count(served.drive)
                 if waiting > MARKS_MAX or (waiting and sweeps % SWEEPS_TO_FLUSH == 0):
                     try:

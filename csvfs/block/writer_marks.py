@@ -5,6 +5,11 @@ Why        A chunk with a write that may not be on all members must be found aft
            the bit (FORMAT.md, "Slot metadata"); here stands whose it is, so that the writer's word that it is
            complete on all members (`completed_below`) can take it away again.
 Rule       A bit goes only after the write is complete *and* the drive has been flushed since.
+Rest       It does not go at once: a chunk written now is likely to be written again, and each change of a bit is one
+           more page for the next flush, where a small synced write has two others (data and checksum). So a
+           chunk that may be unmarked **rests** for REST_S since its last flush, RESTING_MAX of them per drive.
+           The price: a drive server that is killed has so many chunks more to take from other copies, 128 MiB
+           at most. A flush that covers many chunks has pages enough of its own: its chunks do not rest.
 """
 
 from collections.abc import Iterable
@@ -13,6 +18,10 @@ from typing import Any
 from csvfs.ids import Incarnation
 
 Chunk = tuple[Any, int]  # (slab copy, chunk index in it)
+
+REST_S = 60.0
+RESTING_MAX = 2048  # per drive: chunks of 64 KiB
+RESTING_COVERED_MAX = 16  # of a flush whose chunks rest
 
 
 class WriterMarks:
@@ -41,6 +50,9 @@ class MarkBook:
     def __init__(self) -> None:
         self._writers: dict[tuple[bytes, str, Incarnation], WriterMarks] = {}
         self._awaiting_flush: dict[Any, set[Chunk]] = {}  # by drive
+        # By drive: when they were flushed, the longest ago first. Those that were marked again stay here until
+        # they are looked at.
+        self._resting: dict[Any, dict[Chunk, float]] = {}
 
     def writer(self, volume: bytes, writer: str, incarnation: Incarnation) -> WriterMarks:
         key = (volume, writer, incarnation)
@@ -84,14 +96,45 @@ class MarkBook:
     def flush_failed(self, drive: Any, covered: set[Chunk]) -> None:
         self._awaiting_flush.setdefault(drive, set()).update(covered)
 
-    def flushed(self, covered: set[Chunk]) -> dict[Any, list[int]]:
-        """Chunks to unmark, by slab copy: covered by the flush and not marked again meanwhile."""
+    def flushed(self, drive: Any, covered: set[Chunk], now_s: float) -> dict[Any, list[int]]:
+        """Chunks covered by a flush of `drive` begin to rest; returns those to unmark, by slab copy."""
+        resting = self._resting.setdefault(drive, {})
         unmark: dict[Any, list[int]] = {}
         for chunk in covered:
-            marked_again = any(chunk in marks.marks for marks in self._writers.values())
-            if not marked_again and chunk not in self._awaiting_flush.get(chunk[0].drive, ()):
-                unmark.setdefault(chunk[0], []).append(chunk[1])
+            if not self._is_marked(chunk):
+                resting.pop(chunk, None)
+                if len(covered) <= RESTING_COVERED_MAX:
+                    resting[chunk] = now_s
+                else:
+                    unmark.setdefault(chunk[0], []).append(chunk[1])
+        self._end_rest(drive, now_s, unmark)
         return unmark
+
+    def rested(self, drive: Any, now_s: float) -> dict[Any, list[int]]:
+        """Chunks of `drive` that have rested long enough, to be unmarked, by slab copy."""
+        unmark: dict[Any, list[int]] = {}
+        self._end_rest(drive, now_s, unmark)
+        return unmark
+
+    def _end_rest(self, drive: Any, now_s: float, unmark: dict[Any, list[int]]) -> None:
+        resting = self._resting.get(drive, {})
+        while resting:
+            chunk, since_s = next(iter(resting.items()))
+            if len(resting) <= RESTING_MAX and now_s - since_s < REST_S:
+                break
+            del resting[chunk]
+            if not self._is_marked(chunk):
+                unmark.setdefault(chunk[0], []).append(chunk[1])
+
+    def _is_marked(self, chunk: Chunk) -> bool:
+        """Some write to it is not known to be complete, or not flushed yet."""
+        return any(chunk in marks.marks for marks in self._writers.values()) or chunk in self._awaiting_flush.get(
+            chunk[0].drive, ()
+        )
+
+    def is_resting(self, chunk: Chunk) -> bool:
+        """It is active on the drive only because it rests: all its writes are complete and flushed."""
+        return chunk in self._resting.get(chunk[0].drive, ()) and not self._is_marked(chunk)
 
     def forget_drive(self, drive: Any) -> None:
         """The drive has failed: its copies are others when it is opened again, all marked on the drive itself."""
@@ -99,6 +142,7 @@ class MarkBook:
             for chunk in [chunk for chunk in marks.marks if chunk[0].drive is drive]:
                 del marks.marks[chunk]
         self._awaiting_flush.pop(drive, None)
+        self._resting.pop(drive, None)
 
     def forget(self, copy: Any) -> None:
         """The slab copy was deleted."""
@@ -107,3 +151,6 @@ class MarkBook:
                 del marks.marks[chunk]
         for waiting in self._awaiting_flush.values():
             waiting.difference_update([chunk for chunk in waiting if chunk[0] is copy])
+        for resting in self._resting.values():
+            for chunk in [chunk for chunk in resting if chunk[0] is copy]:
+                del resting[chunk]
