@@ -1,6 +1,7 @@
 """Slow drives: who is an outlier, who is read around, and what is decided about one that stays slow."""
 
 import os
+from itertools import pairwise
 
 import pytest
 import trio
@@ -33,6 +34,20 @@ def test_only_the_slow_drive_of_four_is_slow():
     drives = {number: latency(FLUSH, 0.010) for number in range(3)} | {3: latency(FLUSH, 0.8)}
     assert slow_drives(drives, now=1.0) == {3}
     assert slow_drives(drives, now=100.0) == set()  # nothing measured for long: nothing known
+
+
+def test_one_slow_flush_makes_no_slow_drive_and_one_that_is_slow_stays_so_until_it_is_measured_again():
+    drives = {number: latency(FLUSH, 0.004) for number in range(3)} | {3: latency(FLUSH, 0.8, times=1)}
+    assert slow_drives(drives, now=5.0) == {3}
+    assert slow_drives(drives, now=20.0) == set()  # nothing of it for 20 s: too little to go by
+    assert slow_drives(drives, now=20.0, flagged={3}) == {3}
+
+
+def test_a_hang_of_ten_seconds_is_forgotten_after_a_few_operations_however_rare_they_are():
+    drive = latency(FLUSH, 10.0, times=1)
+    for now in (10.0, 20.0, 30.0):
+        drive.record(FLUSH, 0.004, now)
+    assert drive.current(FLUSH, 30.0) < 0.05
 
 
 def test_an_operation_that_hangs_counts_before_it_ends():
@@ -151,20 +166,22 @@ async def test_a_drive_that_stays_slow_is_flagged_then_retired_and_forgiven_when
         told.append(reports)
 
     async def retire(slow):
-        retired.append(slow.index)
+        retired.append(clock[0])
+        return len(retired) > 2  # the first two times another drive is retired
 
     async def peers():
         return {WRITE: [], READ: [], FLUSH: [0.02, 0.02]}
 
     watch = DriveWatch(service, publish, peers=peers, retire=retire, rules=SlowRules(0.05, 30, 300))
     monkeypatch.setattr(drive_watch.trio, "current_time", lambda: clock[0])
-    for _ in range(40):
+    for _ in range(60):
         clock[0] += 10
         served.latency.record(FLUSH, 1.5, clock[0])
         await watch._judge_latency()
         if clock[0] < 1035:
             assert not served.slow
-    assert served.slow and retired == [served.index]
+    assert served.slow
+    assert len(retired) == 3 and [b - a for a, b in pairwise(retired)] == [60, 60]
     for _ in range(50):
         served.latency.record(FLUSH, 0.001, clock[0])
     await watch._judge_latency()

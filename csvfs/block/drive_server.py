@@ -114,21 +114,27 @@ class DriveServer:
                             found[kind] += [told / 1000] if told else []
         return found
 
-    async def _retire(self, served: ServedDrive) -> None:
-        """Set `usage: retired` of a slow drive, unless one is retired already: one at a time, then a human."""
+    async def _retire(self, served: ServedDrive) -> bool:
+        """Set `usage: retired` of a slow drive, unless one is retired already: one at a time, then a human.
+
+        False: not now.
+        """
         try:
             items = {item.key: item for item in await self.store.list("drives/")}
             values = {key: unpack_value(item.value) for key, item in items.items()}
             key = f"drives/{served.drive_id.hex()}"
             if key not in values or any(value.get("usage") == "retired" for value in values.values()):
-                log.error("drive %s is slow for long: csvfs drive retire it", served.path)
-                return
+                log.error("drive %s is slow for long, but another one is retired already", served.path)
+                return False
             value = {**values[key], "usage": "retired", "why": f"slow: {served.latency.describe()}"}
             put = Put(key, msgpack.packb(value), items[key].lease)
             done = await self.store.transact([Compare(key, items[key].revision)], [put])
-            log.error("drive %s is retired (%s): %s", served.path, done.succeeded, value["why"])
+            if done.succeeded:
+                log.error("drive %s is retired: %s", served.path, value["why"])
+            return done.succeeded
         except CsvfsError as error:
             log.error("drive %s is slow for long and cannot be retired: %s", served.path, error)
+            return False
 
     # -- drives ----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ Rule       A failed drive is closed as after a kill. Its copies are in service n
 """
 
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ RETRY_INTERVAL_S = 1.0
 RETRY_S = 2.0
 RETRY_S_MAX = 60.0
 RAN_WELL_S = 60.0  # a drive that failed later than this after its open is tried again soon
+RETIRE_AGAIN_S = 60.0  # another drive was retired, or the cluster store could not be reached
 FULL_ROOM_MIN = 64 * MIB  # of a file system that was full: below this it would be full again at once
 
 Publish = Callable[[dict[str, Any]], Awaitable[None]]
 Peers = Callable[[], Awaitable[dict[str, list[float]]]]
-Retire = Callable[[ServedDrive], Awaitable[None]]
+Retire = Callable[[ServedDrive], Awaitable[bool]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,8 +52,8 @@ async def no_peers() -> dict[str, list[float]]:
     return {}
 
 
-async def no_retiring(served: ServedDrive) -> None:
-    pass
+async def no_retiring(served: ServedDrive) -> bool:
+    return False
 
 
 class DriveWatch:
@@ -59,7 +61,8 @@ class DriveWatch:
 
     publish   is given what others must know of the drives whenever that has changed.
     peers     latencies of drives of other nodes, by kind, in seconds.
-    retire    a drive has been slow for so long that it should take no part any more.
+    retire    a drive has been slow for so long that it should take no part any more. False: not now; it is
+              asked again.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class DriveWatch:
         self._retire = retire
         self._in_thread = service.in_thread
         self._rules = rules
-        self._retired: set[int] = set()
+        self._retire_at: dict[int, float] = {}  # when to ask next, of drives that are slow for long
         self._busy: set[int] = set()  # drives that are being looked at
         self._turn = 0
         self._published: dict[str, Any] | None = None
@@ -193,12 +196,14 @@ class DriveWatch:
         elsewhere: dict[str, list[float]] = {}
         if any(above_floor(latency, now, self._rules.floor_s) for latency in latencies.values()):
             elsewhere = await self._peers()
-        outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s)
+        flagged = {served.index for served in open_drives if served.slow}
+        outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s, flagged)
         for served in open_drives:
             if served.index not in outliers:
                 if served.slow:
                     log.warning("drive %s is no longer slow", served.path)
                 served.slow_since, served.slow = None, False
+                self._retire_at.pop(served.index, None)
                 continue
             if served.slow_since is None:
                 served.slow_since = now
@@ -206,9 +211,10 @@ class DriveWatch:
             if not served.slow and since_s >= self._rules.after_s:
                 served.slow = True
                 log.warning("drive %s: abnormal latency, %s", served.path, served.latency.describe())
-            if 0 < self._rules.retire_after_s <= since_s and served.index not in self._retired:
-                self._retired.add(served.index)
-                await self._retire(served)
+            is_due = now >= self._retire_at.get(served.index, 0)
+            if 0 < self._rules.retire_after_s <= since_s and is_due:
+                done = await self._retire(served)
+                self._retire_at[served.index] = math.inf if done else now + RETIRE_AGAIN_S
 
 
 def drive_report(served: ServedDrive) -> dict[str, Any]:

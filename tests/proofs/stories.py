@@ -359,7 +359,7 @@ STORIES = {
     "read-only": Story("a drive file made read-only, and writable again", read_only),
     "filled": Story("the file system below a drive full, and not any more", filled),
     "slow": Story("a drive that takes 300 ms for everything", slow, drives=1,
-                  options={"slow_drive_after_s": 5, "slow_drive_retire_s": 20}),
+                  options={"slow_drive_after_s": 10, "slow_drive_retire_s": 40}),
     "resync": Story("a node away while 16 MiB are written at random: how much it is copied", resync),
     "bits": Story("1,000 single bits flipped on one node's drives", bits),
     "failing": Story("a drive that fails its flushes, writes and reads", failing, drives=1),
