@@ -198,6 +198,7 @@ class DriveWatch:
             elsewhere = await self._peers()
         flagged = {served.index for served in open_drives if served.slow}
         outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s, flagged)
+        lately = slow_drives(latencies, now, elsewhere, self._rules.floor_s)  # no drive is retired by what was
         for served in open_drives:
             if served.index not in outliers:
                 if served.slow:
@@ -211,7 +212,7 @@ class DriveWatch:
             if not served.slow and since_s >= self._rules.after_s:
                 served.slow = True
                 log.warning("drive %s: abnormal latency, %s", served.path, served.latency.describe())
-            is_due = now >= self._retire_at.get(served.index, 0)
+            is_due = served.index in lately and now >= self._retire_at.get(served.index, 0)
             if 0 < self._rules.retire_after_s <= since_s and is_due:
                 done = await self._retire(served)
                 self._retire_at[served.index] = math.inf if done else now + RETIRE_AGAIN_S

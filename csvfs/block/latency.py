@@ -108,8 +108,8 @@ class DriveLatency:
         return rows
 
     def describe(self) -> str:
-        """`write 12 ms, flush 800 ms` of the averages."""
-        known = [(kind, latency.average) for kind, latency in self.kinds.items() if latency.count]
+        """`write 12 ms, flush 800 ms` of the averages; what takes less than 1 ms is not said."""
+        known = [(k, latency.average) for k, latency in self.kinds.items() if latency.average >= 0.001]
         return ", ".join(f"{kind} {average * 1000:.0f} ms" for kind, average in known) or "nothing known"
 
 

@@ -46,6 +46,7 @@ def run_story(name: str, story: Story, seed: int, directory: Path | None) -> Row
         with proof_ground(
             say, drives=story.drives, drive_size=story.drive_size, directory=directory, options=story.options
         ) as ground:
+            ground.load_mib = story.load_mib
             try:
                 with ground.watched() as timeline:
                     outcome = story.tell(ground, Random(seed))
@@ -61,6 +62,8 @@ def run_story(name: str, story: Story, seed: int, directory: Path | None) -> Row
         row.failure = f"{type(error).__name__}: {error}"
         traceback.print_exc()
     row.seconds = time.monotonic() - began
+    said = ", ".join(f"{key} {value}" for key, value in (row.load | row.facts).items())
+    say(f"{name} {'holds' if row.held else 'DOES NOT HOLD'}: {row.failure[:500] or said}")
     return row
 
 

@@ -64,9 +64,11 @@ class Timeline:
 class Ground:
     """A running lab of three nodes with Volume1, three copies of everything."""
 
-    def __init__(self, cluster: LabCluster, say: Say) -> None:
+    def __init__(self, cluster: LabCluster, say: Say, load_mib: int = 32) -> None:
+        """load_mib: what each pass of fio writes."""
         self.lab = cluster
         self.say = say
+        self.load_mib = load_mib
 
     def csvfs(self, *argv: str, node: str = "n1", check: bool = True) -> str:
         return self.lab.run(node, "csvfs", *argv, check=check).decode()
@@ -125,12 +127,14 @@ class Ground:
             time.sleep(0.1)
         return row
 
-    def empty_onto_others(self, path: str) -> None:
-        """Move all copies off a drive by retiring it, then take it back into use."""
-        node = str(self.drive(path)["node"])
-        self.csvfs("drive", "retire", path, node=node)
-        wait_for(lambda: (row := self.drive(path))["free"] == row["size"], within_s=300)
-        self.csvfs("drive", "retire", "--undo", path, node=node)
+    def empty_onto_others(self, paths: list[str]) -> None:
+        """Move all copies off these drives by retiring them, then take them back into use."""
+        drives = [drive for drive in self.drives() if drive["path"] in paths]
+        for drive in drives:
+            self.csvfs("drive", "retire", drive["id"])
+        wait_for(lambda: all(d["free"] == d["size"] for d in self.drives() if d["path"] in paths), within_s=300)
+        for drive in drives:
+            self.csvfs("drive", "retire", "--undo", drive["id"])
         self.wait_green()
 
     def wait_green(self, within_s: float = 300, but: tuple[str, ...] = ()) -> float:

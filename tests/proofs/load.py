@@ -36,14 +36,12 @@ class LoadFigures:
 class Load:
     """fio on one node, in a thread, until `finish`."""
 
-    def __init__(
-        self, ground: Ground, node: str, *, size_mib: int = 32, iops: int = 1500, fsync_each: int = 64
-    ) -> None:
+    def __init__(self, ground: Ground, node: str, *, iops: int = 1500, fsync_each: int = 64) -> None:
         self._ground = ground
         self._node = node
         self.path = f"{VOLUME}/fio-{node}"
         self._job = (
-            "fio", "--name=t", "--ioengine=psync", "--direct=1", "--bs=4k", f"--size={size_mib}M",
+            "fio", "--name=t", "--ioengine=psync", "--direct=1", "--bs=4k", f"--size={ground.load_mib}M",
             "--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--fallocate=none",
             f"--filename={self.path}", f"--fsync={fsync_each}", "--verify_state_save=0",
         )  # fmt: skip

@@ -42,6 +42,7 @@ class Story:
     drives: int = 2
     drive_size: int = 2 * GIB
     options: dict[str, int] = field(default_factory=dict)
+    load_mib: int = 32  # that each pass of fio writes
 
 
 def prove(ground: Ground, load: Load, but: tuple[str, ...] = (), within_s: float = 300) -> Outcome:
@@ -282,9 +283,7 @@ class SlowDrive:
         wait_for(lambda: self._is_there(), within_s=30)
         ground.csvfs("drive", "add", self.path, node=node)
         ground.wait_state(self.path, "OK")
-        for row in ground.drives(node):
-            if row["path"] != self.path:
-                ground.empty_onto_others(row["path"])
+        ground.empty_onto_others([row["path"] for row in ground.drives(node) if row["path"] != self.path])
 
     def _is_there(self) -> bool:
         return b"ok" in self._ground.lab.run(self._node, "sh", "-c", f"test -e {self.path} && echo ok", check=False)
@@ -295,11 +294,11 @@ class SlowDrive:
         os.replace(staged, self._control)
 
 
-def slow(ground: Ground, rng: Random, delay_ms: int = 300) -> Outcome:
+def slow(ground: Ground, rng: Random, delay_ms: int = 500) -> Outcome:
     """Flagged, read around, retired and emptied; taken back when an administrator says so."""
-    ground.fill("base", 256)
+    ground.fill("base", 8 * ground.load_mib)
     drive = SlowDrive(ground, "n2", 2 * GIB)
-    loads = [Load(ground, node, size_mib=16).start() for node in ("n1", "n2")]
+    loads = [Load(ground, node).start() for node in ("n1", "n2")]
     try:
         for load in loads:
             load.wait_passes(1)
@@ -327,16 +326,19 @@ def slow(ground: Ground, rng: Random, delay_ms: int = 300) -> Outcome:
     return outcome
 
 
-def failing(ground: Ground, rng: Random) -> Outcome:
+FAILURES = ('"fsync"', '"write", "fsync"', '"read", "write", "fsync"')
+
+
+def failing(ground: Ground, rng: Random, kinds: tuple[str, ...] = FAILURES) -> Outcome:
     """A drive whose flushes fail, then its reads, then its writes; each time it comes back when it works again."""
-    ground.fill("base", 256)
-    drive = SlowDrive(ground, "n2", 2 * GIB)
+    ground.fill("base", 8 * ground.load_mib)
+    drive = SlowDrive(ground, "n2", 1 * GIB)
     load = Load(ground, "n1").start()
     try:
         load.wait_passes(1)
-        for kinds in ('"fsync"', '"write", "fsync"', '"read", "write", "fsync"'):
-            drive.be(f'{{"fail": [{kinds}]}}')
-            ground.say(f"{kinds} of {drive.path} fail with EIO")
+        for failure in kinds:
+            drive.be(f'{{"fail": [{failure}]}}')
+            ground.say(f"{failure} of {drive.path} fail with EIO")
             ground.wait_state(drive.path, "IO error")
             load.wait_passes(1)
             drive.be()
@@ -358,8 +360,8 @@ STORIES = {
     "deleted": Story("a drive file deleted", destroyed(os.unlink, "deleted", "Lost communication"), options=FAST_AWAY),
     "read-only": Story("a drive file made read-only, and writable again", read_only),
     "filled": Story("the file system below a drive full, and not any more", filled),
-    "slow": Story("a drive that takes 300 ms for everything", slow, drives=1,
-                  options={"slow_drive_after_s": 10, "slow_drive_retire_s": 40}),
+    "slow": Story("a drive that takes 500 ms for everything", slow, drives=1, load_mib=8,
+                  options={"slow_drive_ms": 200, "slow_drive_after_s": 20, "slow_drive_retire_s": 45}),
     "resync": Story("a node away while 16 MiB are written at random: how much it is copied", resync),
     "bits": Story("1,000 single bits flipped on one node's drives", bits),
     "failing": Story("a drive that fails its flushes, writes and reads", failing, drives=1),
