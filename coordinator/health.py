@@ -9,6 +9,7 @@ from typing import Any
 import trio
 
 from coordinator.slab_book import SlabBook
+from csvfs.ids import METADATA_SLAB_ID_MIN
 from csvfs.wire.block_messages import ROLE_JOINING, SlabDescriptor
 
 HEALTHY, DEGRADED, NO_REDUNDANCY = "Healthy", "Degraded", "No redundancy"  # admin/status.py knows these words
@@ -37,17 +38,22 @@ class Health:
         self._wanted = wanted
         self._counted_at = -CACHED_S
         self._counts: dict[str, int] = {}
+        self._by_copies: dict[str, int] = {}
 
     def counts(self) -> dict[str, int]:
         """Slabs by state."""
         now = trio.current_time()
         if now - self._counted_at >= CACHED_S:
             counts: dict[str, int] = {}
+            by_copies: dict[str, int] = {}
             for book in self._books:
                 for descriptor in book.all():
                     state = state_of(descriptor, self._wanted(descriptor))
                     counts[state] = counts.get(state, 0) + 1
-            self._counts, self._counted_at = counts, now
+                    if descriptor.slab < METADATA_SLAB_ID_MIN:
+                        has = str(len(descriptor.in_sync))
+                        by_copies[has] = by_copies.get(has, 0) + 1
+            self._counts, self._by_copies, self._counted_at = counts, by_copies, now
         return self._counts
 
     def to_status(self) -> dict[str, Any]:
@@ -58,4 +64,4 @@ class Health:
             word = DEGRADED
         else:
             word = HEALTHY
-        return {"health": word, "slabs": dict(counts)}
+        return {"health": word, "slabs": dict(counts), "slabs_by_copies": dict(self._by_copies)}

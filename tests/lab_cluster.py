@@ -23,6 +23,7 @@ from csvfs.store.opening import open_store
 from csvfs.units import MIB
 
 T = TypeVar("T")
+PROCESSES = ("ps", "-eo", "pid,stat,wchan:32,etimes,args")
 
 
 def lab_missing() -> str:
@@ -52,8 +53,9 @@ class LabCluster:
         """Run a command on a node; returns its standard output. Raises AssertionError when it fails."""
         result = run_in_node(self.files, self.node(node), list(argv), input=input, capture_output=True)
         if check and result.returncode != 0:
+            said = f"{result.stderr.decode(errors='replace')}\n{result.stdout[-2000:].decode(errors='replace')}"
             raise AssertionError(
-                f"{' '.join(argv)} on {node}: status {result.returncode}: {result.stderr.decode()}"
+                f"{' '.join(argv)} on {node}: status {result.returncode}: {said}\n{self.logs()}"
             )
         return bytes(result.stdout)
 
@@ -61,6 +63,23 @@ class LabCluster:
         """Start a command on a node and go on; `options` are those of Popen."""
         command = [sys.executable, "-m", "csvfs.admin.cli", "lab", "exec", "--dir", str(self.directory), node, "--", *argv]
         return subprocess.Popen(command, **options)
+
+    def finish(self, running: subprocess.Popen[bytes], within_s: float = 600) -> str:
+        """What a command of `start_command` said until its end. Raises AssertionError, with the nodes' logs, when
+        it fails or does not end.
+        """
+        try:
+            said, errors = running.communicate(timeout=within_s)
+            problem = f"status {running.returncode}" if running.returncode else ""
+        except subprocess.TimeoutExpired:
+            waits = subprocess.run(PROCESSES, capture_output=True, text=True, check=False).stdout
+            running.kill()
+            said, errors = running.communicate(timeout=60)
+            problem = f"it did not end within {within_s:g} s:\n{waits}"
+        text = (said or b"").decode(errors="replace") + (errors or b"").decode(errors="replace")
+        if problem:
+            raise AssertionError(f"{problem}\n{text[-8000:]}\n{self.logs()}")
+        return text
 
     def store(self, work: Callable[[ClusterStore], Awaitable[T]]) -> T:
         """Do something with the lab's cluster store, from outside of all nodes."""

@@ -504,6 +504,10 @@ async def test_a_file_that_is_open_is_held_at_least_as_open() -> None:
             await node.table.open(FILE, writing=False)
         assert c.coordinator.names() == ["acquire"]
         assert c.coordinator.table.held(node.session.key, FILE) == 1
+        assert node.table.open_files == 2
+        for _ in range(3):
+            node.table.closed(FILE, writing=False)
+        assert node.table.open_files == 0
 
 
 async def test_a_layout_is_asked_for_in_answers_that_fit_into_a_frame(

@@ -125,15 +125,15 @@ def test_exec_has_our_programs_first_on_the_path_and_stays_in_the_directory(clus
 @pytest.mark.lab
 def test_nodes_reach_each_other_until_one_is_partitioned_and_again_when_healed(cluster: LabCluster) -> None:
     ping = [PYTHON, "-c", REACH]
-    assert cluster.run("n1", *ping, "10.77.0.2") == b"reached\n"
+    assert cluster.run("n1", *ping, "10.77.0.2", "patiently") == b"reached\n"
     cluster.partition("n2")
     assert cluster.run("n1", *ping, "10.77.0.2") == b"cut off\n"
     assert cluster.run("n2", *ping, "10.77.0.1") == b"cut off\n"
     assert cluster.states()["n2"] == "partitioned"
     wait_for(lambda: cluster.store(lambda store: store.get("alive/n2")) is None)
-    assert cluster.store(lambda store: store.get("alive/n1")) is not None
+    wait_for(lambda: cluster.store(lambda store: store.get("alive/n1")) is not None)
     cluster.heal()
-    assert cluster.run("n1", *ping, "10.77.0.2") == b"reached\n"
+    assert cluster.run("n1", *ping, "10.77.0.2", "patiently") == b"reached\n"
     wait_for(lambda: cluster.states() == {"n1": "up", "n2": "up"})
 
 
@@ -142,7 +142,7 @@ REACH = """
 import socket, sys
 probe = socket.socket()
 probe.settimeout(0.3)
-for attempt in range(10):
+for attempt in range(200):
     try:
         probe.connect((sys.argv[1], 9))
     except ConnectionRefusedError:

@@ -117,6 +117,10 @@ class VolumeStatus:
     free: int | None
     note: str = ""
     slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
+    slabs_by_copies: dict[str, Any] = field(default_factory=dict)  # of data, by how many copies are in sync
+    open_files: dict[str, int] = field(default_factory=dict)  # by node, as its mount said within the last second
+    min_copies: int = 1
+    size_limit: int = 0  # bytes that files may have; 0: as many as the pool gives
     scrub: dict[str, Any] = field(
         default_factory=dict
     )  # the last round; coordinator/scrub.py says what it has
@@ -280,7 +284,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         health = UNKNOWN
     if record.text("state") != VOLUME_ONLINE and not record.text("error"):
         note = ""  # being created or deleted: it need not have a coordinator
-    slabs, scrub = reply.get("slabs"), reply.get("scrub")
+    slabs, by_copies, scrub = reply.get("slabs"), reply.get("slabs_by_copies"), reply.get("scrub")
     return VolumeStatus(
         name=record.name,
         resiliency=record.text("resiliency"),
@@ -292,6 +296,14 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         free=_number(figures, "free"),
         note=note,
         slabs=slabs if isinstance(slabs, dict) else {},
+        open_files={
+            str(row["node"]): row["open_files"]
+            for row in _maps(reply, "sessions")
+            if "node" in row and _number(row, "open_files") is not None
+        },
+        slabs_by_copies=by_copies if isinstance(by_copies, dict) else {},
+        min_copies=record.number("min_copies", 1),
+        size_limit=record.number("size"),
         scrub=scrub if isinstance(scrub, dict) else {},
     )
 
