@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import trio
 
 from csvfs.admin import lab
 from csvfs.admin.lab_files import LabNode, lab_files
 from csvfs.admin.lab_network import TOOLS
 from csvfs.admin.lab_processes import run_in_node
+from csvfs.admin.lab_store import in_store
 from csvfs.store.interface import ClusterStore
-from csvfs.store.opening import open_store
 from csvfs.units import MIB
 
 T = TypeVar("T")
@@ -84,14 +83,7 @@ class LabCluster:
     def store(self, work: Callable[[ClusterStore], Awaitable[T]]) -> T:
         """Do something with the lab's cluster store, from outside of all nodes."""
 
-        async def main() -> T:
-            store = open_store(self.files.store_url)
-            try:
-                return await work(store)
-            finally:
-                await store.close()
-
-        return trio.run(main)
+        return in_store(self.files, work)
 
     def kill(self, node: str, role: str = "all") -> None:
         lab.lab_kill(self.directory, node, role)
@@ -121,7 +113,7 @@ class LabCluster:
 
 @contextlib.contextmanager
 def running_lab(
-    nodes: int = 3, drives: int = 1, drive_size: int = 256 * MIB, *, with_pool: bool = True
+    nodes: int = 3, drives: int = 1, drive_size: int = 256 * MIB, *, with_pool: bool = True, store: str = "embedded"
 ) -> Iterator[LabCluster]:
     """A lab that is up inside the `with`, and gone after it."""
     # Not pytest's tmp_path: its names are too long for unix sockets.
@@ -134,6 +126,7 @@ def running_lab(
             drives=drives,
             drive_size=drive_size,
             with_pool=with_pool,
+            store=store,
             say=lambda line: None,
         )
         yield LabCluster(directory)

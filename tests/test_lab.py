@@ -185,7 +185,7 @@ def test_kill_minus_9_of_node_run_takes_its_children_along(cluster: LabCluster) 
 def test_what_does_not_exist_is_refused_by_name(cluster: LabCluster) -> None:
     with pytest.raises(NotFound, match="n1 to n2"):
         cluster.kill("n9")
-    with pytest.raises(BadRequest, match="drives, coordinator, mount"):
+    with pytest.raises(BadRequest, match="drives, coordinator, mount, store"):
         cluster.kill("n1", "engine")
     with pytest.raises(Conflict, match="2 nodes"):
         lab.lab_up(cluster.directory, nodes=3, with_pool=False)
@@ -293,8 +293,8 @@ def test_down_never_removes_what_is_no_lab(directory: Path) -> None:
 
 
 def test_impossible_labs_are_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="etcd' is not there yet"):
-        lab.lab_up(tmp_path, store="etcd")
+    with pytest.raises(BadRequest, match="embedded, etcd"):
+        lab.lab_up(tmp_path, store="zookeeper")
     with pytest.raises(BadRequest, match="nodes"):
         lab.lab_up(tmp_path, nodes=17)
     with pytest.raises(BadRequest, match="spaces"):

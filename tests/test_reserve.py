@@ -158,7 +158,7 @@ async def test_space_that_another_task_made_free_during_the_last_look_is_taken()
         statfs=lambda: SimpleNamespace(free_blocks=free[0], slab_blocks=2048, used_blocks=2048 - 1280)
     )
     slabs = slab_manager.SlabManager(
-        metadata, None, None, None, None, None, copies=2, slab_blocks=1024, size_blocks_max=0, rng=None
+        metadata, None, None, None, None, None, copies=2, slab_blocks=1024, rng=None
     )
     slabs._shortage = NoSpace("full")
 
