@@ -42,6 +42,7 @@ _OF_FAULT = {
     drive_faults.FOREIGN: (UNHEALTHY, FOREIGN_METADATA),
     drive_faults.SWAPPED: (UNHEALTHY, STALE_METADATA),
     drive_faults.IO_ERROR: (WARNING, IO_ERROR),
+    drive_faults.HANGS: (WARNING, IO_ERROR),
     drive_faults.NOT_OPENED: (WARNING, STARTING),
 }
 assert set(_OF_FAULT) == drive_faults.FAULTS

@@ -43,7 +43,7 @@ def _active_chunks(copy: SlabCopy) -> list[int]:
 
 
 class DriveCalls:
-    """Handlers by name. All but install and pull are answered at once."""
+    """Handlers by name."""
 
     def __init__(self, service: BlockService, engine: Engine) -> None:
         self._service = service
@@ -126,13 +126,17 @@ class DriveCalls:
 
     # -- slabs -----------------------------------------------------------------------------------
 
-    def create_slab(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+    async def create_slab(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         served = self._drive(args)
         slab, epoch = SlabId(field(args, "slab", int)), Epoch(field(args, "epoch", int))
         role = optional_field(args, "role", int) or ROLE_IN_SYNC
         volume = _client(link).volume
         drive = served.opened()
+        for _ in range(2):
+            if drive.needs_flush_for_slot:
+                await self._service.flush(served)
+        self._service.check_term(volume, term)  # nobody else's by now
         copy = drive.create_slab(volume, slab, epoch, role, Term(term))
         if role == ROLE_JOINING:
             copy.joining_begin()

@@ -88,6 +88,10 @@ class DriveLatency:
         kind, began = self._under_way.pop(token)
         self.kinds[kind].record(now - began, now)
 
+    def longest(self, now: float) -> float:
+        """Seconds that what is under way has taken so far, at most."""
+        return max((now - began for _, began in self._under_way.values()), default=0.0)
+
     def current(self, kind: str, now: float, forget_s: float = FORGET_S) -> float | None:
         """Seconds that an operation takes now; None: nothing is known of the last `forget_s`."""
         measured = self.kinds[kind]

@@ -78,6 +78,7 @@ def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[...
         put(csvfs.block.medium, "_fallocate", sim_os.fallocate)
         put(csvfs.block.open_tables, "mmap", SimMmap(sim_os))
         put(csvfs.block.drive, "open_locked", sim_os.open_locked)
+        put(csvfs.block.drive, "try_lock", lambda fd: True)
         put(csvfs.block.drive, "machine_boot_id", sim_os.boot_id)
         put(csvfs.block.server_links, "connect", _connect)
         put(csvfs.block.pull, "connect", _connect)
