@@ -17,7 +17,7 @@ import trio
 
 from coordinator.slab_changes import SlabChanges
 from csvfs.block import slab_state
-from csvfs.errors import Conflict, CsvfsError, Fenced, NotFound, StaleEpoch, Unavailable
+from csvfs.errors import Conflict, Corrupt, CsvfsError, Fenced, NotFound, StaleEpoch, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_JOINING, Member, SlabDescriptor
 
@@ -246,15 +246,33 @@ async def bring_in_sync(changes: SlabChanges, slab: SlabId, drive: DriveId) -> i
 
 
 async def _pull_from_any(changes: SlabChanges, target: Member, descriptor: SlabDescriptor) -> int:
-    failure: CsvfsError = Unavailable(f"slab {descriptor.slab} has no in-sync member")
+    failures: list[CsvfsError] = [Unavailable(f"slab {descriptor.slab} has no in-sync member")]
     for source in descriptor.in_sync:
         try:
             return await changes.control.pull(target, source, descriptor, None)
         except (Fenced, StaleEpoch):
             raise
         except CsvfsError as error:
-            failure = error
-    raise failure
+            failures.append(error)
+    if len(failures) > 1 and all(isinstance(error, Corrupt) for error in failures[1:]):
+        return await _pull_what_is_left(changes, target, descriptor)
+    raise failures[-1]
+
+
+async def _pull_what_is_left(changes: SlabChanges, target: Member, descriptor: SlabDescriptor) -> int:
+    """Every in-sync copy has blocks that rotted and that `target` does not have: take from each what it has.
+
+    A block that nobody has is lost: reads of it fail until a copy that has it returns, or it is written. To wait
+    with the rest would leave that to as few copies as now.
+    """
+    first, *others = descriptor.in_sync
+    copied, lost = await changes.control.pull_what_is_left(target, first, descriptor)
+    for other in others if lost else ():
+        _, lost = await changes.control.heal_from(target, other, descriptor, lost)
+    if lost:
+        log.error("slab %d: blocks %s have rotted on every copy in sync: lost until they are written, or a copy that "
+                  "has them returns", descriptor.slab, ", ".join(map(str, lost)))  # fmt: skip
+    return copied
 
 
 def _member(descriptor: SlabDescriptor, drive: DriveId) -> Member:

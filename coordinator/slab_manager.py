@@ -110,7 +110,7 @@ class SlabManager:
         while not await self._has_after_growing(blocks):
             if self._shortage is None or await self._trim_once():
                 continue
-            if self._metadata.statfs().available_blocks >= blocks:
+            if self._metadata.space.available_blocks >= blocks:
                 continue  # trimmed by another task, whose batch is through and which has not come to count it as a gain
             if gains != self._gains:  # since the round looked, or it looked too early
                 gains, deadline = self._gains, trio.current_time() + TRIM_WAIT_S

@@ -174,10 +174,14 @@ async def test_of_two_questions_for_space_at_once_the_newer_counts(cluster, monk
 async def test_space_that_another_task_made_free_during_the_last_look_is_taken():
     """Its batch is through, it has not counted the gain yet, and nothing is left to be trimmed."""
     free = [0]
+
+    class Space:
+        @property
+        def available_blocks(self):
+            return free[0]
+
     metadata = SimpleNamespace(
-        statfs=lambda: SimpleNamespace(
-            free_blocks=free[0], available_blocks=free[0], slab_blocks=2048, used_blocks=2048 - 1280
-        )
+        statfs=lambda: SimpleNamespace(free_blocks=free[0], slab_blocks=2048, used_blocks=2048 - 1280), space=Space()
     )
     slabs = slab_manager.SlabManager(
         metadata, None, None, None, None, None, copies=2, slab_blocks=1024, rng=None
