@@ -132,7 +132,7 @@ class Owner:
             assert answer["refused"] == []
         self.descriptors[descriptor.slab] = descriptor
 
-    async def resync(self, slab: SlabId, server: Server) -> dict:
+    async def resync(self, slab: SlabId, server: Server, even_if_lost: bool = False) -> dict:
         """Bring the copy on `server` back into sync."""
         async with self._changing:
             descriptor = self.descriptors[slab]
@@ -147,6 +147,7 @@ class Owner:
             "since": since,
             "chunks": None,
             "term": 1,
+            "even_if_lost": even_if_lost,
             "source": {"address": "127.0.0.1", "port": source.port, "drive": source.drive_id},
         }
         pulled = await self.links.call(server.node, "pull", args, timeout_s=60)

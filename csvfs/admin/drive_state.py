@@ -168,6 +168,6 @@ def _latency_text(latency: Any) -> str:
         return ""
     parts = [
         f"{kind} {row['now_ms']:.0f} ms" for kind, row in latency.items()
-        if isinstance(row, dict) and isinstance(row.get("now_ms"), int | float)
+        if isinstance(row, dict) and isinstance(row.get("now_ms"), int | float) and row["now_ms"] >= 1
     ]  # fmt: skip
     return ", ".join(parts)

@@ -271,6 +271,7 @@ class DriveCalls:
             chunks=chunks,
             # Named chunks are those a dead writer left unequal: other programs wait for them.
             pacer=self._pacer(served, speed) if chunks is None else None,
+            even_if_lost=bool(optional_field(args, "even_if_lost", bool)),
         )
         key = (served.drive_id, volume, copy.slab)
         self.pulls[key] = pull
@@ -280,9 +281,11 @@ class DriveCalls:
             marked = self._service.marks.of_writer(volume, None)
             copy.clear_active([chunk for chunk in pull.settled_chunks() if (copy, chunk) not in marked])
         finally:
+            if served.drive is not None:
+                served.drive.counters.pulled += pull.bytes_done
             if self.pulls.get(key) is pull:
                 del self.pulls[key]
-        return {"bytes": pull.bytes_done, "chunks": pull.chunk_count}
+        return {"bytes": pull.bytes_done, "chunks": pull.chunk_count, "lost": sorted(pull.lost)}
 
     def _pacer(self, served: ServedDrive, speed: int | None) -> Pacer:
         pacer = self._pacers.setdefault(served.drive_id, Pacer())

@@ -33,6 +33,7 @@ THREADS_MAX = 16  # per drive: deep enough a queue for flash, and a node of 24 d
 class ServedDrive:
     """`drive` None: it could not be opened, or has failed: `state` says why in one line, `fault` in one word.
 
+    told_ms what the others were told of its latency, by kind.
     slow    its latency is an outlier (latency.py), and has been for long enough.
     failures, last_failure, failed_at   how often it failed in the life of this process, why last, and when
     waits   of those who wait for its medium in a thread: cancelled when it is given up.
@@ -46,6 +47,7 @@ class ServedDrive:
     in_service: set[SlabCopy] = field(default_factory=set)
     fault: str = NOT_OPENED
     latency: DriveLatency = field(default_factory=DriveLatency)
+    told_ms: dict[str, int] = field(default_factory=dict)
     slow: bool = False
     slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
     failures: int = 0
