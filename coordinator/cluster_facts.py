@@ -76,6 +76,11 @@ class ClusterFacts:
         in_order = value is not None and (value.get("state") or _DRIVE_OK) == _DRIVE_OK
         return in_order and self.usage(drive) is None
 
+    def is_attended(self, drive: DriveId) -> bool:
+        """Somebody is at it: it is not counted as lost, however long it is away."""
+        value = self.view.drives.get(drive)
+        return value is not None and value.get("usage") == _USAGE_MAINTENANCE
+
     def usage(self, drive: DriveId) -> str | None:
         """None: its copies may stay; else why they shall be elsewhere: `retired` or `removing`."""
         value = self.view.drives.get(drive)
@@ -83,6 +88,11 @@ class ClusterFacts:
         if usage in (None, "", USAGE_AUTO, _USAGE_MAINTENANCE):
             return None
         return RETIRED if usage != REMOVING else REMOVING
+
+    def serves(self, drive: DriveId) -> bool:
+        """Whether its server runs, and says of no fault of the drive."""
+        node = self.node_of(drive)
+        return node is not None and self.server(node) is not None and not self.drive_report(drive).get("fault")
 
     def is_slow(self, drive: DriveId) -> bool:
         return bool(self.drive_report(drive).get("slow"))

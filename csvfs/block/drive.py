@@ -54,7 +54,8 @@ _EPOCH_MAX = (1 << 32) - 1
 
 @dataclass(slots=True)
 class DriveCounters:
-    """Since this open. `checksum_errors`: blocks; `io_errors`: calls of the operating system that failed."""
+    """Since this open. `checksum_errors`: blocks; `io_errors`: calls of the operating system that failed;
+    `pulled`: bytes that were copied onto it from other drives."""
 
     reads: int = 0
     writes: int = 0
@@ -62,6 +63,7 @@ class DriveCounters:
     checksum_errors: int = 0
     healed: int = 0
     torn_adopted: int = 0
+    pulled: int = 0
     io_errors: int = 0
 
 

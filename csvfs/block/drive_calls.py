@@ -281,6 +281,8 @@ class DriveCalls:
             marked = self._service.marks.of_writer(volume, None)
             copy.clear_active([chunk for chunk in pull.settled_chunks() if (copy, chunk) not in marked])
         finally:
+            if served.drive is not None:
+                served.drive.counters.pulled += pull.bytes_done
             if self.pulls.get(key) is pull:
                 del self.pulls[key]
         return {"bytes": pull.bytes_done, "chunks": pull.chunk_count, "lost": sorted(pull.lost)}
@@ -380,7 +382,11 @@ class DriveCalls:
                     failure=drive.failure,
                     repairs=drive.repairs,
                     quarantined=drive.quarantined,
+                    stale=served.stale_count,
                 )
+            if served.failed_at is not None:
+                ago_s = trio.current_time() - served.failed_at
+                row.update(failures=served.failures, last_failure=served.last_failure, failed_ago_s=ago_s)
             rows.append(row)
         pulls = [
             {

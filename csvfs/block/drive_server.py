@@ -24,7 +24,7 @@ import trio
 from csvfs.block.block_service import BlockService
 from csvfs.block.drive_calls import DriveCalls
 from csvfs.block.drive_watch import DriveWatch, SlowRules
-from csvfs.block.latency import FLOOR_S, KINDS
+from csvfs.block.latency import KINDS
 from csvfs.block.served_drives import ServedDrive
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.node_process import ProcessNumbers, beat_forever, run_process, run_until_signalled
@@ -44,6 +44,7 @@ SWEEP_INTERVAL_S = 2.0
 # this many (256 MiB), or at the latest after SWEEPS_TO_FLUSH sweeps.
 MARKS_MAX = 4_096
 SWEEPS_TO_FLUSH = 5
+USAGE_MAINTENANCE = "maintenance"
 OPEN_LOOK_S = 0.01
 OPEN_WAIT_S = 5.0  # for the drives, before the server says that it is there
 USAGE_REMOVED = "removed"  # of a drive's key: no slab needs it any more, the key is about to go
@@ -118,7 +119,7 @@ class DriveServer:
         await self.store.put(f"servers/{self.config.node}", msgpack.packb(value), self._lease)
 
     async def _peer_latencies(self) -> dict[str, list[float]]:
-        """As the other nodes' drive servers tell them; what they do not tell is at most the floor."""
+        """As the other nodes' drive servers tell them; what they do not tell is not known."""
         found: dict[str, list[float]] = {kind: [] for kind in KINDS}
         try:
             items = await self.store.list("servers/")
@@ -129,25 +130,34 @@ class DriveServer:
                 for report in (unpack_value(item.value).get("drives") or {}).values():
                     if not report.get("fault"):
                         for kind in KINDS:
-                            told_ms = (report.get("latency_ms") or {}).get(kind)
-                            found[kind].append(told_ms / 1000 if told_ms else FLOOR_S)
+                            told = (report.get("latency_ms") or {}).get(kind)
+                            found[kind] += [told / 1000] if told else []
         return found
 
-    async def _retire(self, served: ServedDrive) -> None:
-        """Set `usage: retired` of a slow drive, unless one is retired already: one at a time, then a human."""
+    async def _retire(self, served: ServedDrive) -> bool:
+        """Set `usage: retired` of a slow drive, unless one is retired already: one at a time, then a human.
+
+        False: not now.
+        """
         try:
             items = {item.key: item for item in await self.store.list("drives/")}
             values = {key: unpack_value(item.value) for key, item in items.items()}
             key = f"drives/{served.drive_id.hex()}"
+            if key in values and values[key].get("usage") == USAGE_MAINTENANCE:
+                log.error("drive %s is slow for long, and in maintenance: not retired", served.path)
+                return False
             if key not in values or any(value.get("usage") == "retired" for value in values.values()):
-                log.error("drive %s is slow for long: csvfs drive retire it", served.path)
-                return
+                log.error("drive %s is slow for long, but another one is retired already", served.path)
+                return False
             value = {**values[key], "usage": "retired", "why": f"slow: {served.latency.describe()}"}
             put = Put(key, msgpack.packb(value), items[key].lease)
             done = await self.store.transact([Compare(key, items[key].revision)], [put])
-            log.error("drive %s is retired (%s): %s", served.path, done.succeeded, value["why"])
+            if done.succeeded:
+                log.error("drive %s is retired: %s", served.path, value["why"])
+            return done.succeeded
         except CsvfsError as error:
             log.error("drive %s is slow for long and cannot be retired: %s", served.path, error)
+            return False
 
     # -- drives ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ Rule       A failed drive is closed as after a kill. Its copies are in service n
 """
 
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import trio
 from csvfs.block.block_service import BlockService
 from csvfs.block.drive import Drive
 from csvfs.block.drive_faults import FULL, HANGS, NOT_OPENED
-from csvfs.block.latency import FLOOR_S, RETIRE_AFTER_S, SLOW_AFTER_S, coarse_ms, slow_drives
+from csvfs.block.latency import FLOOR_S, RETIRE_AFTER_S, SLOW_AFTER_S, above_floor, slow_drives, told_ms
 from csvfs.block.medium_check import MediumReport, ask_medium, check_medium
 from csvfs.block.served_drives import ServedDrive
 from csvfs.errors import CsvfsError
@@ -34,12 +35,13 @@ RETRY_INTERVAL_S = 1.0
 RETRY_S = 2.0
 RETRY_S_MAX = 60.0
 RAN_WELL_S = 60.0  # a drive that failed later than this after its open is tried again soon
+RETIRE_AGAIN_S = 60.0  # another drive was retired, or the cluster store could not be reached
 ASK_AFTER_S = 2.0  # of an operation under way: then a look asks the medium itself, past the page cache
 FULL_ROOM_MIN = 64 * MIB  # of a file system that was full: below this it would be full again at once
 
 Publish = Callable[[dict[str, Any]], Awaitable[None]]
 Peers = Callable[[], Awaitable[dict[str, list[float]]]]
-Retire = Callable[[ServedDrive], Awaitable[None]]
+Retire = Callable[[ServedDrive], Awaitable[bool]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -55,8 +57,8 @@ async def no_peers() -> dict[str, list[float]]:
     return {}
 
 
-async def no_retiring(served: ServedDrive) -> None:
-    pass
+async def no_retiring(served: ServedDrive) -> bool:
+    return False
 
 
 class DriveWatch:
@@ -64,7 +66,8 @@ class DriveWatch:
 
     publish   is given what others must know of the drives whenever that has changed.
     peers     latencies of drives of other nodes, by kind, in seconds.
-    retire    a drive has been slow for so long that it should take no part any more.
+    retire    a drive has been slow for so long that it should take no part any more. False: not now; it is
+              asked again.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class DriveWatch:
         self._retire = retire
         self._rules = rules
         self._hang_s = hang_s
-        self._retired: set[int] = set()
+        self._retire_at: dict[int, float] = {}  # when to ask next, of drives that are slow for long
         self._busy: dict[int, float] = {}  # drives that are being looked at, since when
         self._turn = 0
         self._published: dict[str, Any] | None = None
@@ -174,6 +177,8 @@ class DriveWatch:
         assert drive is not None and drive.failure is not None
         log.error("drive %s has failed (%s): %s", served.path, drive.fault, drive.failure)
         self._service.give_up(served, drive)
+        served.failures += 1
+        served.last_failure, served.failed_at = drive.failure, trio.current_time()
         await self._in_thread(drive.end_failed)
         self._service.end_flusher(served)
         try:
@@ -225,14 +230,17 @@ class DriveWatch:
             served.latency.count_writes(served.opened().counters.writes, now)
         latencies = {served.index: served.latency for served in open_drives}
         elsewhere: dict[str, list[float]] = {}
-        if any(coarse_ms(latency, now, self._rules.floor_s) for latency in latencies.values()):
+        if any(above_floor(latency, now, self._rules.floor_s) for latency in latencies.values()):
             elsewhere = await self._peers()
-        outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s)
+        flagged = {served.index for served in open_drives if served.slow}
+        outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s, flagged)
+        lately = slow_drives(latencies, now, elsewhere, self._rules.floor_s)  # no drive is retired by what was
         for served in open_drives:
             if served.index not in outliers:
                 if served.slow:
                     log.warning("drive %s is no longer slow", served.path)
                 served.slow_since, served.slow = None, False
+                self._retire_at.pop(served.index, None)
                 continue
             if served.slow_since is None:
                 served.slow_since = now
@@ -240,9 +248,10 @@ class DriveWatch:
             if not served.slow and since_s >= self._rules.after_s:
                 served.slow = True
                 log.warning("drive %s: abnormal latency, %s", served.path, served.latency.describe())
-            if 0 < self._rules.retire_after_s <= since_s and served.index not in self._retired:
-                self._retired.add(served.index)
-                await self._retire(served)
+            is_due = served.index in lately and now >= self._retire_at.get(served.index, 0)
+            if 0 < self._rules.retire_after_s <= since_s and is_due:
+                done = await self._retire(served)
+                self._retire_at[served.index] = math.inf if done else now + RETIRE_AGAIN_S
 
 
 def _look_at(drive: Drive, turn: int, asks: bool) -> MediumReport:
@@ -259,8 +268,9 @@ def drive_report(served: ServedDrive) -> dict[str, Any]:
         fault = NOT_OPENED
     opens = served.drive.opens if served.drive is not None else 0
     report = {"fault": fault, "opens": opens, "slow": served.slow}
-    latency_ms = coarse_ms(served.latency, trio.current_time()) if served.drive is not None else {}
-    return {**report, "latency_ms": latency_ms} if latency_ms else report
+    told = told_ms(served.latency, trio.current_time(), served.told_ms) if served.drive is not None else {}
+    served.told_ms = told
+    return {**report, "latency_ms": told} if told else report
 
 
 def room_around(path: str) -> int:

@@ -233,6 +233,8 @@ def read_superblock(fd: int, size: int) -> Found:
     valid = [copy for copy in copies if isinstance(copy, Superblock)]
     if not valid:
         reasons = "; ".join(f"copy {number}: {reason}" for number, reason in enumerate(copies))
+        if len({str(reason) for reason in copies}) == 1:
+            reasons = f"of all {SUPERBLOCK_COPIES}: {copies[0]}"
         raise Corrupt(f"no superblock is readable ({reasons})")
     current = choose_current(valid)
     if current.size > size:
