@@ -382,7 +382,14 @@ class DriveCalls:
                     failure=drive.failure,
                     repairs=drive.repairs,
                     quarantined=drive.quarantined,
+                    stale=served.stale_count,
                 )
+            if served.failed_at is not None:
+                ago_s = trio.current_time() - served.failed_at
+                row.update(
+                    failures=served.failures, last_failure=served.last_failure, last_fault=served.last_fault,
+                    failed_ago_s=ago_s,
+                )  # fmt: skip
             rows.append(row)
         pulls = [
             {
