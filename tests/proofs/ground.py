@@ -119,7 +119,7 @@ class Ground:
         for node in NODES:
             wait_for(lambda node=node: self.is_mounted(node), within_s)
 
-    def wait_state(self, path: str, *states: str, within_s: float = 60) -> dict[str, Any]:
+    def wait_state(self, path: str, *states: str, within_s: float = 120) -> dict[str, Any]:
         """Until the drive at `path` is in one of these states; returns its row."""
         deadline = time.monotonic() + within_s
         while (row := self.drive(path))["state"] not in states:
