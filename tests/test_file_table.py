@@ -591,6 +591,21 @@ async def test_a_write_whose_lease_was_lost_while_it_asked_for_space_is_tried_ag
         assert c.coordinator.names() == ["allocate", "acquire", "allocate"]
 
 
+async def test_closing_a_file_whose_lease_was_lost_while_its_time_was_reported_is_no_error() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.write(FILE, 0, b"n" * BLOCK)
+
+        async def refuse(session: object, **args: object) -> None:
+            node.table._restore()
+            raise Conflict("lease 0, this needs 3; acquire it first")
+
+        c.coordinator._commit = refuse  # type: ignore[method-assign,assignment]
+        assert node.table.flush_is_due(FILE)
+        await node.table.flush(FILE)
+        assert not node.table.flush_is_due(FILE)
+
+
 async def test_I5_without_contact_to_the_coordinator_nothing_is_served_and_then_it_goes_on() -> None:
     async with cluster() as c:
         node = await prepared(c)

@@ -48,6 +48,7 @@ class Writer:
     def __init__(self, cluster: LabCluster, node: str) -> None:
         argv = ("python3", "-u", "-c", WRITER, f"/clusterstorage/V/by-{node}")
         pipe = subprocess.PIPE
+        self._cluster = cluster
         self._process = cluster.start_command(node, *argv, stdin=pipe, stdout=pipe, stderr=pipe)
         self.wait_writes(1)
 
@@ -55,7 +56,8 @@ class Writer:
         assert self._process.stdout is not None
         for _ in range(count):
             if not self._process.stdout.readline():
-                raise AssertionError(f"the writer has ended: {self._process.communicate()[1].decode()[-2000:]}")
+                said = self._process.communicate()[1].decode()[-2000:]
+                raise AssertionError(f"the writer has ended: {said}\n{self._cluster.logs()}")
 
     def end(self) -> None:
         _, errors = self._process.communicate(timeout=WAIT_S)

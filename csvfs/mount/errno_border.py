@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
-from csvfs.errors import CsvfsError
+from csvfs.errors import Conflict, CsvfsError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +27,8 @@ def errno_of(error: BaseException) -> int:
         # EIO means damage or a broken drive: worth a line. The others are answers.
         if error.posix_errno == errno.EIO:
             log.error("answered EIO: %s", error)
+        elif isinstance(error, Conflict):  # between processes of ours; no program should hear of one
+            log.error("answered EBUSY: %s", error)
         return error.posix_errno
     if isinstance(error, pyfuse3.FUSEError):
         return error.errno

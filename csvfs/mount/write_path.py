@@ -429,8 +429,10 @@ class WritePath:
         self._reported(state, mtime_ns)
 
     async def _ask_under_lease(self, state: FileState, name: str, args: dict[str, Any]) -> Any:
-        """Raises LeaseLost where the answer may be no only because the lease was lost on the way."""
+        """Raises LeaseLost where the lease is gone, or the answer may be no only because it went on the way."""
         losses = state.losses
+        if state.lease < LEASE_WRITE:
+            raise LeaseLost(f"the write lease of inode {state.ino} was lost before {name!r} was asked for")
         try:
             return await self._coordinator.call(name, args)
         except Conflict:
@@ -444,7 +446,10 @@ class WritePath:
             return
         mtime_ns = state.mtime_ns
         args = {"ino": state.ino, "size": state.committed, "mtime_ns": mtime_ns, "atime_ns": None}
-        await self._coordinator.call("commit", args)
+        try:
+            await self._ask_under_lease(state, "commit", args)
+        except LeaseLost:
+            return  # the time went with the lease
         self._reported(state, mtime_ns)
 
     def _reported(self, state: FileState, mtime_ns: int) -> None:
