@@ -84,13 +84,18 @@ def test_what_is_odd_about_a_drive_that_works():
 
 
 def test_a_drive_that_failed_lately_and_serves_again_had_a_transient_error():
-    back = {**SERVING, "failures": 2, "last_failure": "cannot write: Input/output error", "failed_ago_s": 120.0}
+    back = {
+        **SERVING, "failures": 2, "last_failure": "cannot write: Input/output error", "failed_ago_s": 120.0,
+        "last_fault": drive_faults.IO_ERROR,
+    }  # fmt: skip
     found = condition(reported=back)
     assert (found.state, found.reason) == (
         TRANSIENT_ERROR, "failed 2 times, last 2 min ago: cannot write: Input/output error",
     )  # fmt: skip
     assert "retire" in found.next_step
     assert condition(reported={**back, "failed_ago_s": TRANSIENT_FOR_S + 1}).state == OK
+    for fault in drive_faults.FAULTS - {drive_faults.IO_ERROR}:
+        assert condition(reported={**back, "last_fault": fault}).is_ok, "what was done to it is over"
 
 
 def test_copies_that_missed_writes_are_spoken_of_and_make_no_drive_bad():

@@ -149,7 +149,9 @@ def _condition_of_serving(reported: dict[str, Any]) -> DriveCondition:
         text = f"{_count(counters, 'io_errors')} I/O errors since it was opened"
         return DriveCondition(WARNING, TRANSIENT_ERROR, text, f"if it goes on {_REPLACE}")
     ago_s = reported.get("failed_ago_s")
-    if isinstance(ago_s, int | float) and ago_s < TRANSIENT_FOR_S:
+    # Of the faults only this one is the medium's own: a drive that was made read-only or moved and came back is OK.
+    is_its_own = reported.get("last_fault") == drive_faults.IO_ERROR
+    if is_its_own and isinstance(ago_s, int | float) and ago_s < TRANSIENT_FOR_S:
         text = f"failed {_count(reported, 'failures')} times, last {ago_s / 60:.0f} min ago: {reported.get('last_failure')}"
         return DriveCondition(WARNING, TRANSIENT_ERROR, text, f"if it goes on {_REPLACE}")
     stale = _count(reported, "stale")

@@ -386,7 +386,10 @@ class DriveCalls:
                 )
             if served.failed_at is not None:
                 ago_s = trio.current_time() - served.failed_at
-                row.update(failures=served.failures, last_failure=served.last_failure, failed_ago_s=ago_s)
+                row.update(
+                    failures=served.failures, last_failure=served.last_failure, last_fault=served.last_fault,
+                    failed_ago_s=ago_s,
+                )  # fmt: skip
             rows.append(row)
         pulls = [
             {

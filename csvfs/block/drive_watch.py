@@ -178,7 +178,8 @@ class DriveWatch:
         log.error("drive %s has failed (%s): %s", served.path, drive.fault, drive.failure)
         self._service.give_up(served, drive)
         served.failures += 1
-        served.last_failure, served.failed_at = drive.failure, trio.current_time()
+        served.last_failure, served.last_fault = drive.failure, drive.fault
+        served.failed_at = trio.current_time()
         await self._in_thread(drive.end_failed)
         self._service.end_flusher(served)
         try:

@@ -35,7 +35,7 @@ class ServedDrive:
 
     told_ms what the others were told of its latency, by kind.
     slow    its latency is an outlier (latency.py), and has been for long enough.
-    failures, last_failure, failed_at   how often it failed in the life of this process, why last, and when
+    failures, last_failure, last_fault, failed_at   how often it failed in the life of this process, why last, and when
     waits   of those who wait for its medium in a thread: cancelled when it is given up.
     """
 
@@ -52,6 +52,7 @@ class ServedDrive:
     slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
     failures: int = 0
     last_failure: str = ""
+    last_fault: str = ""
     failed_at: float | None = None  # seconds of the trio clock
     opening_since: float | None = None  # likewise, while a thread opens it
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREADS_MAX))
