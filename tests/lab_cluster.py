@@ -135,10 +135,10 @@ def running_lab(
         parent.rmdir()
 
 
-def wait_for(condition: Callable[[], T], within_s: float = 60) -> T:
-    """Poll until `condition()` is true; returns what it returned. Raises AssertionError."""
+def wait_for(condition: Callable[[], T], within_s: float = 60, explain: Callable[[], str] = str) -> T:
+    """Poll until `condition()` is true; returns what it returned. Raises AssertionError, which says `explain()`."""
     deadline = time.monotonic() + within_s
     while not (result := condition()):
-        assert time.monotonic() < deadline, f"not within {within_s} s"
+        assert time.monotonic() < deadline, f"not within {within_s} s\n{explain()}"
         time.sleep(0.02)
     return result

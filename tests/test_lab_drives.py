@@ -37,6 +37,11 @@ def drives(cluster: LabCluster) -> dict[str, dict]:
     return {row["path"]: row for row in rows}
 
 
+def explain(cluster: LabCluster) -> str:
+    """How the drives stand, and what the nodes wrote, for the message of a test that failed."""
+    return f"{json.dumps(drives(cluster), indent=1)}\n{cluster.logs()}"
+
+
 def healthy(cluster: LabCluster) -> bool:
     rows = json.loads(cluster.run("n1", "csvfs", "volume", "list", "--json"))
     return all(row["health"] == "Healthy" for row in rows)
@@ -54,8 +59,8 @@ def test_a_drive_file_truncated_to_nothing_under_load_costs_no_error_and_the_oth
     fio = lab.start_command("n1", *FIO, stdout=-1, stderr=-1)
     time.sleep(3)
     os.truncate(path, 0)
-    wait_for(lambda: drives(lab)[path]["state"] == "Failed media", within_s=180)
-    wait_for(lambda: drives(lab)[other]["state"] == "OK", within_s=180)
+    wait_for(lambda: drives(lab)[path]["state"] == "Failed media", 180, lambda: explain(lab))
+    wait_for(lambda: drives(lab)[other]["state"] == "OK", 180, lambda: explain(lab))
     lab.finish(fio)
     server = lab.pids("n2")["drives"]
     time.sleep(3)
@@ -68,10 +73,10 @@ def test_a_drive_file_made_read_only_or_moved_away_comes_back_by_itself(lab):
     fio = lab.start_command("n1", *FIO, stdout=-1, stderr=-1)
     time.sleep(2)
     os.chmod(path, 0o400)
-    wait_for(lambda: drives(lab)[path]["state"] == "Not usable", within_s=180)
+    wait_for(lambda: drives(lab)[path]["state"] == "Not usable", 180, lambda: explain(lab))
     time.sleep(1)
     os.chmod(path, 0o600)
-    wait_for(lambda: drives(lab)[path]["state"] == "OK", within_s=180)
+    wait_for(lambda: drives(lab)[path]["state"] == "OK", 180, lambda: explain(lab))
     lab.finish(fio)
 
 

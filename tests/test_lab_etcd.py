@@ -89,7 +89,7 @@ def test_members_of_the_store_die_one_after_the_other_and_nobody_notices(cluster
         wait_for(lambda node=node: member_answers(cluster, node), WAIT_S)  # type: ignore[misc]
     writer.wait_writes(20)
     writer.end()
-    assert children(cluster) == before
+    assert children(cluster) == before, cluster.logs()
 
 
 def member_answers(cluster: LabCluster, node: str) -> bool:
