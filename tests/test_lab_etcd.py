@@ -17,6 +17,7 @@ from tests.etcd_server import needs_etcd
 from tests.lab_cluster import LabCluster, needs_lab, running_lab, wait_for
 
 WAIT_S = 90
+NODE_LEASE_MS = 12_000
 
 pytestmark = [pytest.mark.lab, needs_lab, needs_etcd]
 
@@ -38,6 +39,11 @@ while not select.select([sys.stdin], [], [], 0.02)[0]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LabCluster]:
     with running_lab(store="etcd", drive_size=GIB) as cluster:
+        for node in cluster.files.nodes():
+            # Long leases: what a busy machine makes late here is not what dies in these tests.
+            cluster.kill(node.name)
+            node.config.write_text(node.config.read_text() + f"[options]\nnode_lease_ms = {NODE_LEASE_MS}\n")
+            cluster.start(node.name)
         cluster.run("n1", "csvfs", "volume", "create", "V", "--resiliency", "mirror", "--copies", "3")
         yield cluster
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from tests.simulator.mutants import MUTANTS, SEEN_AS_UNHEALED, broken
+from tests.simulator.mutants import CATCHING_SEEDS, MUTANTS, SEEN_AS_UNHEALED, broken, emphasis_of
 from tests.simulator.world import run_seed
 
 SEEDS_MAX = 400
@@ -19,13 +19,14 @@ def test_the_simulator_catches(name: str) -> None:
     """Run seed after seed with the rule broken, until a history, a copy or an in-sync set gives it away."""
     logging.disable(logging.CRITICAL)
     try:
-        for seed in range(1, SEEDS_MAX + 1):
-            with broken(name):
-                outcome = run_seed(seed)
-            # A mutant that does not run at all, or hangs, would be caught by anything.
-            caught = outcome.lied or (outcome.unhealed and name in SEEN_AS_UNHEALED)
-            if caught and run_seed(seed).failure is None:  # the true code passes it
-                return
+        with emphasis_of(name):
+            for seed in (*CATCHING_SEEDS.get(name, ()), *range(1, SEEDS_MAX + 1)):
+                with broken(name):
+                    outcome = run_seed(seed)
+                # A mutant that does not run at all, or hangs, would be caught by anything.
+                caught = outcome.lied or (outcome.unhealed and name in SEEN_AS_UNHEALED)
+                if caught and run_seed(seed).failure is None:  # the true code passes it
+                    return
     finally:
         logging.disable(logging.NOTSET)
     pytest.fail(f"{name}: not noticed in {SEEDS_MAX} seeds")

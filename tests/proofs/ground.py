@@ -60,6 +60,8 @@ class Timeline:
         self.moments.append(moment)
         return True
 
+GREEN_STATES = ("OK", "Transient error")  # the latter: it is back in service, and spoken of for an hour
+
 
 class Ground:
     """A running lab of three nodes with Volume1, three copies of everything."""
@@ -156,7 +158,7 @@ class Ground:
         bad = [f"{node['name']} {node['state']}{' ' + node['note'] if node['note'] else ''}"
                for node in status["nodes"] if node["state"] != "up" or node["note"]]  # fmt: skip
         for drive in status["drives"]:
-            if drive["state"] != "OK" and drive["path"] not in but:
+            if drive["state"] not in GREEN_STATES and drive["path"] not in but:
                 name = f"{drive['node']}/{os.path.basename(drive['path'])}"
                 bad.append(f"{name} {drive['state']}" + (f" ({drive['reason']})" if drive["reason"] else ""))
         health = ", ".join(sorted({volume["health"] for volume in status["volumes"]})) or "no volume"

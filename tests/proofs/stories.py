@@ -343,6 +343,7 @@ def failing(ground: Ground, rng: Random, kinds: tuple[str, ...] = FAILURES) -> O
             load.wait_passes(1)
             drive.be()
             ground.say(f"{drive.path} works again")
+            ground.wait_state(drive.path, "Transient error")
             ground.wait_green()
         return prove(ground, load)
     finally:

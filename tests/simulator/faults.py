@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from tests.simulator.world import World
 
 
+# Only these faults, for a mutant that others hardly ever show (mutants.EMPHASIS); empty: all.
+EMPHASIS: tuple[str, ...] = ()
+
+
 class Faults:
     """The faults of one run. `plan` says which kinds it draws from."""
 
@@ -60,9 +64,10 @@ class Faults:
         with_rot = rng.random() < 0.15
         harmless = ["rot", "kill host", "kill writer", "break", "slow"]  # no copy leaves for long
         names = harmless if with_rot else sorted(set(kinds) - {"rot"})
+        names = list(EMPHASIS) or names
         count = rng.choice((1, 2, 2, 3, 3, 4, 6))
         self.plan = [(rng.choice(names), kinds) for _ in range(count)]
-        if with_rot:
+        if with_rot and not EMPHASIS:
             self.plan[0] = ("rot", kinds)
 
     async def run(self) -> None:
