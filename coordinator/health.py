@@ -9,6 +9,8 @@ from typing import Any
 import trio
 
 from coordinator.slab_book import SlabBook
+from csvfs.block.placement import DomainOf
+from csvfs.fault_domains import misplaced_copies
 from csvfs.wire.block_messages import ROLE_JOINING, SlabDescriptor
 
 HEALTHY, DEGRADED, NO_REDUNDANCY = "Healthy", "Degraded", "No redundancy"  # admin/status.py knows these words
@@ -30,32 +32,40 @@ def state_of(descriptor: SlabDescriptor, wanted: int) -> str:
 
 
 class Health:
-    """Counts slabs by state, now and then."""
+    """Counts slabs by state, now and then; and those with two copies in one fault domain."""
 
-    def __init__(self, books: Iterable[SlabBook], wanted: Callable[[SlabDescriptor], int]) -> None:
+    def __init__(
+        self, books: Iterable[SlabBook], wanted: Callable[[SlabDescriptor], int], domain_of: DomainOf
+    ) -> None:
         self._books = list(books)
         self._wanted = wanted
+        self._domain_of = domain_of
         self._counted_at = -CACHED_S
         self._counts: dict[str, int] = {}
+        self._misplaced = 0
 
     def counts(self) -> dict[str, int]:
         """Slabs by state."""
         now = trio.current_time()
         if now - self._counted_at >= CACHED_S:
             counts: dict[str, int] = {}
+            misplaced = 0
             for book in self._books:
                 for descriptor in book.all():
-                    state = state_of(descriptor, self._wanted(descriptor))
+                    wanted = self._wanted(descriptor)
+                    state = state_of(descriptor, wanted)
                     counts[state] = counts.get(state, 0) + 1
-            self._counts, self._counted_at = counts, now
+                    domains = [self._domain_of(member.node) for member in descriptor.in_sync]
+                    misplaced += misplaced_copies(domains, wanted) > 0
+            self._counts, self._counted_at, self._misplaced = counts, now, misplaced
         return self._counts
 
     def to_status(self) -> dict[str, Any]:
         counts = self.counts()
         if counts.get("no redundancy"):
             word = NO_REDUNDANCY
-        elif counts.get("degraded") or counts.get("resyncing"):
+        elif counts.get("degraded") or counts.get("resyncing") or self._misplaced:
             word = DEGRADED
         else:
             word = HEALTHY
-        return {"health": word, "slabs": dict(counts)}
+        return {"health": word, "slabs": dict(counts), "misplaced": self._misplaced}

@@ -318,7 +318,7 @@ class Host:
             setup,
             engine=self.engine,
             store=self._store,
-            facts=self.facts,
+            facts=self.facts.of_volume(setup.name),
             cluster=self._cluster,
             may_serve=self._may_serve,
             write_timeout_ms=self._write_timeout_ms,
@@ -333,7 +333,7 @@ class Host:
                 setup,
                 engine=self.engine,
                 store=self._store,
-                facts=self.facts,
+                facts=self.facts.of_volume(setup.name),
                 cluster=self._cluster,
                 rng=self._rng,
             )
@@ -407,7 +407,7 @@ class Host:
                 self._nursery.start_soon(self._statfs, service, link, frame.request_id)
             elif name == "volume_status":
                 link.reply(frame.request_id, service.volume_status())
-            elif name in ("job_control", "drive_members"):
+            elif name in ("job_control", "drive_members", "misplaced"):
                 self._nursery.start_soon(self._answer_admin, service, link, frame.request_id, name, args)
             elif name == "scrub":
                 link.reply(frame.request_id, service.scrub.start())
@@ -435,6 +435,8 @@ class Host:
         try:
             if name == "drive_members":
                 value = await service.healing.drive_members(DriveId(field(args, "drive", bytes)))
+            elif name == "misplaced":
+                value = await service.healing.misplaced(args)
             else:
                 kind, speed = optional_field(args, "kind", str), optional_field(args, "speed", str)
                 value = await service.healing.record.control(field(args, "action", str), kind, speed)

@@ -275,7 +275,7 @@ class Repair:
                 await self._changed.wait()  # all that may take it have enough to do
         except NoSpace:
             domains = ", ".join(sorted(step.taken)) or "any"
-            reason = f"a drive with room in another fault domain than {domains}; see csvfs drive add"
+            reason = f"a drive with room in another fault domain than {domains}; see csvfs drive add, domain list"
             self._jobs.waits(task.key, reason)
             return False
         await self._make_copy(task.changes, descriptor, place.drive, place.node)

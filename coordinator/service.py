@@ -158,7 +158,7 @@ class Service:
             setup.name, setup.volume, metadata, self.changes, control, facts, book.store
         )
         self.lost.on_accepted = self.members.look_into
-        self._health = Health([book, data_book], self.healing.wanted)
+        self._health = Health([book, data_book], self.healing.wanted, facts.domain_of)
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
         self._register_calls()

@@ -75,7 +75,7 @@ async def test_a_volume_is_found_again_with_its_name_its_size_and_every_byte(clu
 
     cluster.lease = await cluster.store.grant_lease(600_000)
     for name in cluster.servers:
-        await cluster.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1", "domain": name}))
+        await cluster.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1"}))
         await cluster.start_node(name)
         await cluster.start_server(name)
     await cluster.start_host("n3")

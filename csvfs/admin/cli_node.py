@@ -37,9 +37,9 @@ def list_command(as_json: bool) -> None:
         print_json(rows)
         return
     print_table(
-        ("NODE", "STATE", "ADDRESS", "DOMAIN", ">DRIVES", "COORDINATES"),
+        ("NODE", "STATE", "ADDRESS", "PLACE", ">DRIVES", "COORDINATES"),
         [
-            (row.name, row.state, row.address, row.domain, row.drives, ", ".join(row.coordinates))
+            (row.name, row.state, row.address, "/".join(row.place.values()) or "-", row.drives, ", ".join(row.coordinates))
             for row in rows
         ],
         empty="no nodes yet: start one with csvfs node run",
@@ -51,7 +51,7 @@ class NodeRow:
     name: str
     state: str  # up, down
     address: str
-    domain: str
+    place: dict[str, str]  # site, rack, chassis, as far as they are said
     drives: int
     coordinates: list[str]  # volumes
 
@@ -65,7 +65,7 @@ def node_rows(view: ClusterView) -> list[NodeRow]:
                 name=name,
                 state="up" if name in view.alive else "down",
                 address=record.text("address") if record else "",
-                domain=view.domain_of(name),
+                place=view.place_of(name).to_map(),
                 drives=len(view.drives_of(name)),
                 coordinates=sorted(
                     volume for volume, owner in view.owners.items() if owner.text("node") == name

@@ -14,6 +14,7 @@ from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status
 from csvfs.errors import Unavailable
+from csvfs.fault_domains import LEVEL_DEFAULT, LEVELS, Level
 
 ONLINE_TIMEOUT_S = 60.0
 MOUNT_TIMEOUT_S = 30.0
@@ -48,7 +49,14 @@ def volume_group() -> None:
     "--copies",
     type=int,
     default=None,
-    help="Copies of a mirror, each on a node of its own: 2 or 3 (default).",
+    help="Copies of a mirror, each in a fault domain of its own: 2 or 3 (default).",
+)
+@click.option(
+    "--fault-domain",
+    type=click.Choice(LEVELS),
+    default=LEVEL_DEFAULT,
+    show_default=True,
+    help="No two copies in one node, chassis, rack or site (csvfs domain list).",
 )
 @click.option(
     "--size", type=SIZE, default=0, show_default="as large as the pool", help="At least 64M, like 500G."
@@ -62,6 +70,7 @@ def create_command(
     copies: int | None,
     size: int,
     min_copies: int,
+    fault_domain: Level,
     timeout_s: float,
     as_json: bool,
 ) -> None:
@@ -69,8 +78,9 @@ def create_command(
 
     async def work(here: Here, peers: Peers) -> str:
         volume = await volume_ops.create_volume(
-            here.store, name, resiliency=resiliency, copies=copies, size=size, min_copies=min_copies
-        )
+            here.store, name, resiliency=resiliency, copies=copies, size=size, min_copies=min_copies,
+            fault_domain=fault_domain,
+        )  # fmt: skip
         path = here.config.cluster_root / name
         with progress(f"creating volume {name}"):
             await volume_ops.wait_volume_online(here.store, name, timeout_s)
@@ -203,6 +213,7 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
     lines = {
         "volume": volume.name,
         "resiliency": resiliency_text(volume.resiliency, volume.copies),
+        "fault domain": f"no two copies in one {volume.fault_domain}",
         "state": volume.state,
         "health": volume.health,
         "coordinator": volume.coordinator or "none at the moment",

@@ -45,12 +45,14 @@ class Peers:
             raise Unavailable(f"volume {volume} has no coordinator at the moment")
         return await self._call(_address(owner), None, name, {"volume": volume, **args})
 
-    async def coordinator_slowly(self, view: ClusterView, volume: str, name: str, timeout_s: float) -> Any:
+    async def coordinator_slowly(
+        self, view: ClusterView, volume: str, name: str, timeout_s: float, **args: Any
+    ) -> Any:
         """As coordinator, for a call that takes its time: at most `timeout_s`."""
         owner = view.owners.get(volume)
         if owner is None:
             raise Unavailable(f"volume {volume} has no coordinator at the moment")
-        return await self._call(_address(owner), None, name, {"volume": volume}, timeout_s)
+        return await self._call(_address(owner), None, name, {"volume": volume, **args}, timeout_s)
 
     async def _call(
         self,
