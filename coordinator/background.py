@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from csvfs.errors import CsvfsError
+from csvfs.errors import CsvfsError, leaves
 
 
 @asynccontextmanager
@@ -18,16 +18,9 @@ async def running(*tasks: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
             yield
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        errors = list(leaves(group))
+        errors = leaves(group)
         if all(isinstance(error, CsvfsError | trio.Cancelled) for error in errors):
             for error in errors:
                 if isinstance(error, CsvfsError):
                     raise error from None
         raise
-
-
-def leaves(group: BaseException) -> list[BaseException]:
-    """The errors of a group of groups."""
-    if not isinstance(group, BaseExceptionGroup):
-        return [group]
-    return [leaf for member in group.exceptions for leaf in leaves(member)]

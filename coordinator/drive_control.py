@@ -20,7 +20,7 @@ from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, Volum
 from csvfs.wire.block_messages import ROLE_IN_SYNC, Member, SlabDescriptor
 
 CALL_TIMEOUT_S = 5.0
-PULL_TIMEOUT_S = 600.0  # 256 MiB at 1 MiB/s, twice over; a dead server's link breaks long before
+PULL_TIMEOUT_S = 600.0  # 256 MiB at 1 MiB/s, twice over; links to servers that are gone break before
 INSTALL_ITEMS_MAX = 4_096  # per call: one message of about 200 KiB
 
 Failures = dict[tuple[SlabId, DriveId], CsvfsError]

@@ -10,27 +10,25 @@ Survives   a kill at any instant: what it owned is in the cluster store and on d
 
 import gc
 import logging
-import os
-import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import trio
 
-from coordinator.background import leaves
 from coordinator.cluster_facts import ClusterFacts
+from coordinator.front_desk import FrontDesk
 from coordinator.service import Service, VolumeSetup
 from coordinator.serving import serve_volume
-from coordinator.sessions import Session
 from coordinator.volume_creation import create_volume, delete_volume, record_error
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.clock import monotonic_ns
 from csvfs.cluster.election import Attempt, decide, release_ownership, take_ownership
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
-from csvfs.config import NodeConfig, load_config
+from csvfs.cluster.node_process import ProcessNumbers, run_process, run_until_signalled
+from csvfs.config import NodeConfig
 from csvfs.errors import (
     BadRequest,
     CsvfsError,
@@ -38,18 +36,17 @@ from csvfs.errors import (
     NoSpace,
     NotCoordinator,
     NotFound,
-    ProtocolError,
     Unavailable,
+    leaves,
 )
-from csvfs.ids import DriveId, Incarnation, NodeName, Term, VolumeId
-from csvfs.net.calls import field, optional_field
+from csvfs.ids import Incarnation, NodeName, Term, VolumeId
+from csvfs.net.calls import field
 from csvfs.net.engine import Engine
-from csvfs.net.link import Link, Listener
+from csvfs.net.link import Listener
 from csvfs.store.interface import ClusterStore
 from csvfs.store.opening import open_store
 from csvfs.units import SLAB_SIZE_DEFAULT
-from csvfs.wire.control import pack_value, unpack_call, unpack_value
-from csvfs.wire.frames import Frame, Kind
+from csvfs.wire.control import pack_value, unpack_value
 
 log = logging.getLogger(__name__)
 
@@ -118,21 +115,19 @@ class Host:
         self.owned: dict[str, OwnedVolume] = {}
         self._moved_at: dict[str, float] = {}
         self._retry_s: dict[str, float] = {}  # volume -> the pause after its next failure here
-        self._service_of: dict[Link, Service] = {}  # links of sessions
-        self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; then the volumes are given up, so that others take them at once."""
         listeners: list[Listener] = []
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
                 nursery.start_soon(self.engine.run_forever)
+                desk = FrontDesk(self.node, self._find_service, self._may_serve, nursery)
                 await nursery.start(keep_view_forever, self._store, self.view)
-                listeners.append(Listener(self.engine, (self._address, self._port), self._accept))
+                listeners.append(Listener(self.engine, (self._address, self._port), desk.accept))
                 self._port = listeners[0].port
                 if self._unix_path is not None:
-                    listeners.append(Listener(self.engine, self._unix_path, self._accept))
+                    listeners.append(Listener(self.engine, self._unix_path, desk.accept))
                 await self._register()
                 nursery.start_soon(self._watch_liveness_forever)
                 task_status.started()
@@ -375,53 +370,8 @@ class Host:
             drive_retire_s=self._drive_retire_ms / 1000,
         )
 
-    # -- links -----------------------------------------------------------------------------------
-
-    def _accept(self, link: Link) -> None:
-        link.on_frame = self._on_frame
-        link.on_close = self._on_close
-
-    def _on_close(self, link: Link, error: CsvfsError) -> None:
-        self._service_of.pop(link, None)
-        if isinstance(link.owner, Session):
-            link.owner.detach(link)
-
-    def _on_frame(self, link: Link, frame: Frame) -> None:
-        if isinstance(link.owner, Session):
-            service = self._service_of.get(link)
-            if service is None:
-                raise ProtocolError(f"{link.peer} has a session of no volume")
-            service.on_frame(link, link.owner, frame)
-            return
-        if frame.kind != Kind.CALL or self._nursery is None:
-            link.reply_error(frame.request_id, BadRequest(f"frames of kind {frame.kind} are not served here"))
-            return
-        name, args = unpack_call(frame.head)
-        try:
-            service = self._find_service(args)
-            if not self._may_serve():
-                raise LeaseLost(f"node {self.node} lost its lease in the cluster store and serves nothing")
-            if name == "hello":
-                self._nursery.start_soon(self._hello, service, link, frame.request_id, args)
-            elif name == "statfs":
-                self._nursery.start_soon(self._statfs, service, link, frame.request_id)
-            elif name == "volume_status":
-                link.reply(frame.request_id, service.volume_status())
-            elif name in ("job_control", "drive_members", "misplaced"):
-                self._nursery.start_soon(self._answer_admin, service, link, frame.request_id, name, args)
-            elif name == "scrub":
-                link.reply(frame.request_id, service.scrub.start())
-            elif name == "lost":
-                self._nursery.start_soon(_answer, link, frame.request_id, service.lost.listing)
-            elif name == "accept_data_loss":
-                self._nursery.start_soon(_answer, link, frame.request_id, service.lost.accept_data_loss)
-            else:
-                raise BadRequest(f"call {name!r} needs a hello first")
-        except CsvfsError as error:
-            link.reply_error(frame.request_id, error)
-
-    def _find_service(self, args: dict[str, Any]) -> Service:
-        name = field(args, "volume", str)
+    def _find_service(self, name: str) -> Service:
+        """For the front desk. Raises NotCoordinator, Unavailable."""
         owned = self.owned.get(name)
         if owned is None:
             raise NotCoordinator(f"volume {name} is not coordinated by node {self.node}")
@@ -429,52 +379,14 @@ class Host:
             raise Unavailable(f"volume {name} is being taken over by node {self.node}; try again")
         return owned.service
 
-    async def _answer_admin(
-        self, service: Service, link: Link, request_id: int, name: str, args: dict[str, Any]
-    ) -> None:
-        try:
-            if name == "drive_members":
-                value = await service.healing.drive_members(DriveId(field(args, "drive", bytes)))
-            elif name == "misplaced":
-                value = await service.healing.misplaced(args)
-            else:
-                kind, speed = optional_field(args, "kind", str), optional_field(args, "speed", str)
-                value = await service.healing.record.control(field(args, "action", str), kind, speed)
-        except CsvfsError as error:
-            link.reply_error(request_id, error)
-            return
-        link.reply(request_id, value)
-
-    async def _hello(self, service: Service, link: Link, request_id: int, args: dict[str, Any]) -> None:
-        try:
-            reply = await service.hello(link, args)
-        except CsvfsError as error:
-            link.reply_error(request_id, error)
-            return
-        self._service_of[link] = service
-        link.reply(request_id, reply)
-
-    async def _statfs(self, service: Service, link: Link, request_id: int) -> None:
-        await service.slabs.wait_spaces()
-        link.reply(request_id, service.statfs())
-
-
-async def _answer(link: Link, request_id: int, question: Callable[[], Awaitable[Any]]) -> None:
-    try:
-        link.reply(request_id, await question())
-    except CsvfsError as error:
-        link.reply_error(request_id, error)
-    except Exception:
-        log.exception("a question of %s failed in a way nobody planned for", link.peer)
-        link.reply_error(request_id, CsvfsError("the question failed; the log of the coordinator says how"))
-
 
 def _wants_coordinator(value: dict[str, Any]) -> bool:
     return value.get("state") in ("creating", "online", "deleting")
 
 
-async def serve(config: NodeConfig) -> None:
+async def serve(config: NodeConfig) -> int:
     """Run the coordinator host of this node until SIGTERM or SIGINT."""
+    numbers = ProcessNumbers.from_environment()
     store = open_store(config.store)
     item = await store.get("cluster")
     if item is None:
@@ -487,8 +399,8 @@ async def serve(config: NodeConfig) -> None:
         unix_path=str(config.coordinator_socket),
         store=store,
         cluster=field(unpack_value(item.value), "id", bytes),
-        lease=int(os.environ["CSVFS_NODE_LEASE"]),
-        incarnation=Incarnation(int(os.environ["CSVFS_INCARNATION"])),
+        lease=numbers.lease,
+        incarnation=numbers.incarnation,
         may_serve=liveness.may_serve,
         recall_timeout_ms=config.options.recall_timeout_ms,
         reclaim_timeout_ms=config.options.reclaim_timeout_ms,
@@ -496,29 +408,14 @@ async def serve(config: NodeConfig) -> None:
         drive_retire_ms=config.options.drive_retire_ms,
         repair_speed=config.options.repair_speed - 1,
     )
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        await host.run()
-        nursery.cancel_scope.cancel()
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            scope.cancel()
-            return
+    await run_until_signalled(host.run)
+    return 0
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Leases, inodes and replies live long and form no cycles: a look for garbage at every 700th costs 7 %.
     gc.set_threshold(10_000, 20, 50)
-    try:
-        trio.run(serve, load_config())
-    except CsvfsError as error:
-        log.error("%s", error)
-        return 1
-    return 0
+    return run_process(serve)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ async def serve_volume(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bus.run_forever)
+            nursery.start_soon(links.pulls.follow_servers_forever)
             await secure_metadata_slabs(book, changes, links.control, facts, setup.volume)
             read: ReadBlocks = reader.read
             metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)

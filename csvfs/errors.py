@@ -190,3 +190,10 @@ def error_kinds() -> dict[str, type[CsvfsError]]:
 def wire_kind(error: CsvfsError) -> str:
     """The name under which `error` travels: its class, or the nearest above it that is of this module."""
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+
+
+def leaves(group: BaseException) -> list[BaseException]:
+    """The errors of a group of groups."""
+    if not isinstance(group, BaseExceptionGroup):
+        return [group]
+    return [leaf for member in group.exceptions for leaf in leaves(member)]

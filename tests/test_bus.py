@@ -7,8 +7,8 @@ import pytest
 import trio
 
 from csvfs.block import writer_marks
-from csvfs.block.slab_state import bump
-from csvfs.errors import Corrupt, Fenced, StaleEpoch, Unavailable
+from csvfs.block.slab_state import bump, drop_members
+from csvfs.errors import Corrupt, Disconnected, Fenced, StaleEpoch, Unavailable
 from csvfs.ids import Incarnation
 from csvfs.units import BLOCK_SIZE, MIB
 from tests.block_cluster import SLAB, BlockCluster, write
@@ -50,6 +50,32 @@ async def test_many_writes_in_flight_arrive_in_order_on_every_copy(cluster):
     assert set(done) == {None}
     for server in cluster.servers:
         assert [contents(server, block)[0] for block in range(5)] == [195, 196, 197, 198, 199]
+
+
+async def test_I4_a_write_at_a_new_epoch_does_not_overtake_one_of_the_old_epoch(cluster, monkeypatch):
+    """The member that had not answered yet is out by the new epoch, so nothing waits for its answer; a failure that
+    comes late must not have the earlier write sent again on top of the later one."""
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    held = []
+    link = bus.links.ready("n3").link
+    monkeypatch.setattr(link, "request", lambda kind, head, payload, answer: held.append(answer))
+    answered = []
+    bus.write(SLAB, 5, block_of(2), lambda error: answered.append((2, error)))
+    with trio.fail_after(30):
+        while any(contents(server, 5) != block_of(2) for server in cluster.servers[:2]):
+            await trio.sleep(0.002)
+    monkeypatch.undo()
+    await cluster.owner.commit(drop_members(bus.descriptor(SLAB), [cluster.servers[2].drive_id]))
+    bus.learn(cluster.owner.descriptors[SLAB])
+    bus.write(SLAB, 5, block_of(3), lambda error: answered.append((3, error)))
+    await trio.sleep(0.02)
+    held[0](None, Unavailable("n3 is out"))
+    with trio.fail_after(30):
+        while len(answered) < 2:
+            await trio.sleep(0.002)
+    assert answered == [(2, None), (3, None)]
+    assert [contents(server, 5) for server in cluster.servers[:2]] == [block_of(3)] * 2
 
 
 async def test_a_drive_server_killed_under_writes_drops_out_and_no_write_fails(cluster):
@@ -352,6 +378,19 @@ async def test_links_to_a_server_that_the_store_no_longer_lists_are_dropped_at_o
     bus.links.check_servers()
     cluster.servers[2].service = service
     assert server.link.closed is not None and bus.links.ready("n3") is None
+
+
+async def test_a_long_call_to_a_server_that_is_gone_ends_though_its_connection_stands(cluster, nursery):
+    """A node that lost power breaks no connection. Simulator seeds 10446, 11243: takeover and resync hung for it."""
+    links = cluster.links("coordinator-pulls")
+    nursery.start_soon(links.follow_servers_forever)
+    await links.connected("n3")
+    service, cluster.servers[2].service = cluster.servers[2].service, None  # no longer listed
+    for client in service.clients:
+        client.link.on_frame = lambda link, frame: None  # and says nothing any more
+    with trio.fail_after(30), pytest.raises(Disconnected, match="gone, says the cluster store"):
+        await links.call("n3", "ping", {}, timeout_s=600)
+    cluster.servers[2].service = service
 
 
 async def test_I9_a_reader_that_has_not_heard_of_a_new_epoch_heals_all_the_same(cluster):

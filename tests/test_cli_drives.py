@@ -41,9 +41,10 @@ def test_a_drive_is_located_by_its_path_or_the_beginning_of_its_id_and_made_to_b
     assert cluster.json("drive", "locate", path)["node"] == "n1"
     found = cluster.json("drive", "locate", "6161", "--blink", "0.05")
     assert (found["path"], found["here"], found["kind"]) == (path, True, "hdd")
-    assert "run this there" in cluster.fails("drive", "locate", "62", "--blink", "1")
+    assert "run this there" in cluster.fails("drive", "locate", "6262", "--blink", "1")
     assert "no drive" in cluster.fails("drive", "locate", "ff")
-    assert "write more of its id" in cluster.fails("drive", "locate", "6")
+    put_drive(cluster, b"bb" + b"c" * 14, "n3", "/elsewhere")
+    assert "on n2" in cluster.fails("drive", "locate", "6262") and "give the id" in cluster.fails("drive", "locate", "6262")
 
 
 def test_states_and_kinds_are_listed_and_reasons_said_beside(cluster):

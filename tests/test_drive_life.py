@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from csvfs.admin import drive_life
 from csvfs.admin.capacity import missing_slots
 from csvfs.admin.cluster_view import ClusterView, Record, read_cluster_view
+from csvfs.admin.drive_names import find_drive
 from csvfs.admin.job_ops import control_jobs
 from csvfs.admin.peers import open_peers
 from csvfs.admin.status import collect_status
@@ -55,16 +56,16 @@ def view_of(*drives: tuple[str, str, str]) -> ClusterView:
 
 def test_a_drive_is_meant_by_its_id_the_beginning_of_it_or_its_path():
     view = view_of(("aabbcc", "n1", "/d/1"), ("aabbdd", "n2", "/d/1"), ("ffeedd", "n2", "/d/2"))
-    assert drive_life.find_drive(view, "ffee", "n1").name == "ffeedd"
-    assert drive_life.find_drive(view, "/d/1", "n2").name == "aabbdd", "the path on this node first"
-    assert drive_life.find_drive(view, "/d/2", "n1").name == "ffeedd"
+    assert find_drive(view, "ffee", "n1").name == "ffeedd"
+    assert find_drive(view, "/d/1", "n2").name == "aabbdd", "the path on this node first"
+    assert find_drive(view, "/d/2", "n1").name == "ffeedd"
     with pytest.raises(BadRequest, match="aabbcc on n1, aabbdd on n2"):
-        drive_life.find_drive(view, "/d/1", "n3")
+        find_drive(view, "/d/1", "n3")
     with pytest.raises(BadRequest, match="give the id"):
-        drive_life.find_drive(view, "aabb", "n1")
+        find_drive(view, "aabb", "n1")
     for text in ("ff", "0123", "/d/3"):
         with pytest.raises(NotFound, match="csvfs drive list"):
-            drive_life.find_drive(view, text, "n1")
+            find_drive(view, text, "n1")
 
 
 async def drive_record(cluster: TestCluster, drive_id: bytes) -> Record:

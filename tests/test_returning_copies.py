@@ -8,9 +8,13 @@ from unittest.mock import patch
 import pytest
 import trio
 
+from coordinator.restoration import judge
 from coordinator.slab_changes import SlabChanges
 from csvfs.block import slab_state
 from csvfs.block.drive import Drive
+from csvfs.block.drive_calls import DriveCalls
+from csvfs.block.drive_faults import IO_ERROR
+from csvfs.block.drive_watch import drive_report
 from csvfs.block.served_drives import ServedDrives
 from csvfs.errors import Corrupt, CsvfsError, DriveFailed, LeaseLost
 from csvfs.ids import DriveId, Epoch, NodeName, SlabId
@@ -182,3 +186,50 @@ def test_I7_a_write_that_failed_on_a_joining_copy_does_not_keep_the_pull_from_it
     assert copy.apply_pulled_blocks(3, BLOCK, sums_of(copy, 3, BLOCK)) == 1
     assert bytes(copy.read_blocks(3, 1)[1]) == BLOCK
     drive.close()
+
+
+async def test_I1_a_copy_that_lost_power_is_known_by_it_through_further_restarts_until_it_is_judged(
+    tmp_path: Path, nursery: Any
+) -> None:
+    """Power cut, start, kill, start: the copy was preferred to one that kept all that was acknowledged."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    await write(cluster.bus("mount/n2"), 0, BLOCK)
+    victim = cluster.servers[0]
+    links = cluster.links("coordinator", incarnation=2)
+
+    async def lost() -> bool:
+        (row,) = await links.call("n1", "list_slabs", {"drive": victim.drive_id}, timeout_s=30)
+        return bool(row[5])
+
+    with patch("csvfs.block.drive.machine_boot_id", return_value=b"another boot    "):
+        for _ in range(2):
+            await victim.kill()
+            await victim.start(nursery)
+            assert await lost()
+        descriptor = cluster.owner.descriptors[SLAB]
+        kept_all = cluster.servers[2].drive_id  # it starts later than the one that lost power
+        verdict = judge(descriptor, (), (victim.drive_id, kept_all), (victim.drive_id,))
+        assert verdict.kept == kept_all and victim.drive_id in verdict.drops
+        items = [[victim.drive_id, SLAB, 2, ROLE_IN_SYNC]]
+        answer = await links.call("n1", "install", {"term": 2, "items": items, "alone": [0]}, timeout_s=30)
+        assert answer["refused"] == []
+        with trio.fail_after(60):
+            while await lost():
+                await trio.sleep(0.01)
+        await victim.kill()
+        await victim.start(nursery)
+        assert not await lost()
+
+
+async def test_I8_a_drive_whose_flush_failed_says_so_in_the_very_next_hello(tmp_path: Path, nursery: Any) -> None:
+    """It said "ok" until the watch had taken it out, and got new slabs and writers meanwhile."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    victim = cluster.servers[0]
+    assert victim.service is not None
+    served = victim.service.drives.by_id(victim.drive_id)
+    served.opened().fail("flush: Input/output error", IO_ERROR)
+    rows = DriveCalls(victim.service, victim.service.engine).drives(None, {})  # type: ignore[arg-type]
+    assert rows[0]["state"] == "failed: flush: Input/output error"
+    assert drive_report(served)["fault"] == IO_ERROR

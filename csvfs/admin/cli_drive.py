@@ -5,7 +5,8 @@ import click
 from csvfs.admin import drive_life, drive_ops
 from csvfs.admin.cli_context import Here, json_option, run_here, run_with_peers, yes_option
 from csvfs.admin.cluster_view import USAGE_AUTO, Record, read_cluster_view
-from csvfs.admin.drive_locate import DriveLocation, blink, find_drive, locate_drive
+from csvfs.admin.drive_locate import DriveLocation, blink, locate_drive
+from csvfs.admin.drive_names import find_drive
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import note, print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import DriveStatus, collect_status
@@ -64,7 +65,8 @@ def locate_command(drive: str, blink_s: float, as_json: bool) -> None:
     """Say where a drive is: node, path, device, serial number. DRIVE is the beginning of its id, or its path."""
 
     async def work(here: Here) -> DriveLocation:
-        return locate_drive(find_drive(await read_cluster_view(here.store), drive), here.config.node)
+        node = here.config.node
+        return locate_drive(find_drive(await read_cluster_view(here.store), drive, node), node)
 
     found = run_here(work)
     if blink_s and not found.here:
@@ -136,7 +138,7 @@ def retire_command(drive: str, undo: bool, as_json: bool) -> None:
 
     async def work(here: Here) -> Record:
         view = await read_cluster_view(here.store)
-        found = drive_life.find_drive(view, drive, here.config.node)
+        found = find_drive(view, drive, here.config.node)
         usage = USAGE_AUTO if undo else drive_life.RETIRED
         return await drive_life.set_usage(here.store, found, usage)
 
@@ -161,7 +163,7 @@ def remove_command(drive: str, yes: bool) -> None:
 
     async def check(here: Here, peers: Peers) -> tuple[Record, drive_life.Needs]:
         view = await read_cluster_view(here.store)
-        found = drive_life.find_drive(view, drive, here.config.node)
+        found = find_drive(view, drive, here.config.node)
         needs = await drive_life.needs_of(view, peers, found)
         await drive_life.check_room(view, peers, found, needs)
         return found, needs
@@ -198,7 +200,7 @@ def reset_command(drive: str, as_json: bool) -> None:
 
     async def work(here: Here, peers: Peers) -> Record:
         view = await read_cluster_view(here.store)
-        found = drive_life.find_drive(view, drive, here.config.node)
+        found = find_drive(view, drive, here.config.node)
         return await drive_life.reset_drive(here.store, peers, here.config.node, found)
 
     joined = run_with_peers(work)

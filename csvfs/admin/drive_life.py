@@ -6,7 +6,6 @@ Usage      auto (or absent), retired (takes no new slabs, its copies move away),
            way out), removed (no slab needs it: its server closes it, then the key goes).
 """
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ RETIRED, REMOVING, REMOVED = "retired", "removing", "removed"
 CHANGE_ATTEMPTS = 10
 POLL_S = 0.5
 RELEASE_TIMEOUT_S = 30.0
-ID_PREFIX_MIN = 4  # hex digits
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,24 +57,6 @@ class Needs:
     groups: list[tuple[frozenset[str], int]]
     unknown: list[str]
     settled: bool
-
-
-def find_drive(view: ClusterView, text: str, node: str) -> Record:
-    """The drive that an administrator means by an id, the beginning of one, or a path.
-
-    Raises  NotFound. BadRequest: several drives are meant; a path on `node` goes before those on others.
-    """
-    path = os.path.realpath(text)
-    by_path = [drive for drive in view.drives.values() if drive.text("path") in (text, path)]
-    found = [drive for drive in by_path if drive.text("node") == node] or by_path
-    if not found and len(text) >= ID_PREFIX_MIN:
-        found = [drive for drive in view.drives.values() if drive.name.startswith(text.lower())]
-    if not found:
-        raise NotFound(f"no drive {text!r} in the pool; see csvfs drive list for ids and paths")
-    if len(found) > 1:
-        names = ", ".join(f"{drive.name[:8]} on {drive.text('node')}" for drive in found)
-        raise BadRequest(f"{text!r} may mean {names}: give the id")
-    return found[0]
 
 
 async def set_usage(store: ClusterStore, drive: Record, usage: str) -> Record:

@@ -10,9 +10,9 @@ import os
 import time
 from dataclasses import dataclass
 
-from csvfs.admin.cluster_view import ClusterView, Record
+from csvfs.admin.cluster_view import Record
 from csvfs.block.device_facts import device_facts
-from csvfs.errors import BadRequest, CsvfsError, NotFound
+from csvfs.errors import CsvfsError
 from csvfs.units import MIB
 
 BURST_S = 0.5
@@ -29,21 +29,6 @@ class DriveLocation:
     model: str = ""
     serial: str = ""
     links: tuple[str, ...] = ()
-
-
-def find_drive(view: ClusterView, name: str) -> Record:
-    """The drive whose id begins with `name`, or whose path it is. Raises NotFound, BadRequest (several)."""
-    found = [
-        record
-        for hex_id, record in view.drives.items()
-        if hex_id.startswith(name.lower()) or record.text("path") == name
-    ]
-    if not found:
-        raise NotFound(f"no drive {name!r}; see csvfs drive list")
-    if len(found) > 1:
-        ids = ", ".join(sorted(record.name[:8] for record in found))
-        raise BadRequest(f"{name!r} is any of the drives {ids}: write more of its id")
-    return found[0]
 
 
 def locate_drive(record: Record, here: str) -> DriveLocation:

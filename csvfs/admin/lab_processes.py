@@ -18,12 +18,12 @@ from typing import Any
 
 from csvfs.admin.lab_files import LabFiles, LabNode
 from csvfs.admin.lab_network import netns_inode
+from csvfs.cluster.node_process import ROLE_ENVIRONMENT
 from csvfs.config import CONFIG_ENVIRONMENT
 from csvfs.errors import CsvfsError, Unavailable
 
 LAB_ENVIRONMENT = "CSVFS_LAB"
 NODE_ENVIRONMENT = "CSVFS_NODE"
-ROLE_ENVIRONMENT = "CSVFS_ROLE"  # node_run.py gives children theirs
 ROLE_NODE = "node"  # `node run` itself
 ROLE_EXEC = "exec"  # started by `lab exec`
 ROLES = ("drives", "coordinator", "mount")

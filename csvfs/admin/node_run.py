@@ -34,6 +34,12 @@ from csvfs.clock import monotonic_ns
 from csvfs.cluster.election import release_host
 from csvfs.cluster.liveness import LivenessWriter, serve_until_ns
 from csvfs.cluster.membership import View, item_map, keep_view_forever
+from csvfs.cluster.node_process import (
+    INCARNATION_ENVIRONMENT,
+    LEASE_ENVIRONMENT,
+    NODE_INCARNATION_ENVIRONMENT,
+    ROLE_ENVIRONMENT,
+)
 from csvfs.config import CONFIG_ENVIRONMENT, NodeConfig, check_name, load_config
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, Unavailable
 from csvfs.ids import Incarnation
@@ -45,10 +51,6 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.2
 LOG_CHECK_S = 5.0
 
-LEASE_ENVIRONMENT = "CSVFS_NODE_LEASE"
-NODE_INCARNATION_ENVIRONMENT = "CSVFS_NODE_INCARNATION"
-INCARNATION_ENVIRONMENT = "CSVFS_INCARNATION"
-ROLE_ENVIRONMENT = "CSVFS_ROLE"
 ROLE_DRIVES, ROLE_COORDINATOR, ROLE_MOUNT = "drives", "coordinator", "mount"
 
 

@@ -115,6 +115,7 @@ class Bus:
             self._slabs[descriptor.slab] = SlabState(descriptor, seed)
         elif descriptor.epoch > state.descriptor.epoch:
             state.set_descriptor(descriptor)
+            self._take_back(state)
         else:
             return
         self._local.learn(descriptor)
@@ -195,6 +196,18 @@ class Bus:
         state.park(write)
         self._want_repair(state)
 
+    def _take_back(self, state: SlabState) -> None:
+        """Park what was sent and is not answered by all: it may still fail, at a member that has left by now.
+
+        What is given after it goes behind it (I4). It would reach fewer members, be answered sooner, and be overwritten
+        by the earlier write when that is sent again.
+        """
+        for write in self._incomplete:
+            if write.state is state and write.remaining and not write.complete:
+                write.attempt += 1  # whatever is answered to the earlier sending does not count
+                write.remaining = 0
+                self._park(write)
+
     def _want_repair(self, state: SlabState) -> None:
         slab = state.descriptor.slab
         if slab not in self._repairs:
@@ -247,12 +260,7 @@ class Bus:
                     await trio.sleep(delay_s)
                     delay_s = min(2 * delay_s, REPAIR_RETRY_S_MAX)
                     continue
-                for write in self._incomplete:
-                    # Sent, and not answered by all: it may still fail. What was given after it must not overtake it.
-                    if write.state is state and write.remaining and not write.complete:
-                        write.attempt += 1  # whatever is answered to the earlier sending does not count
-                        write.remaining = 0
-                        state.park(write)
+                self._take_back(state)
                 parked = state.take_parked()
                 for index, write in enumerate(parked):
                     if state.parked:  # failed again at once; the rest keeps its order behind it

@@ -1,27 +1,25 @@
 """An open drive: its slab copies, its free slots, its flushes and its counters (FORMAT.md).
 
-Place      block floor, above superblock.py, slot_table.py and slab_copy.py. Synchronous: no trio, no network.
+Place      block floor, above superblock.py, slots.py and slab_copy.py. Synchronous: no trio, no network.
 Writer     the one process that holds the file's lock. All methods are for one thread, except `flush`, which
            may run in another one meanwhile.
 
 Invariants
   D1  The superblock says "open" durably before anything else on the drive changes, and "clean" only after all
       is flushed.
-  D2  A slot is handed out again only after its old entry says "deleting" durably, its tables are zeros
-      durably, and its entry says "free" durably: so a power cut never gives a slab the blocks or the
-      checksums of another one.
+  D2  of slots.py: a slot is handed out again only when nothing of what was in it can come back.
   D3  After an open that may have lost page-cache content, every chunk of every slab counts as active.
   D4  A drive of which a flush failed is failed for good: the kernel has dropped what it could not write.
 """
 
 import contextlib
-import heapq
 import os
 import threading
 from dataclasses import dataclass
 from typing import NoReturn
 
 from csvfs.block import drive_faults
+from csvfs.block.copy_tables import CopyTables
 from csvfs.block.in_use import open_locked
 from csvfs.block.layout import ACTIVE_MAP_OFFSET, Layout
 from csvfs.block.medium import (
@@ -29,18 +27,17 @@ from csvfs.block.medium import (
     is_regular_file,
     machine_boot_id,
     medium_size,
-    punch_hole,
     write_all,
 )
 from csvfs.block.open_tables import OpenTables
 from csvfs.block.slab_copy import SlabCopy
-from csvfs.block.slot_table import STATE_DELETING, STATE_FREE, STATE_IN_USE, SlotEntry, SlotTable
 from csvfs.block.slot_tables import (
     SLOT_HEADER_SIZE,
     SlotTables,
     pack_slot_header,
     read_slot_metadata,
 )
+from csvfs.block.slots import Slots
 from csvfs.block.superblock import (
     Superblock,
     highest_sequence,
@@ -53,7 +50,6 @@ from csvfs.ids import DriveId, Epoch, PoolId, SlabId, Term, VolumeId
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING
 
 _EPOCH_MAX = (1 << 32) - 1
-_STAGE_DELETING, _STAGE_FREED = 1, 2  # what the next flush makes durable of a deleted slot (D2)
 
 
 @dataclass(slots=True)
@@ -77,7 +73,8 @@ class Drive:
     fd         its descriptor, for this package.
     unclean    it was not closed cleanly before this open.
     contents_lost  unclean, and the page cache may be gone too (another boot, replugged, failed flush): see
-                   D3.
+                   D3. It stays so, durably, until all copies have been judged (`note_judged`): a copy here may
+                   lack what was acknowledged, so one on another drive is preferred.
     repairs    what was found damaged at this open, one line each; it has been repaired where another copy
                allowed it.
     """
@@ -90,8 +87,7 @@ class Drive:
         self.failure: str | None = None
         self.fault = ""
         self.counters = DriveCounters()
-        self._lock = threading.Lock()  # of the slot table, the free slots and the slots being deleted
-        self._flush_lock = threading.Lock()  # taken before _lock; one flush at a time advances the deletes
+        self._flush_lock = threading.Lock()  # one flush at a time advances the deletes
         self._closed = False
         size = medium_size(fd)
         try:
@@ -106,15 +102,14 @@ class Drive:
         self.id: DriveId = self.superblock.drive_id
         self.is_file = is_regular_file(fd)
         self.unclean = not self.superblock.clean
-        self.contents_lost = self.unclean and (
+        self._loses_now = self.unclean and (  # since the last open; else at an earlier one, if at all
             self.superblock.failed
             or self.superblock.boot_id != self._boot_id
             or self.superblock.disk_sequence != disk_sequence(fd)
         )
+        self.contents_lost = self.unclean and (self._loses_now or self.superblock.contents_lost)
         self._copies: dict[tuple[VolumeId, SlabId], SlabCopy] = {}
-        self._free: list[int] = []
-        self._deleting: dict[int, int] = {}
-        self._table: SlotTable
+        self.slots: Slots
         self._tables: OpenTables
 
     @classmethod
@@ -152,22 +147,22 @@ class Drive:
     def _load(self) -> None:
         try:
             opens = self.superblock.opens + 1
-            if self.contents_lost:
-                self._note(clean=False, opens=opens)  # D1; the old boot id stays until D3 holds
+            if self._loses_now:  # D1; the old boot id stays until D3 holds
+                self._note(clean=False, contents_lost=True, opens=opens)
             else:
                 self._note_open(opens)
-            self._table = SlotTable(self.fd, self.layout, self.id)
-            if 2 * len(self._table.quarantined) > self.slot_count:  # not rot: somebody wrote over it
-                count = len(self._table.quarantined)
+            self.slots = Slots(self.fd, self.layout, self.id)
+            if 2 * len(self.quarantined) > self.slot_count:  # not rot: somebody wrote over it
+                count = len(self.quarantined)
                 damaged = Corrupt(
                     f"drive {self.path}: {count} of {self.slot_count} entries of its slot table are gone; "
                     "csvfs drive reset makes a new drive of it"
                 )
                 raise drive_faults.faulty(damaged, drive_faults.DAMAGED)
-            self.repairs += self._table.repairs
-            self._table.repair()
-            self._find_slots()
-            if self.contents_lost:
+            for entry in self.slots.find():
+                self._add_copy(entry.slot, entry.volume, entry.slab, entry.epoch, entry.role, entry.term)
+            self.repairs += self.slots.repairs
+            if self._loses_now:
                 self._mark_all_active()
                 os.fdatasync(self.fd)
                 self._note_open(opens)
@@ -185,27 +180,6 @@ class Drive:
         self._superblock_sequence += 1
         self.superblock = next_superblock(self.superblock, self._superblock_sequence, **changes)
         write_superblock(self.fd, self.superblock)
-
-    def _find_slots(self) -> None:
-        """Copies, free slots and unfinished deletes from the slot table; called once."""
-        in_use: dict[tuple[VolumeId, SlabId], list[SlotEntry]] = {}
-        for slot, entry in enumerate(self._table.entries):
-            if entry is None:
-                continue
-            if entry.state == STATE_FREE:
-                self._free.append(slot)
-            elif entry.state == STATE_DELETING:
-                self._deleting[slot] = _STAGE_DELETING
-            else:
-                in_use.setdefault((entry.volume, entry.slab), []).append(entry)
-        for (volume, slab), entries in in_use.items():
-            newest = max(entries, key=lambda entry: entry.sequence)
-            self._add_copy(newest.slot, volume, slab, newest.epoch, newest.role, newest.term)
-            for older in entries:
-                if older is not newest:  # deleted and made again, and a power cut lost that it was deleted
-                    self.repairs.append(f"slot {older.slot} holds an older copy of slab {slab}: deleted")
-                    self._table.put(older.slot, state=STATE_DELETING)
-                    self._deleting[older.slot] = _STAGE_DELETING
 
     def _add_copy(
         self, slot: int, volume: VolumeId, slab: SlabId, epoch: Epoch, role: int, term: Term
@@ -246,12 +220,12 @@ class Drive:
     @property
     def free_slots(self) -> int:
         """Slots that create_slab can give; quarantined ones are not."""
-        return len(self._free) + len(self._deleting)
+        return self.slots.free_count
 
     @property
     def quarantined(self) -> list[int]:
         """Slots of which neither half of the entry is valid: what they held must be made anew elsewhere."""
-        return self._table.quarantined
+        return self.slots.quarantined
 
     def slabs(self) -> list[SlabCopy]:
         return list(self._copies.values())
@@ -275,17 +249,11 @@ class Drive:
         _check_epoch_and_role(epoch, role)
         slot = self._take_free_slot()
         try:
-            raw = read_slot_metadata(self.fd, self.layout, slot)
-            if raw != bytes(len(raw)):  # D2, against damage
+            if not self.slots.is_blank(slot):  # D2, against damage
                 self.repairs.append(f"slot {slot} was free, but its tables were not empty: erased")
-                self._erase_slot(slot)
+                self.slots.erase(slot)
                 self.flush()
-            header = pack_slot_header(self.id, volume, slab, slot)
-            write_all(self.fd, header, self.layout.slot_maps_offset(slot))
-            with self._lock:
-                self._table.put(
-                    slot, state=STATE_IN_USE, role=role, volume=volume, slab=slab, epoch=epoch, term=term
-                )
+            self.slots.fill(slot, volume, slab, epoch, role, term)
         except OSError as error:
             raise self.io_error("create", slab, 0, error) from None
         return self._add_copy(slot, volume, slab, epoch, role, term)
@@ -294,11 +262,11 @@ class Drive:
         for _ in range(3):  # a deleted slot is free after two flushes
             if self.failure is not None:
                 raise self.failed_error()
-            with self._lock:
-                if self._free:
-                    return heapq.heappop(self._free)
-                if not self._deleting:
-                    break
+            slot = self.slots.take_free()
+            if slot is not None:
+                return slot
+            if not self.slots.is_deleting:
+                break
             self.flush()
         raise NoSpace(f"drive {self.path}: all {self.slot_count} slots are in use; add a drive to the pool")
 
@@ -310,18 +278,12 @@ class Drive:
         if self.failure is not None:
             raise self.failed_error()
         try:
-            with self._lock:
-                self._table.put(copy.slot, state=STATE_DELETING)
-                self._deleting[copy.slot] = _STAGE_DELETING
+            self.slots.delete(copy.slot)
         except OSError as error:
             raise self.io_error("delete", slab, 0, error) from None
         del self._copies[volume, slab]
         self._tables.close_one(copy)
         return True
-
-    def _erase_slot(self, slot: int) -> None:
-        write_all(self.fd, bytes(self.layout.metadata_stride), self.layout.slot_metadata_offset(slot))
-        punch_hole(self.fd, self.layout.slot_data_offset(slot), self.layout.slab_size)
 
     def set_epoch(self, copy: SlabCopy, epoch: Epoch, role: int, term: Term) -> None:
         """Install an epoch and role; durable after the next flush. The term never falls.
@@ -338,8 +300,7 @@ class Drive:
         if self.failure is not None:
             raise self.failed_error()
         try:
-            with self._lock:
-                self._table.update(copy.slot, role=role, epoch=epoch, term=term)
+            self.slots.update(copy.slot, role=role, epoch=epoch, term=term)
         except OSError as error:
             raise self.io_error("install an epoch", copy.slab, 0, error) from None
         copy.epoch, copy.role, copy.term = epoch, role, term
@@ -366,8 +327,7 @@ class Drive:
         if self.failure is not None:
             raise self.failed_error()
         try:
-            with self._lock:
-                return self._table.scrub()
+            return self.slots.scrub()
         except OSError as error:
             raise self.io_error("repair the slot table at", SlabId(0), 0, error) from None
 
@@ -376,6 +336,19 @@ class Drive:
         with self._flush_lock:
             if self.failure is None:
                 write_superblock(self.fd, self.superblock)
+
+    def note_judged(self) -> None:
+        """Every copy has been put in service or made anew since this open: none needs to be distrusted any more.
+        May run in another thread.
+
+        Raises  DriveFailed: it stays as it was.
+        """
+        self.flush()  # the epochs that were installed by the judgement
+        with self._flush_lock:
+            if self.failure is not None:
+                raise self.failed_error()
+            self._note(contents_lost=False)
+            self.contents_lost = False
 
     def end_failed(self) -> None:
         """Wait until no flush uses a failed drive any more, and note what the medium has lost. Then `close`.
@@ -401,14 +374,10 @@ class Drive:
         with self._flush_lock:
             if self.failure is not None:
                 raise self.failed_error()
-            with self._lock:
-                unsettled, deleting = self._table.unsettled(), dict(self._deleting)
+            mark = self.slots.before_flush()
             try:
                 os.fdatasync(self.fd)
-                with self._lock:
-                    self._table.settle(unsettled)
-                for slot, stage in deleting.items():
-                    self._advance_delete(slot, stage)
+                self.slots.after_flush(mark)
             except OSError as error:
                 self.counters.io_errors += 1
                 self._fail(f"flush: {error.strerror}", drive_faults.fault_of_errno(error.errno))
@@ -427,18 +396,6 @@ class Drive:
         with contextlib.suppress(DriveFailed):
             self._note(failed=True)
         raise self.failed_error()
-
-    def _advance_delete(self, slot: int, stage: int) -> None:
-        """The change that began `stage` is durable: begin the next one (D2)."""
-        if stage == _STAGE_DELETING:
-            self._erase_slot(slot)
-        with self._lock:
-            if stage == _STAGE_DELETING:
-                self._table.put(slot, state=STATE_FREE)
-                self._deleting[slot] = _STAGE_FREED
-            else:
-                del self._deleting[slot]
-                heapq.heappush(self._free, slot)
 
     def _check_still_there(self) -> None:
         """A drive file that was deleted or truncated under us keeps nothing. Raises DriveFailed."""
@@ -491,17 +448,17 @@ class Drive:
             self._tables.close()
             try:
                 if clean:
-                    self._note(clean=True)  # D1
+                    self._note(clean=True, contents_lost=False)  # D1
             finally:
                 os.close(self.fd)
                 self.fail("it was closed", drive_faults.NOT_OPENED)
 
-    def open_tables(self, copy: SlabCopy) -> SlotTables:
+    def open_tables(self, copy: CopyTables) -> SlotTables:
         """The tables of a copy; see OpenTables.open. Raises NotFound too: the slab was deleted."""
         self._check_here(copy)
         return self._tables.open(copy)
 
-    def close_tables(self, copy: SlabCopy) -> None:
+    def close_tables(self, copy: CopyTables) -> None:
         self._tables.close_one(copy)
 
     def _is_damaged(self, copy: SlabCopy) -> bool:
@@ -510,7 +467,7 @@ class Drive:
                 self._tables.open(copy)
         return copy.damaged
 
-    def _check_here(self, copy: SlabCopy) -> None:
+    def _check_here(self, copy: CopyTables) -> None:
         if self._copies.get((copy.volume, copy.slab)) is not copy:
             raise NotFound(f"drive {self.path}: slab {copy.slab} was deleted")
 

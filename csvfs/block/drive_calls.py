@@ -105,7 +105,7 @@ class DriveCalls:
     def drives(self, link: Link, args: dict[str, Any]) -> list[dict[str, Any]]:
         """As in the reply of `hello`, as of now."""
         return [
-            {"id": served.drive_id, "index": served.index, "path": served.path, "state": served.state}
+            {"id": served.drive_id, "index": served.index, "path": served.path, "state": served.condition[0]}
             for served in self._service.drives
         ]
 
@@ -360,8 +360,9 @@ class DriveCalls:
         service = self._service
         rows = []
         for served in service.drives:
+            state, fault = served.condition
             row: dict[str, Any] = {
-                "id": served.drive_id, "path": served.path, "state": served.state, "fault": served.fault,
+                "id": served.drive_id, "path": served.path, "state": state, "fault": fault,
                 "slow": served.slow, "latency": served.latency.to_map(trio.current_time()),
             }  # fmt: skip
             if served.drive is not None:

@@ -8,8 +8,6 @@ Ends       on SIGTERM: drives are flushed and closed cleanly. On an exception th
 """
 
 import logging
-import os
-import signal
 import sys
 from typing import Any
 
@@ -22,9 +20,10 @@ from csvfs.block.drive_watch import DriveWatch, SlowRules
 from csvfs.block.latency import FLOOR_S, KINDS
 from csvfs.block.served_drives import ServedDrive
 from csvfs.cluster.liveness import Liveness
-from csvfs.config import NodeConfig, load_config
+from csvfs.cluster.node_process import ProcessNumbers, run_process, run_until_signalled
+from csvfs.config import NodeConfig
 from csvfs.errors import CsvfsError, NotFound, Unavailable
-from csvfs.ids import DriveId, Incarnation, VolumeId
+from csvfs.ids import DriveId, VolumeId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, Listener
 from csvfs.store.interface import ClusterStore, Compare, Put
@@ -43,13 +42,13 @@ USAGE_REMOVED = "removed"  # of a drive's key: no slab needs it any more, the ke
 
 class DriveServer:
     def __init__(
-        self, config: NodeConfig, store: ClusterStore, incarnation: Incarnation, cluster: bytes
+        self, config: NodeConfig, store: ClusterStore, numbers: ProcessNumbers, cluster: bytes
     ) -> None:
         self.config = config
         self.store = store
         self.engine = Engine()
-        self.liveness = Liveness(config.liveness_path, Incarnation(int(os.environ["CSVFS_NODE_INCARNATION"])))
-        self.service = BlockService(self.engine, config.node, cluster, incarnation, self.liveness.may_serve)
+        self.liveness = Liveness(config.liveness_path, numbers.node_incarnation)
+        self.service = BlockService(self.engine, config.node, cluster, numbers.incarnation, self.liveness.may_serve)
         self.calls = DriveCalls(self.service, self.engine)
         options = config.options
         self.watch = DriveWatch(
@@ -57,11 +56,11 @@ class DriveServer:
             rules=SlowRules(options.slow_drive_ms / 1000, options.slow_drive_after_s, options.slow_drive_retire_s),
         )  # fmt: skip
         self._key: dict[str, Any] = {}  # the value of `servers/<node>`, but for the drives
-        self._lease = 0
+        self._lease = numbers.lease
         self._pool: bytes | None = None
         self._rows: dict[str, dict[str, Any]] = {}
 
-    async def run(self, lease: int) -> None:
+    async def run(self) -> None:
         """Serve until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
@@ -72,7 +71,7 @@ class DriveServer:
                     self.engine, (self.config.address, self.config.drive_server_port), self._accept
                 )
                 Listener(self.engine, str(self.config.drive_server_socket), self._accept)
-                await self._register(lease, tcp.port)
+                await self._register(tcp.port)
                 nursery.start_soon(self._drives_forever)
                 nursery.start_soon(self._sweep_forever)
                 nursery.start_soon(self.watch.retry_forever, self._open_again)
@@ -83,8 +82,7 @@ class DriveServer:
     def _accept(self, link: Link) -> None:
         self.service.accept(link)
 
-    async def _register(self, lease: int, port: int) -> None:
-        self._lease = lease
+    async def _register(self, port: int) -> None:
         self._key = {
             "address": self.config.address,
             "port": port,
@@ -227,36 +225,20 @@ class DriveServer:
                         log.error("flush of %s failed: %s", served.path, error)
 
 
-async def serve(config: NodeConfig) -> None:
+async def serve(config: NodeConfig) -> int:
     """Run the drive server of this node until SIGTERM or SIGINT."""
-    incarnation = Incarnation(int(os.environ["CSVFS_INCARNATION"]))
-    lease = int(os.environ["CSVFS_NODE_LEASE"])
+    numbers = ProcessNumbers.from_environment()
     store = open_store(config.store)
     cluster = await store.get("cluster")
     if cluster is None:
         raise Unavailable("the cluster store has no cluster yet; see csvfs cluster create")
-    server = DriveServer(config, store, incarnation, msgpack.unpackb(cluster.value)["id"])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        await server.run(lease)
-        nursery.cancel_scope.cancel()
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            scope.cancel()
-            return
+    server = DriveServer(config, store, numbers, msgpack.unpackb(cluster.value)["id"])
+    await run_until_signalled(server.run)
+    return 0
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        trio.run(serve, load_config())
-    except CsvfsError as error:
-        log.error("%s", error)
-        return 1
-    return 0
+    return run_process(serve)
 
 
 if __name__ == "__main__":

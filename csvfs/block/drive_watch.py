@@ -142,7 +142,13 @@ class DriveWatch:
                     await self._in_thread(drive.rewrite_superblocks)
                 except CsvfsError as error:
                     log.error("drive %s: %s", served.path, error)
-        if drive.failure is not None:
+        if drive.failure is None and drive.contents_lost and served.all_judged:
+            try:
+                await self._in_thread(drive.note_judged)
+                log.info("drive %s: all copies have been judged since it lost power", served.path)
+            except CsvfsError as error:
+                log.error("drive %s: %s", served.path, error)
+        if drive.failure is not None and served.drive is drive:
             await self._take_out(served)
 
     async def _take_out(self, served: ServedDrive) -> None:
@@ -213,7 +219,7 @@ class DriveWatch:
 
 def drive_report(served: ServedDrive) -> dict[str, Any]:
     """What `servers/<node>` says of a drive. `opens`: another one means that its copies left service."""
-    fault = served.fault
+    fault = served.condition[1]
     if served.drive is None and not fault:
         fault = NOT_OPENED
     opens = served.drive.opens if served.drive is not None else 0

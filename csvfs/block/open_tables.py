@@ -12,8 +12,8 @@ from csvfs.block.slot_tables import SlotTables, check_slot_header, pack_slot_hea
 from csvfs.errors import Corrupt, DriveFailed
 
 if TYPE_CHECKING:
+    from csvfs.block.copy_tables import CopyTables
     from csvfs.block.drive import Drive
-    from csvfs.block.slab_copy import SlabCopy
 
 # Tables of this many slabs are held open: five views each, about 1 KiB of Python objects.
 OPEN_TABLES_MAX = 4096
@@ -27,9 +27,9 @@ class OpenTables:
         layout = drive.layout
         self._mapping = mmap.mmap(drive.fd, layout.metadata_size, offset=layout.metadata_offset)
         self._view = memoryview(self._mapping)
-        self._copies: dict[int, SlabCopy] = {}  # by slot, in the order in which they may be closed
+        self._copies: dict[int, CopyTables] = {}  # by slot, in the order in which they may be closed
 
-    def open(self, copy: SlabCopy) -> SlotTables:
+    def open(self, copy: CopyTables) -> SlotTables:
         """The tables of a copy: read by pread, verified, then views. Above OPEN_TABLES_MAX others close.
 
         Raises  Corrupt: another slab's metadata, or damage. DriveFailed: they cannot be read.
@@ -60,7 +60,7 @@ class OpenTables:
         else:
             self.close_one(copy)
 
-    def close_one(self, copy: SlabCopy) -> None:
+    def close_one(self, copy: CopyTables) -> None:
         """Close the tables of a copy, if they are open."""
         tables, copy.tables = copy.tables, None
         if tables is not None:

@@ -39,6 +39,20 @@ class ServedDrive:
     slow: bool = False
     slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
 
+    @property
+    def condition(self) -> tuple[str, str]:
+        """`state` and `fault` as of now: an open drive that has failed is not "ok" until the watch takes it out."""
+        if self.drive is not None and self.drive.failure is not None:
+            return f"failed: {self.drive.failure}", self.drive.fault
+        return self.state, self.fault
+
+    @property
+    def all_judged(self) -> bool:
+        """Whether a coordinator has put every copy in service that can be; the others are made anew."""
+        return self.drive is not None and all(
+            copy in self.in_service or copy.damaged for copy in self.drive.slabs()
+        )
+
     def opened(self) -> Drive:
         """Raises DriveFailed when the drive is not open."""
         if self.drive is None:

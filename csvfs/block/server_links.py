@@ -187,6 +187,15 @@ class ServerLinks:
             if listed is None or listed.incarnation != server.incarnation:
                 self.drop(node, "its drive server is gone, says the cluster store")
 
+    async def follow_servers_forever(self) -> None:
+        """As `watch_forever`, without a limit to silence: for links of calls that take long.
+
+        Without it a call to a node that lost power lasts to its time-out: nothing is sent there that could break.
+        """
+        while True:
+            await trio.sleep(WATCH_INTERVAL_S)
+            self.check_servers()
+
     async def watch_forever(self, silence_ms_max: int) -> None:
         """Drop links whose server answers nothing for `silence_ms_max` though requests wait.
 

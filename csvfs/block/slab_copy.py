@@ -1,11 +1,7 @@
-"""One drive's copy of a slab: reads, writes, trims of verified blocks, and the tables that vouch for them.
+"""One drive's copy of a slab: reads, writes, trims, heals of verified blocks.
 
-Place      block floor; made by drive.py, whose drive server calls it inline: synchronous, no locks, no trio.
-           All calls for one drive come from one thread (only Drive.flush may run in another).
-Tables     checksum table, chunk epochs, active map and written map of the slot (FORMAT.md, "Slot metadata")
-           are used in place through the drive's mapping, after one pread of them has shown that the medium
-           can give them. A store into the mapping survives a kill of the process; a flush of the drive makes
-           it durable.
+Place      block floor, above copy_tables.py; made by drive.py, whose drive server calls it inline: synchronous,
+           no locks, no trio. All calls for one drive come from one thread (only Drive.flush may run in another).
 
 Order of stores, so that a kill at any point leaves old or new content, or a chunk that says it is active
   write     active mark and chunk epoch, data, checksum, written bit.     trim: written bit, checksum, hole.
@@ -17,22 +13,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from array import array
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
+from csvfs.block.copy_tables import CopyTables
 from csvfs.block.layout import BLOCKS_PER_CHUNK
 from csvfs.block.medium import punch_hole
 from csvfs.block.slot_tables import SlotTables, any_bits, clear_bits, set_bits
 from csvfs.errors import BadRequest, Corrupt, DriveFailed
-from csvfs.ids import Epoch, SlabId, Term, VolumeId
 from csvfs.units import BLOCK_SIZE
-from csvfs.wire.block_messages import NEVER_WRITTEN, ZERO_BLOCK, slab_seed
-
-if TYPE_CHECKING:
-    from csvfs.block.drive import Drive
+from csvfs.wire.block_messages import NEVER_WRITTEN, ZERO_BLOCK
 
 Data = bytes | bytearray | memoryview
 _NO_CHECKSUM = bytes(4)
@@ -41,93 +32,14 @@ _BLOCK_SHIFT = BLOCK_SIZE.bit_length() - 1
 _NOT_NOWAIT = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-class SlabCopy:
+class SlabCopy(CopyTables):
     """Made by Drive.create_slab and Drive.open; found by Drive.find.
 
     All methods raise DriveFailed (I/O error, or the drive failed before), Corrupt (the slot's metadata is
     damaged) and BadRequest (a range outside the slab). Blocks and chunks are numbered from 0 within the slab.
     """
 
-    __slots__ = (
-        "_drive",
-        "_fd",
-        "_since_joining",
-        "block_count",
-        "damaged",
-        "data_offset",
-        "epoch",
-        "recently_used",
-        "role",
-        "seed",
-        "slab",
-        "slot",
-        "tables",
-        "term",
-        "volume",
-    )
-
-    def __init__(
-        self,
-        drive: Drive,
-        fd: int,
-        slot: int,
-        volume: VolumeId,
-        slab: SlabId,
-        epoch: Epoch,
-        role: int,
-        term: Term,
-    ) -> None:
-        self._drive = drive
-        self._fd = fd
-        self.slot = slot
-        self.volume = volume
-        self.slab = slab
-        self.epoch = epoch
-        self.role = role
-        self.term = term
-        self.seed = slab_seed(volume, slab)
-        self.data_offset = drive.layout.slot_data_offset(slot)
-        self.block_count = drive.layout.blocks_per_slab
-        self.tables: SlotTables | None = None  # None: not open; Drive.open_tables opens and closes them
-        self.recently_used = False
-        self.damaged = False  # its tables are not those of this slab: it must be made anew from another copy
-        self._since_joining: bytearray | None = None
-
-    def __repr__(self) -> str:
-        return f"SlabCopy(volume={self.volume.hex()}, slab={self.slab}, slot={self.slot}, epoch={self.epoch})"
-
-    @property
-    def drive(self) -> Drive:
-        return self._drive
-
-    def _open(self) -> SlotTables:
-        """The tables, opened when they are not. Every operation starts here."""
-        if self._drive.failure is not None:
-            raise self._drive.failed_error()
-        if self.damaged:
-            raise self._damaged_error()
-        self.recently_used = True
-        return self.tables or self._drive.open_tables(self)
-
-    def _check_header(self, tables: SlotTables) -> None:
-        """Before blocks without a checksum are taken for holes. Raises Corrupt: the tables were overwritten."""
-        if not tables.header_holds:
-            self.damaged = True
-            self._drive.close_tables(self)
-            self._drive.counters.checksum_errors += 1
-            raise self._damaged_error()
-
-    def _damaged_error(self) -> Corrupt:
-        return Corrupt(
-            f"drive {self._drive.path}: slab {self.slab}: its tables are damaged; another copy must be read, and "
-            "this one made anew"
-        )
-
-    def _check_range(self, block: int, count: int) -> None:
-        if block < 0 or count <= 0 or block + count > self.block_count:
-            raise BadRequest(
-                f"blocks {block}+{count} are outside slab {self.slab} of {self.block_count} blocks"
-            )
+    __slots__ = ()
 
     # Writing
 
@@ -153,24 +65,6 @@ class SlabCopy:
             self._not_written(block, end)
             raise
         self._drive.counters.writes += 1
-
-    def _mark(self, tables: SlotTables, block: int, end: int, epoch: int) -> None:
-        """The chunks of a range are active and of `epoch`; its blocks are written since joining began."""
-        epochs, active = tables.epochs, tables.active
-        for chunk in range(block >> _CHUNK_SHIFT, ((end - 1) >> _CHUNK_SHIFT) + 1):
-            bit = 1 << (chunk & 7)
-            marks = active[chunk >> 3]
-            if not marks & bit:
-                active[chunk >> 3] = marks | bit
-            if epochs[chunk] < epoch:
-                epochs[chunk] = epoch
-        if self._since_joining is not None:
-            set_bits(self._since_joining, block, end)
-
-    def _not_written(self, block: int, end: int) -> None:
-        """A write failed (a full file system): a pull must not take these blocks for newer ones, and skip them."""
-        if self._since_joining is not None:
-            clear_bits(self._since_joining, block, end)
 
     def _store(self, tables: SlotTables, block: int, end: int, data: Data, checksums: Data) -> None:
         try:
@@ -442,60 +336,7 @@ class SlabCopy:
             adopted += 1
         return adopted
 
-    # Active chunks and chunk epochs
-
-    def active_chunks(self) -> list[int]:
-        """Chunks with writes not known to be flushed and complete on every member (I3)."""
-        if self.tables is None:
-            self._open()
-        assert self.tables is not None
-        marks = bytes(self.tables.active)
-        if marks.count(0) == len(marks):
-            return []
-        return [
-            (index << 3) + bit
-            for index, byte in enumerate(marks)
-            if byte
-            for bit in range(8)
-            if byte >> bit & 1
-        ]
-
-    def clear_active(self, chunks: Iterable[int]) -> None:
-        """Unmark chunks. Rule: each was flushed after its last write, which is complete on all members."""
-        active = self._open().active
-        for chunk in chunks:
-            self._check_range(chunk << _CHUNK_SHIFT, BLOCKS_PER_CHUNK)
-            active[chunk >> 3] &= ~(1 << (chunk & 7)) & 0xFF
-
-    def chunk_epochs(self) -> array[int]:
-        """A copy of the chunk-epoch table, by chunk; 0: never written."""
-        return array("I", bytes(self._open().epochs))
-
-    def stamp_chunks(self, chunks: Iterable[int], epoch: int) -> None:
-        """Raise the chunk epochs of `chunks` to `epoch`; those above stay."""
-        epochs = self._open().epochs
-        for chunk in chunks:
-            self._check_range(chunk << _CHUNK_SHIFT, BLOCKS_PER_CHUNK)
-            if epochs[chunk] < epoch:
-                epochs[chunk] = epoch
-
-    def checksums(self) -> array[int]:
-        """A copy of the checksum table, by block; NEVER_WRITTEN: never written or trimmed."""
-        return array("I", bytes(self._open().checksum_bytes))
-
     # Joining: pulled blocks must not overwrite newer ones that a writer sent meanwhile
-
-    def joining_begin(self) -> None:
-        """From now on remember which blocks are written or trimmed."""
-        self._open()
-        self._since_joining = bytearray(self.block_count // 8)
-
-    def joining_end(self) -> None:
-        self._since_joining = None
-
-    def written_since_joining(self, block: int) -> bool:
-        marks = self._since_joining
-        return marks is not None and bool(marks[block >> 3] >> (block & 7) & 1)
 
     def apply_pulled_blocks(self, block: int, data: Data, checksums: Data, epoch: int | None = None) -> int:
         """Take verified blocks of an in-sync copy, except those written here since joining began.
@@ -523,15 +364,6 @@ class SlabCopy:
             else:
                 self._erase(tables, start, end)
         return taken
-
-    def _mark_pulled(self, tables: SlotTables, block: int, end: int, epoch: int) -> None:
-        """As _mark; but what is pulled is not written since joining: a later pull may replace it."""
-        marks, self._since_joining = self._since_joining, None
-        try:
-            self._mark(tables, block, end, epoch)
-        finally:
-            self._since_joining = marks
-
 
 def _runs(block: int, count: int, marks: Sequence[int], sums: memoryview) -> list[tuple[int, int, bool]]:
     """(start, end, has checksums) of the longest runs of unmarked blocks alike in having checksums."""

@@ -29,7 +29,8 @@ SUPERBLOCK_MAGIC = b"CSVFSSB1"
 FORMAT_VERSION = 1
 FLAG_CLEAN = 1
 FLAG_FAILED = 2
-_FLAGS_KNOWN = FLAG_CLEAN | FLAG_FAILED
+FLAG_CONTENTS_LOST = 4
+_FLAGS_KNOWN = FLAG_CLEAN | FLAG_FAILED | FLAG_CONTENTS_LOST
 TEXT_SIZE_MAX = 64  # bytes of UTF-8 of node name and label
 
 _MAGIC_SUM = struct.Struct("<8sQ")
@@ -44,7 +45,10 @@ assert _RESERVED_START == 312  # FORMAT.md, "Superblock"
 
 @dataclass(slots=True, frozen=True)
 class Superblock:
-    """`clean`: closed with all flushed. `failed`: a flush failed. `size` in bytes, as recorded."""
+    """`clean`: closed with all flushed. `failed`: a flush failed. `size` in bytes, as recorded.
+
+    contents_lost  page-cache content may have been lost, and not every copy has been judged since
+    """
 
     sequence: int
     drive_id: DriveId
@@ -57,6 +61,7 @@ class Superblock:
     created_ns: int  # wall clock, for people
     clean: bool = True
     failed: bool = False
+    contents_lost: bool = False
     opens: int = 0
     boot_id: bytes = bytes(16)  # of the machine that last opened it
     disk_sequence: int = 0  # of the kernel, for block devices: another one means it was unplugged since
@@ -85,6 +90,14 @@ def _text(value: str, what: str) -> bytes:
     return raw
 
 
+def _flags_of(superblock: Superblock) -> int:
+    return (
+        FLAG_CLEAN * superblock.clean
+        | FLAG_FAILED * superblock.failed
+        | FLAG_CONTENTS_LOST * superblock.contents_lost
+    )
+
+
 def pack_superblock(superblock: Superblock, copy: int) -> bytes:
     """4,096 bytes. Raises BadRequest when node name or label do not fit."""
     layout = superblock.layout
@@ -98,7 +111,7 @@ def pack_superblock(superblock: Superblock, copy: int) -> bytes:
         superblock.size,
         superblock.slab_size,
         layout.slot_count,
-        FLAG_CLEAN * superblock.clean | FLAG_FAILED * superblock.failed,
+        _flags_of(superblock),
         *layout.table_offsets,
         layout.metadata_offset,
         layout.metadata_stride,
@@ -167,6 +180,7 @@ def _from_fields(fields: tuple) -> Superblock:
         created_ns=created_ns,
         clean=bool(flags & FLAG_CLEAN),
         failed=bool(flags & FLAG_FAILED),
+        contents_lost=bool(flags & FLAG_CONTENTS_LOST),
         opens=opens,
         boot_id=boot_id,
         disk_sequence=disk_sequence,

@@ -8,8 +8,6 @@ Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced),
 """
 
 import logging
-import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -23,8 +21,9 @@ from csvfs.block.bus import Bus
 from csvfs.block.server_links import ServerAddress, ServerLinks
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
-from csvfs.config import NodeConfig, check_name, load_config
-from csvfs.errors import BadRequest, CsvfsError, NotFound, Unavailable
+from csvfs.cluster.node_process import ProcessNumbers, call_when_signalled, run_process
+from csvfs.config import NodeConfig, check_name
+from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.mount import device
 from csvfs.mount.channel import Channel
@@ -111,7 +110,7 @@ class MountProcess:
         store = open_store(self._config.store)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._end_on_signal)
+                nursery.start_soon(call_when_signalled, self._end.set)
                 nursery.start_soon(self._engine.run_forever)
                 nursery.start_soon(keep_view_forever, store, self._view)
                 with trio.CancelScope() as serving:
@@ -130,11 +129,6 @@ class MountProcess:
     async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
         await self._end.wait()
         scope.cancel()
-
-    async def _end_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                self._end.set()
 
     async def _volume_ids(self) -> tuple[bytes, VolumeId]:
         """Of the cluster and the volume."""
@@ -258,40 +252,18 @@ async def unmount_in_order(mount_point: Path, wait_ended: Callable[[], Awaitable
 
 async def run_mount(config: NodeConfig, volume_name: str) -> int:
     """The exit status."""
-    incarnation = Incarnation(_number_from_environment("CSVFS_INCARNATION"))
-    node_incarnation = Incarnation(_number_from_environment("CSVFS_NODE_INCARNATION"))
-    process = MountProcess(config, volume_name, incarnation, node_incarnation)
+    check_name(volume_name, "volume")
+    numbers = ProcessNumbers.from_environment()
+    process = MountProcess(config, volume_name, numbers.incarnation, numbers.node_incarnation)
     await process.run()
     return 0 if process.failure is None else 1
 
 
-def _number_from_environment(name: str) -> int:
-    text = os.environ.get(name, "")
-    if not text.isdecimal():
-        raise BadRequest(f"{name} is {text!r}, not a number; this process is started by csvfs node run")
-    return int(text)
-
-
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if len(sys.argv) != 2:
         print("usage: python -m csvfs.mount.process VOLUME", file=sys.stderr)
         return 2
-    try:
-        check_name(sys.argv[1], "volume")
-        return trio.run(run_mount, load_config(), sys.argv[1])
-    except* CsvfsError as errors:
-        for error in _leaves(errors):
-            log.error("%s", error)
-        return_code = 1
-    return return_code
-
-
-def _leaves(group: BaseExceptionGroup) -> list[BaseException]:
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return leaves
+    return run_process(run_mount, sys.argv[1])
 
 
 if __name__ == "__main__":

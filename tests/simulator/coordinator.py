@@ -171,13 +171,13 @@ class SimService:
         self.metadata_changes = SlabChanges(self.book, links.control)
         bus = Bus(
             links.writes, MetadataSlabOwner(self.metadata_changes), volume=self.setup.volume,
-            local_node=process.node,
+            local_node=process.node, silence_ms_max=WRITE_TIMEOUT_MS,
         )  # fmt: skip
         self.metadata_changes.on_settled = bus.learn
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(links.writes.watch_forever, WRITE_TIMEOUT_MS)
                 nursery.start_soon(bus.run_forever)
+                nursery.start_soon(links.pulls.follow_servers_forever)
                 await secure_metadata_slabs(
                     self.book, self.metadata_changes, links.control, self.facts, self.setup.volume
                 )

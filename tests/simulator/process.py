@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from coordinator.background import leaves
 from csvfs.cluster.election import release_host
 from csvfs.cluster.liveness import serve_until_ns
 from csvfs.cluster.membership import item_map
-from csvfs.errors import CsvfsError, NotFound, Unavailable
+from csvfs.errors import CsvfsError, NotFound, Unavailable, leaves
 from csvfs.ids import Incarnation, NodeName
 from csvfs.store.interface import Compare, Delete, Put
 from csvfs.wire.control import pack_value

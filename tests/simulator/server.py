@@ -38,7 +38,7 @@ class SimDriveServer(DriveServer):
         self.calls = DriveCalls(self.service, engine)
         self.watch = DriveWatch(self.service, self._publish)
         self._key = {}
-        self._lease = 0
+        self._lease = process.machine.lease
         self._pool = None
         self._rows = {}
         process.on_killed = lambda: self.service.close(clean=False)

@@ -462,7 +462,7 @@ def _served(process: Process) -> list[Any]:
 
 
 async def _run_server(process: Process) -> None:
-    await SimDriveServer(process).run(process.machine.lease)
+    await SimDriveServer(process).run()
 
 
 async def _run_host(process: Process) -> None:

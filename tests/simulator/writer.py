@@ -64,14 +64,15 @@ class Writer:
             process.engine, self.facts.server, cluster=world.cluster, volume=world.volume,  # type: ignore[arg-type]
             writer=f"mount/{process.node}", incarnation=process.incarnation, local_node=process.node,
         )  # fmt: skip
-        self.bus = Bus(links, self, volume=world.volume, local_node=process.node)
+        self.bus = Bus(
+            links, self, volume=world.volume, local_node=process.node, silence_ms_max=WRITE_TIMEOUT_MS
+        )
         self.bus.on_fenced = self._fenced
         try:
             async with trio.open_nursery() as nursery:
                 self.nursery = nursery
                 await nursery.start(keep_view_forever, process.store, self.view)
                 nursery.start_soon(self.bus.run_forever)
-                nursery.start_soon(links.watch_forever, WRITE_TIMEOUT_MS)
                 nursery.start_soon(self._ping_forever)
                 await self._work()
                 await trio.sleep_forever()
