@@ -285,7 +285,8 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         health = UNKNOWN
     if record.text("state") != VOLUME_ONLINE and not record.text("error"):
         note = ""  # being created or deleted: it need not have a coordinator
-    note = note or domains_note(view, record, reply)
+    if record.text("state") == VOLUME_ONLINE:
+        note = "; ".join(filter(None, (note, domains_note(view, record, reply))))
     slabs, scrub = reply.get("slabs"), reply.get("scrub")
     return VolumeStatus(
         name=record.name,
