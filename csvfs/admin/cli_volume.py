@@ -213,7 +213,7 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
     lines = {
         "volume": volume.name,
         "resiliency": resiliency_text(volume.resiliency, volume.copies),
-        "fault domain": f"no two copies in one {volume.fault_domain}",
+        "domains": f"no two copies in one {volume.fault_domain}",
         "state": volume.state,
         "health": volume.health,
         "coordinator": volume.coordinator or "none at the moment",
