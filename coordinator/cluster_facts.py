@@ -54,6 +54,10 @@ class ClusterFacts:
         """Whether the node's lease holds. When it does not, nothing on that node serves any more (I5)."""
         return node in self.view.alive
 
+    def in_maintenance(self, node: NodeName) -> bool:
+        """Whether the node is drained or paused: it serves while it is up, but nothing new is put onto it."""
+        return node in self.view.maintenance
+
     def drive_nodes(self) -> list[NodeName]:
         """Nodes with a drive in the pool, up or down."""
         return sorted({node for node in map(self.node_of, self.view.drives) if node is not None})

@@ -52,10 +52,15 @@ class DriveWatch:
         for drive in self._facts.view.drives:
             if drive in self._serving:
                 self._away.pop(drive, None)
-            elif drive not in self._away:
+            elif drive not in self._away or self._is_held(drive):
                 self._away[drive] = _Away(now_s, 0)
         for drive in [drive for drive in self._away if drive not in self._facts.view.drives]:
             del self._away[drive]
+
+    def _is_held(self, drive: DriveId) -> bool:
+        """Its node is away on purpose: that time does not count."""
+        node = self._facts.node_of(drive)
+        return node is not None and self._facts.in_maintenance(node)
 
     def away_ms(self) -> dict[DriveId, int]:
         """For the record: what each drive that is away has been away for."""
@@ -94,6 +99,7 @@ class DriveWatch:
             frozenset((d, self._facts.usage(d), self._facts.takes_slabs(d)) for d in self._facts.view.drives),
             frozenset(d for d, away in self._away.items() if self._away_s(away) >= self._retire_after_s),
             frozenset((node, self._facts.domain_of(node)) for node in self._facts.drive_nodes()),
+            frozenset(self._facts.view.maintenance),
         )
 
     def next_loss_s(self) -> float | None:
@@ -103,7 +109,11 @@ class DriveWatch:
 
     def candidates(self) -> list[DriveSpace]:
         """Drives that serve and take slabs."""
-        return [space for drive, space in self._serving.items() if self._facts.takes_slabs(drive)]
+        return [
+            space
+            for drive, space in self._serving.items()
+            if self._facts.takes_slabs(drive) and not self._facts.in_maintenance(space.node)
+        ]
 
     def nodes_that_stay(self) -> set[NodeName]:
         """Nodes with a drive whose copies are to stay, up or down."""

@@ -90,6 +90,8 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
         return partial(service.healing.drive_members, DriveId(field(args, "drive", bytes)))
     if name == "misplaced":
         return partial(service.healing.misplaced, args)
+    if name == "without_node":
+        return partial(service.healing.without_node, NodeName(field(args, "node", str)))
     if name == "scrub":
         return partial(_now, service.scrub.start)
     if name == "lost":

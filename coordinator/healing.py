@@ -20,9 +20,10 @@ from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
 from coordinator.storage_jobs import StorageJobs
 from csvfs.block.placement import DomainOf
-from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId
-from csvfs.wire.block_messages import SlabDescriptor
+from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, NodeName
+from csvfs.wire.block_messages import ROLE_IN_SYNC, ROLE_JOINING, Member, SlabDescriptor
 
+MIN_COPIES = "min_copies"  # of a volume's key: writes wait while fewer are in sync
 METADATA_COPIES = 3  # where there are so many fault domains
 
 
@@ -43,6 +44,7 @@ class Healing:
         drive_retire_s: float,
         rng: Random,
     ) -> None:
+        self._volume_name = volume_name
         self._books = books
         self._facts = facts
         self._slabs = slabs
@@ -75,6 +77,33 @@ class Healing:
     def to_status(self) -> list[dict[str, Any]]:
         """Rows of `volume_status`."""
         return [*self.resync.to_status(), *self.jobs.to_status()]
+
+    async def without_node(self, node: NodeName) -> dict[str, Any]:
+        """The call `without_node`: what becomes of the volume's slabs while a node is off.
+
+        `slabs`: those with a copy there. `stuck`: of these, those that would wait for it, because too few
+        in-sync copies are left on nodes that serve. `joining`: of the stuck ones, those with a copy elsewhere
+        that is being brought in sync. `revision`: as of drive_members.
+        """
+        told = self._facts.view.volumes.get(self._volume_name, {}).get(MIN_COPIES)
+        min_copies = max(1, told) if isinstance(told, int) else 1
+        revision, slabs, stuck, joining = self._facts.view.revision, 0, 0, 0
+        for changes in self._books:
+            for number, descriptor in enumerate(changes.book.all()):
+                if number % SLABS_PER_TURN == 0:
+                    await trio.lowlevel.checkpoint()
+                if all(member.node != node for member in descriptor.members):
+                    continue
+                slabs += 1
+                others = [m for m in descriptor.members if m.node != node and self._serves(m)]
+                in_sync = sum(member.role == ROLE_IN_SYNC for member in others)
+                if in_sync < (1 if descriptor.slab >= METADATA_SLAB_ID_MIN else min_copies):
+                    stuck += 1
+                    joining += any(member.role == ROLE_JOINING for member in others)
+        return {"slabs": slabs, "stuck": stuck, "joining": joining, "revision": revision}
+
+    def _serves(self, member: Member) -> bool:
+        return self._facts.server(member.node) is not None and not self._facts.in_maintenance(member.node)
 
     async def drive_members(self, drive: DriveId) -> dict[str, Any]:
         """The call `drive_members`: which slabs have a copy on a drive, and where the others of each are.

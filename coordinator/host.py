@@ -190,13 +190,17 @@ class Host:
             for name in wanting
             if isinstance(node := self.view.volumes[name].get("preferred"), str)
         }
-        alive = [node for node in self.view.coordinators if node in self.view.alive]
-        attempts = decide(self.node, wanting, owners, alive, preferred, 0)
+        attempts = decide(self.node, wanting, owners, self._candidates(), preferred, 0)
         return [
             Attempt(attempt.volume, attempt.start_ns + without_owner.get(attempt.volume, 0))
             for attempt in attempts
             if attempt.volume not in self.owned
         ]
+
+    def _candidates(self) -> list[NodeName]:
+        """Hosts that may take volumes: those of nodes in maintenance only when there are no others."""
+        alive = [node for node in self.view.coordinators if node in self.view.alive]
+        return [node for node in alive if node not in self.view.maintenance] or alive
 
     async def _try_to_take(self, name: str, nursery: trio.Nursery) -> None:
         if name in self.owned or not self._may_serve():
@@ -220,22 +224,25 @@ class Host:
         """Give up what somebody else has by now, or shall have."""
         for name, owned in self.owned.items():
             term = self.view.terms.get(name)
+            if owned.finished:
+                continue
             if term is not None and term > owned.term:
                 log.warning("volume %s: term %d is at work elsewhere", name, term)
                 owned.scope.cancel()
             elif owned.service is not None and self._shall_move(name):
-                log.info("volume %s moves to %s", name, self.view.volumes[name].get("preferred"))
+                log.info("volume %s moves away from node %s", name, self.node)
                 self._moved_at[name] = trio.current_time()
                 owned.scope.cancel()
             elif owned.service is not None and self.view.volumes.get(name, {}).get("state") == "deleting":
                 owned.scope.cancel()  # it is taken again, to be deleted
 
     def _shall_move(self, name: str) -> bool:
+        candidates = self._candidates()
         preferred = self.view.volumes.get(name, {}).get("preferred")
-        if not isinstance(preferred, str) or preferred == self.node:
+        wanted_elsewhere = preferred != self.node and preferred in candidates
+        if not wanted_elsewhere and self.node in candidates:
             return False
-        ready = preferred in self.view.coordinators and preferred in self.view.alive
-        return ready and trio.current_time() - self._moved_at.get(name, -MOVE_PATIENCE_S) >= MOVE_PATIENCE_S
+        return trio.current_time() - self._moved_at.get(name, -MOVE_PATIENCE_S) >= MOVE_PATIENCE_S
 
     # -- one volume ------------------------------------------------------------------------------
 

@@ -220,8 +220,14 @@ class SlabManager:
             self.creating.discard(slab)
 
     def _nodes_away(self) -> list[NodeName]:
-        nodes = self._facts.drive_nodes()
-        return [node for node in nodes if self._facts.server(node) is None or node in self._silent]
+        """Nodes that get no new copies now and will again: down, silent, or in maintenance."""
+        return [
+            node
+            for node in self._facts.drive_nodes()
+            if self._facts.server(node) is None
+            or node in self._silent
+            or self._facts.in_maintenance(node)
+        ]
 
     def _live_domains(self) -> set[str]:
         return {self._facts.domain_of(space.node) for space in self.pool_spaces if space.free_slots > 0}
@@ -263,7 +269,7 @@ class SlabManager:
             candidates = [
                 space
                 for space in self.pool_spaces
-                if space.drive not in failed and self._facts.takes_slabs(space.drive)  # it may be retired since
+                if space.drive not in failed and self._takes(space)  # it may be retired since
             ]
             places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
             self._take_slots(places, 1)  # no await since the choice: slabs made at once see each other
@@ -283,6 +289,9 @@ class SlabManager:
                 for place in [*done, places[len(done)]]:
                     await self.delete_copy(slab, place.node, place.drive)
         raise error
+
+    def _takes(self, space: DriveSpace) -> bool:
+        return self._facts.takes_slabs(space.drive) and not self._facts.in_maintenance(space.node)
 
     def _take_slots(self, places: list[DriveSpace], count: int) -> None:
         """`count` on each, or -count given back; the servers' next answers say how many there really are."""
@@ -314,7 +323,7 @@ class SlabManager:
                 silent.add(node)
                 return
             served.extend(found)
-            spaces.extend(space for space in found if self._facts.takes_slabs(space.drive))
+            spaces.extend(filter(self._takes, found))
 
         async with trio.open_nursery() as nursery:
             for node in self._facts.drive_nodes():

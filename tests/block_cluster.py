@@ -55,26 +55,31 @@ class Server:
         service = BlockService(engine, self.node, CLUSTER, Incarnation(self.incarnation), lambda: self.may_serve)
         DriveCalls(service, engine)
         self.service = service
-        with trio.CancelScope() as self._scope:
-            async with trio.open_nursery() as nursery:
-                service.nursery = nursery
-                self._open_drives()
-                watch = DriveWatch(service, self.on_reports)
-                nursery.start_soon(watch.watch_forever)
-                nursery.start_soon(watch.retry_forever, lambda served: self._open_drives())
-                listener = Listener(engine, ("127.0.0.1", 0), service.accept)
-                self.port = listener.port
-                nursery.start_soon(engine.run_forever)
-                task_status.started()
-                try:
-                    await trio.sleep_forever()
-                finally:
-                    listener.close()
-        for client in list(service.clients):
-            client.link.close()
-        service.close(clean=False)
-        engine.close()
-        self.service = None
+        try:
+            with trio.CancelScope() as self._scope:
+                await self._serve(engine, service, task_status)
+        finally:  # also when the test ends: flush threads and mappings must not outlive it
+            for client in list(service.clients):
+                client.link.close()
+            service.close(clean=False)
+            engine.close()
+            self.service = None
+
+    async def _serve(self, engine: Engine, service: BlockService, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            service.nursery = nursery
+            self._open_drives()
+            watch = DriveWatch(service, self.on_reports)
+            nursery.start_soon(watch.watch_forever)
+            nursery.start_soon(watch.retry_forever, lambda served: self._open_drives())
+            listener = Listener(engine, ("127.0.0.1", 0), service.accept)
+            self.port = listener.port
+            nursery.start_soon(engine.run_forever)
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                listener.close()
 
     def _open_drives(self) -> None:
         assert self.service is not None
@@ -122,7 +127,7 @@ class Owner:
     async def commit(self, descriptor: SlabDescriptor) -> None:
         for member in descriptor.writable:
             items = [[member.drive, descriptor.slab, descriptor.epoch, member.role]]
-            answer = await self.links.call(member.node, "install", {"term": 1, "items": items}, timeout_s=5)
+            answer = await self.links.call(member.node, "install", {"term": 1, "items": items}, timeout_s=60)
             assert answer["refused"] == []
         self.descriptors[descriptor.slab] = descriptor
 
@@ -143,7 +148,7 @@ class Owner:
             "term": 1,
             "source": {"address": "127.0.0.1", "port": source.port, "drive": source.drive_id},
         }
-        pulled = await self.links.call(server.node, "pull", args, timeout_s=30)
+        pulled = await self.links.call(server.node, "pull", args, timeout_s=60)
         async with self._changing:
             assert self.descriptors[slab] == joining
             await self.commit(complete_joining(joining, server.drive_id))
@@ -159,7 +164,18 @@ class BlockCluster:
         ]
         self.engine = Engine()
         self.owner = Owner(self)
-        nursery.start_soon(self.engine.run_forever)
+        self._buses: list[Bus] = []
+        nursery.start_soon(self._run)
+
+    async def _run(self) -> None:
+        try:
+            await self.engine.run_forever()
+        finally:
+            for bus in self._buses:
+                bus.close()
+            if self.owner.links is not None:
+                self.owner.links.close()
+            self.engine.close()
 
     def server_of(self, node: str) -> Server:
         return next(server for server in self.servers if server.node == node)
@@ -178,6 +194,7 @@ class BlockCluster:
 
     def bus(self, writer: str = "mount/n1", incarnation: int = 1) -> Bus:
         bus = Bus(self.links(writer, incarnation), self.owner, volume=VOLUME, local_node=NodeName("n1"))
+        self._buses.append(bus)
         self.nursery.start_soon(bus.run_forever)
         for descriptor in self.owner.descriptors.values():
             bus.learn(descriptor)
@@ -200,7 +217,7 @@ class BlockCluster:
         self.owner.descriptors[slab] = SlabDescriptor(slab, Epoch(1), members)
         for server in self.servers:
             args = {"drive": server.drive_id, "slab": slab, "epoch": 1, "term": 1}
-            await self.owner.links.call(server.node, "create_slab", args, timeout_s=5)
+            await self.owner.links.call(server.node, "create_slab", args, timeout_s=60)
 
 
 async def write(bus: Bus, block: int, data: bytes, slab: SlabId = SLAB) -> None:

@@ -1,6 +1,7 @@
 """A small cluster in one process: real store, drive servers and coordinator hosts over loopback; simple
 mounts."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ from coordinator.slab_book import MetadataBook, parse_descriptors
 from csvfs.block.bus import Bus
 from csvfs.block.formatting import format_drive
 from csvfs.block.server_links import ServerAddress, ServerLinks
-from csvfs.errors import CsvfsError, NotCoordinator, Unavailable
+from csvfs.errors import CsvfsError, Fenced, NotCoordinator, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, connect
@@ -37,8 +38,12 @@ class TestCluster:
         self.store = EmbeddedStore(path / "store.db")
         self.lease = 0
         self.drive_retire_ms = 900_000
+        # Long, for a test that is about something else: on a busy machine this thread stands still for long too.
+        self.recall_timeout_ms = 20_000
+        self.reclaim_timeout_ms = 20_000
         self.hosts: dict[str, Host] = {}
         self._host_scopes: dict[str, trio.CancelScope] = {}
+        self._running_hosts = 0
         self._incarnation = 100
         names = [f"n{index}" for index in range(1, nodes + 1)]
         self.servers = {
@@ -48,6 +53,7 @@ class TestCluster:
         self.serving: dict[str, bool] = dict.fromkeys(names, True)
 
     async def start(self) -> "TestCluster":
+        self.nursery.start_soon(self._close_store_at_the_end)
         self.lease = await self.store.grant_lease(600_000)
         await self.store.put("cluster", pack_value({"id": CLUSTER, "name": "test"}))
         await self.store.put("pool", pack_value({"id": POOL, "name": "pool", "slab_size": SLAB_SIZE}))
@@ -57,6 +63,18 @@ class TestCluster:
             await self.start_node(name)
             await self.start_server(name)
         return self
+
+    async def _close_store_at_the_end(self) -> None:
+        """Hosts that end use it still."""
+        store = self.store
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                while self._running_hosts:
+                    await trio.sleep(0.001)
+                await store.close()
+                await self.store.close()  # a test may have replaced it
 
     def format(self, name: str) -> None:
         """Its drive has nothing on it any more, but its id."""
@@ -143,7 +161,8 @@ class TestCluster:
             NodeName(name), "127.0.0.1", 0,
             unix_path=None, store=self.store, cluster=CLUSTER, lease=self.lease,
             incarnation=Incarnation(self._incarnation), may_serve=lambda: self.serving[name],
-            recall_timeout_ms=300, reclaim_timeout_ms=300, write_timeout_ms=2000,
+            recall_timeout_ms=self.recall_timeout_ms, reclaim_timeout_ms=self.reclaim_timeout_ms,
+            write_timeout_ms=20_000,
             drive_retire_ms=self.drive_retire_ms,
             serve=partial(serve_volume, make_reader=self.make_reader, rng=Random(1)), rng=Random(1),
         )  # fmt: skip
@@ -154,11 +173,20 @@ class TestCluster:
         return host
 
     async def _run_host(self, name: str, host: Host, started: trio.Event) -> None:
-        with trio.CancelScope() as scope:
-            self._host_scopes[name] = scope
-            async with trio.open_nursery() as nursery:
-                await nursery.start(host.run)
-                started.set()
+        self._running_hosts += 1
+        try:
+            with trio.CancelScope() as scope:
+                self._host_scopes[name] = scope
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(host.run)
+                    started.set()
+        finally:
+            for handler in list(host.engine._handlers.values()):
+                owner = getattr(handler, "__self__", None)
+                if isinstance(owner, Link):  # a process that ends closes its sockets
+                    owner.close()
+            host.engine.close()
+            self._running_hosts -= 1
 
     async def kill_host(self, name: str) -> None:
         """As kill -9: its tasks end, its sockets close, the node's `run` buries it."""
@@ -185,7 +213,7 @@ class TestCluster:
         item = await self.store.get(f"volumes/{NAME}")
         return {} if item is None else unpack_value(item.value)
 
-    async def wait_serving(self, within_s: float = 10) -> Any:
+    async def wait_serving(self, within_s: float = 60) -> Any:
         with trio.fail_after(within_s):
             while True:
                 for host in self.hosts.values():
@@ -213,7 +241,7 @@ class TestCluster:
             return None
         return server.service.drives.by_id(drive_id).opened().find(VOLUME, SlabId(slab))
 
-    async def wait(self, condition: Any, within_s: float = 10) -> None:
+    async def wait(self, condition: Any, within_s: float = 60) -> None:
         with trio.fail_after(within_s):
             while not condition():
                 await trio.sleep(0.01)
@@ -264,6 +292,7 @@ class Mount:
         self.answers_recalls = True
         self.size_reported: int | None = None
         self._scope = trio.CancelScope()
+        self._connecting = trio.Lock()
         self.bus: Bus | None = None
 
     async def start(self) -> None:
@@ -277,18 +306,26 @@ class Mount:
 
     async def _run(self) -> None:
         assert self.bus is not None
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.engine.run_forever)
-                nursery.start_soon(self.bus.run_forever)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.engine.run_forever)
+                    nursery.start_soon(self.bus.run_forever)
+                    nursery.start_soon(self._stay_connected)
+        finally:
+            self._close_links()
+            self.engine.close()
 
     def kill(self) -> None:
         """As kill -9 of the process."""
         self._scope.cancel()
+        self._close_links()
+
+    def _close_links(self) -> None:
         if self.link is not None:
             self.link.close()
         if self.bus is not None:
-            self.bus.links.close()
+            self.bus.close()
 
     def _server(self, node: NodeName) -> ServerAddress | None:
         server = self.cluster.servers[node]
@@ -302,13 +339,22 @@ class Mount:
         args = {"slab": slab, "epoch": epoch, "drives": drives, "reason": reason}
         return SlabDescriptor.from_wire(await self.call("slab_failed", **args))
 
-    async def connect(self) -> None:
-        while True:
-            try:
-                await self._connect_once()
-                return
-            except (Unavailable, KeyError):
+    async def _stay_connected(self) -> None:
+        """As a real mount: it reclaims its leases from the next coordinator also when no program asks for anything."""
+        with contextlib.suppress(Fenced):
+            while True:
+                if self.link is not None and self.link.closed is not None:
+                    await self.connect()
                 await trio.sleep(0.02)
+
+    async def connect(self) -> None:
+        """To the coordinator, whoever it is, unless it is connected. Raises Fenced."""
+        async with self._connecting:
+            while self.link is None or self.link.closed is not None:
+                try:
+                    await self._connect_once()
+                except (Unavailable, KeyError):
+                    await trio.sleep(0.02)
 
     async def _connect_once(self) -> None:
         item = await self.cluster.store.get(f"owner/{NAME}")
@@ -316,17 +362,24 @@ class Mount:
             raise Unavailable("no owner")
         owner = unpack_value(item.value)
         port = self.cluster.hosts[owner["node"]]._port
-        link = await connect(self.engine, ("127.0.0.1", port), timeout_s=1)
+        link = await connect(self.engine, ("127.0.0.1", port), timeout_s=60)
+        try:
+            await self._greet(link)
+        except BaseException:
+            link.close()
+            raise
+        self.link = link
+
+    async def _greet(self, link: Link) -> None:
         link.on_frame = self._on_frame
         hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation}
-        answer = await link.call("hello", hello, timeout_s=8)
+        answer = await link.call("hello", hello, timeout_s=60)
         if answer["term"] > self.term:
             self.term = answer["term"]
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
-            refused = (await link.call("reclaim", {"leases": leases, "last": True}, timeout_s=5))["refused"]
+            refused = (await link.call("reclaim", {"leases": leases, "last": True}, timeout_s=60))["refused"]
             for ino in refused:
                 self.held[ino] = 0
-        self.link = link
 
     def _on_frame(self, link: Link, frame: Any) -> None:
         name, args = unpack_call(frame.head)
@@ -352,7 +405,7 @@ class Mount:
                 await self.connect()
             assert self.link is not None
             try:
-                reply = await self.link.call(call_name, args, timeout_s=10)
+                reply = await self.link.call(call_name, args, timeout_s=60)
                 break
             except NotCoordinator:
                 self.link.close()

@@ -123,7 +123,7 @@ def running_lab(
         parent.rmdir()
 
 
-def wait_for(condition: Callable[[], T], within_s: float = 15) -> T:
+def wait_for(condition: Callable[[], T], within_s: float = 60) -> T:
     """Poll until `condition()` is true; returns what it returned. Raises AssertionError."""
     deadline = time.monotonic() + within_s
     while not (result := condition()):

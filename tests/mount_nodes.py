@@ -164,7 +164,7 @@ class Node:
             notifier=self.kernel,
             guard=self.guard,
             nursery=nursery,
-            io_timeout_s=20,
+            io_timeout_s=60,
             **options,
         )
         coordinator.holders[self.session.key] = self.table
@@ -219,7 +219,7 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(timeout_s: float = 10) -> AsyncIterator[Cluster]:
+async def cluster(timeout_s: float = 120) -> AsyncIterator[Cluster]:
     with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
             yield Cluster(nursery)

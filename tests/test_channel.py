@@ -80,7 +80,7 @@ class Setting:
 
     async def receive(self, end: socket.socket | None = None) -> bytes:
         end = end or self.kernel
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while True:
                 try:
                     return end.recv(2 << 20)
@@ -576,5 +576,5 @@ async def test_an_unmounted_device_ends_the_session(
 
     monkeypatch.setattr(os, "readv", unmounted)
     setting.send(abi.READ, 1, FILE, read_body(0, 1))
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         await setting.channel.ended.wait()

@@ -155,11 +155,11 @@ async def test_a_view_starts_from_what_is_there_and_follows_what_changes(store: 
         assert view.nodes[N1]["place"] == {"rack": "r1"} and view.pool == {"name": "p"}
         await store.put(f"drives/{drive.hex()}", pack_value({"node": "n1"}))
         await take(store, N1)
-        await view.wait_until(lambda: "v" in view.owners and drive in view.drives, timeout_s=5)
+        await view.wait_until(lambda: "v" in view.owners and drive in view.drives, timeout_s=60)
         assert view.terms == {"v": 1}
         await store.delete("owner/v")
         await store.delete("nodes/n1")
-        await view.wait_until(lambda: not view.owners and not view.nodes, timeout_s=5)
+        await view.wait_until(lambda: not view.owners and not view.nodes, timeout_s=60)
         nursery.cancel_scope.cancel()
     assert len(calls) >= 3 and calls == sorted(calls)
 

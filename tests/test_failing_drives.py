@@ -86,7 +86,7 @@ async def wait_failed(cluster, service, fault):
     await cluster.wait(lambda: len(set(slabs_without(cluster, service))) == len(all_slabs(service)))
 
 
-async def wait_whole(cluster, service, within_s=20):
+async def wait_whole(cluster, service, within_s=60):
     await cluster.wait(lambda: not slabs_without(cluster, service), within_s)
 
 

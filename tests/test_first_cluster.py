@@ -24,7 +24,7 @@ def lab() -> Iterator[LabCluster]:
     with running_lab(nodes=3, drives=2, drive_size=2 * GIB) as cluster:
         cluster.run("n1", "csvfs", "volume", "create", "Volume1", "--resiliency", "mirror", "--copies", "3")
         for node in ("n1", "n2", "n3"):
-            wait_for(lambda node=node: is_mounted(cluster, node), within_s=30)
+            wait_for(lambda node=node: is_mounted(cluster, node), within_s=60)
         yield cluster
 
 
@@ -200,7 +200,7 @@ def fio_under(lab: LabCluster, name: str, fault) -> None:
     fault()
     output, _ = running.communicate(timeout=180)
     assert running.returncode == 0, output.decode() + lab.logs()
-    wait_for(lambda: is_mounted(lab, "n3"), within_s=30)
+    wait_for(lambda: is_mounted(lab, "n3"), within_s=60)
     lab.run("n3", *job, "--verify_only")
 
 

@@ -233,7 +233,7 @@ async def test_an_unlinked_open_file_lives_until_it_is_closed(mount: Mount) -> N
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while not condition():
             await trio.sleep(0.01)
 
@@ -479,7 +479,7 @@ async def test_direct_writes_to_one_file_are_in_flight_together(mount: Mount) ->
         os.pwritev(fd, [buffer], number * 4096)
         os.close(fd)
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             for number in range(20):
                 nursery.start_soon(trio.to_thread.run_sync, write, number)

@@ -39,7 +39,7 @@ async def write_file(cluster, mount, name=b"file"):
 
 
 async def described(service):
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while not service._metadata.database.rows("SELECT 1 FROM settings WHERE name = 'description'"):
             await trio.sleep(0.01)
 
@@ -114,7 +114,7 @@ async def test_a_copy_of_an_older_epoch_is_not_taken_for_in_sync(cluster, tmp_pa
     await described(service)
     await cluster.kill_server("n2")
     slabs = await cluster.metadata_slabs()
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while any(len(slab.in_sync) == 3 for slab in slabs):
             await trio.sleep(0.02)
             slabs = await cluster.metadata_slabs()

@@ -127,7 +127,7 @@ async def test_a_pass_that_waits_for_a_parked_read_serves_it_and_goes_round_agai
             await locked.wait()
 
         node.kernel.during = [tainting, wait_for_page]
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await node.table.recall(FILE, 0, False)
         pages = [entry for entry in node.kernel.log if entry[0] == "pages"]
         assert pages[-1] == ("pages", FILE, 2 * PAGE, PAGE)
@@ -188,7 +188,7 @@ async def test_a_read_that_lacks_layout_does_not_wait_for_a_recall_that_waits_fo
             assert await node.read(FILE, 0, PAGE) == b"o" * PAGE
 
         node.kernel.during = [page_locked]
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await other.write(FILE, 0, b"2" * PAGE)
 
 
@@ -200,7 +200,7 @@ async def test_two_readers_who_both_begin_to_write_through_their_caches_do_not_h
         for kernel in (one, two):
             for page in range(4):
                 await kernel.read_page(FILE, page)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 for page in range(4):
                     nursery.start_soon(one.write_page, FILE, page, b"1" * PAGE)
@@ -215,7 +215,7 @@ async def test_pages_dirtied_by_mmap_under_a_read_lease_do_not_hang_a_recall() -
         await prepared(c)
         (_, one), (two, _) = c.caching_node("n2"), c.caching_node("n3")
         await one.map_page(FILE, 1, b"m" * PAGE)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await two.write(FILE, 0, b"2" * PAGE)
         await settle()
         assert await two.read(FILE, 0, 2 * PAGE) == b"2" * PAGE + b"m" * PAGE
@@ -234,7 +234,7 @@ async def test_a_truncation_that_waits_for_the_coordinator_does_not_hang_a_recal
             await node.table.truncate(FILE, {"size": 3 * PAGE, "mtime_ns": 1})
             node.kernel.unblock()
 
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(other.write, FILE, 0, b"2" * PAGE)
                 while not c.coordinator.table.recalls_of(node.session.key):

@@ -216,7 +216,7 @@ class World:
 
 @contextlib.asynccontextmanager
 async def world() -> AsyncIterator[World]:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             made = World()
             nursery.start_soon(made.session.run_forever)

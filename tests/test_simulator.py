@@ -32,7 +32,7 @@ def test_no_seed_loses_acknowledged_or_flushed_data_and_every_volume_heals() -> 
     runs = [
         simulate("--seeds", f"{first}..{first + share - 1}") for first in range(1, SEEDS + 1, share)
     ]
-    outputs = [run.communicate(timeout=1200)[0] for run in runs]
+    outputs = [run.communicate(timeout=6000)[0] for run in runs]
     lines = [line for output in outputs for line in output.splitlines()]
     failed = {int(found[1]): line for line in lines if (found := re.match(r"seed (\d+)", line))}
     unexpected = [line for seed, line in failed.items() if seed not in OPEN_SEEDS]
@@ -55,6 +55,6 @@ def test_a_few_seeds_hold() -> None:
 
 def test_a_seed_replays_its_run_exactly() -> None:
     runs = [simulate("--seed", "13") for _ in range(2)]
-    first, second = (run.communicate(timeout=60)[0] for run in runs)
+    first, second = (run.communicate(timeout=600)[0] for run in runs)
     assert first == second
     assert len(first.splitlines()) > 50

@@ -105,7 +105,7 @@ async def test_a_read_that_hangs_is_answered_by_another_member_and_the_slow_one_
     for member in bus.descriptor(SLAB).in_sync:
         await bus.links.connected(member.node)
     hole = Hole(bus.links.ready(first.node).link)
-    with trio.fail_after(2):
+    with trio.fail_after(60):
         assert await bus.read(SLAB, 3, 1) == data
         assert len(hole.requests) == 1
         for _ in range(20):
@@ -120,7 +120,7 @@ async def test_a_read_is_given_up_when_nobody_answers(cluster, nursery, monkeypa
     await write(bus, 3, os.urandom(BLOCK_SIZE))
     for member in bus.descriptor(SLAB).in_sync:
         Hole((await bus.links.connected(member.node)).link)
-    with trio.fail_after(3), pytest.raises(Exception, match="did not answer"):
+    with trio.fail_after(60), pytest.raises(Exception, match="did not answer"):
         await bus.read(SLAB, 3, 1)
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import click
 import trio
 
-from csvfs.admin.cli_context import Here, json_option, run_here
+from csvfs.admin import node_life
+from csvfs.admin.cli_context import CommandFailed, Here, json_option, run_here, run_with_peers
 from csvfs.admin.cluster_view import ClusterView, read_cluster_view
-from csvfs.admin.render import print_json, print_table
+from csvfs.admin.peers import Peers
+from csvfs.admin.render import note, print_json, print_table, progress
 from csvfs.config import load_config
 
 
@@ -46,10 +48,83 @@ def list_command(as_json: bool) -> None:
     )
 
 
+@node_group.command("drain")
+@click.argument("node", metavar="NODE")
+@click.option("--dry-run", is_flag=True, help="Only say what speaks against it.")
+@click.option("--force", is_flag=True, help="Drain it whatever speaks against it.")
+@json_option
+def drain_command(node: str, dry_run: bool, force: bool, as_json: bool) -> None:
+    """Prepare a node to be switched off: move its volumes away, and wait until nothing needs it.
+
+    Refused, with the reasons, when something would wait for the node. Interrupted, the node stays draining; run
+    this again to finish, or csvfs node resume.
+    """
+
+    async def check(here: Here, peers: Peers) -> list[str]:
+        return await node_life.check_drain(here.store, peers, node)
+
+    against = run_with_peers(check)
+    if dry_run:
+        _print_objections(node, against, as_json)
+        return
+    if against and not force:
+        raise CommandFailed(f"node {node} is not drained: {'; '.join(against)}; --force drains it all the same")
+    for line in against:
+        note(line)
+    said: list[str] = []
+
+    def told(how_far: node_life.Drain) -> None:
+        nonlocal said
+        waits = how_far.waits_for()
+        if waits != said:
+            said = waits
+            for line in waits:
+                note(f"waits for {line}")
+
+    async def work(here: Here, peers: Peers) -> None:
+        with progress(f"draining node {node}"):
+            await node_life.drain(here.store, peers, node, told)
+
+    run_with_peers(work)
+    if as_json:
+        print_json({"node": node, "state": node_life.PAUSED})
+    else:
+        click.echo(f"node {node} is paused and may be switched off; afterwards: csvfs node resume {node}")
+
+
+def _print_objections(node: str, against: list[str], as_json: bool) -> None:
+    if as_json:
+        print_json({"node": node, "objections": against})
+    elif not against:
+        click.echo(f"node {node} can be drained")
+    else:
+        click.echo(f"node {node} should not be drained now:")
+        for line in against:
+            click.echo(f"  {line}")
+
+
+@node_group.command("resume")
+@click.argument("node", metavar="NODE")
+@json_option
+def resume_command(node: str, as_json: bool) -> None:
+    """Take a node back that was drained: it coordinates volumes and takes new copies again."""
+
+    async def work(here: Here) -> bool:
+        return await node_life.resume(here.store, node)
+
+    was_away = run_here(work)
+    if as_json:
+        print_json({"node": node, "resumed": was_away})
+    elif was_away:
+        click.echo(f"node {node} takes part again; what it missed is copied: csvfs job watch")
+    else:
+        click.echo(f"node {node} was neither draining nor paused")
+
+
 @dataclass(slots=True, frozen=True)
 class NodeRow:
     name: str
-    state: str  # up, down
+    state: str  # up, down, draining, paused
     address: str
     place: dict[str, str]  # site, rack, chassis, as far as they are said
     drives: int
@@ -63,7 +138,7 @@ def node_rows(view: ClusterView) -> list[NodeRow]:
         rows.append(
             NodeRow(
                 name=name,
-                state="up" if name in view.alive else "down",
+                state=node_life.node_state(view, name),
                 address=record.text("address") if record else "",
                 place=view.place_of(name).to_map(),
                 drives=len(view.drives_of(name)),

@@ -17,6 +17,7 @@ CLUSTER_KEY = "cluster"
 POOL_KEY = "pool"
 NODES, ALIVE, SERVERS, COORDINATORS = "nodes/", "alive/", "servers/", "coordinators/"
 DRIVES, VOLUMES, OWNERS, TERMS = "drives/", "volumes/", "owner/", "term/"
+MAINTENANCE = "maintenance/"
 
 DRIVE_OK = "ok"  # as the drive server says it
 USAGE_AUTO = "auto"
@@ -88,6 +89,7 @@ class ClusterView:
     drives: dict[str, Record] = field(default_factory=dict)  # by drive id in hex
     volumes: dict[str, Record] = field(default_factory=dict)
     owners: dict[str, Record] = field(default_factory=dict)
+    maintenance: dict[str, Record] = field(default_factory=dict)  # by node
 
     @property
     def node_names(self) -> list[str]:
@@ -164,4 +166,5 @@ async def read_cluster_view(store: ClusterStore) -> ClusterView:
         drives=await by_name(DRIVES),
         volumes=await by_name(VOLUMES),
         owners=await by_name(OWNERS),
+        maintenance=await by_name(MAINTENANCE),
     )

@@ -28,6 +28,8 @@ STYLES = {
     "down": "red",
     "partitioned": "red",
     "starting": "yellow",
+    "draining": "yellow",
+    "paused": "yellow",
     "No redundancy": "red",
     "failed": "red",
     "Degraded": "yellow",

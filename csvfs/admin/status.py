@@ -19,6 +19,7 @@ from csvfs.admin.cluster_view import (
     Record,
     read_cluster_view,
 )
+from csvfs.admin.node_life import node_state
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
 from csvfs.fault_domains import LEVEL_DEFAULT, Level, counted, verb
@@ -51,7 +52,7 @@ class DriveStatus:
 @dataclass(slots=True)
 class NodeStatus:
     name: str
-    state: str  # up, down
+    state: str  # up, down, draining, paused
     address: str
     drives: int
     drives_bad: list[str]  # paths
@@ -222,14 +223,16 @@ def node_statuses(
         up = name in view.alive
         record = view.alive.get(name) or view.nodes.get(name)
         note = ""
-        if up and name not in view.servers:
+        if name in view.maintenance and not up:
+            note = "switched off"
+        elif up and name not in view.servers:
             note = "drive server is not running"
         elif up and name in server_errors:
             note = f"drive server: {server_errors[name]}"
         found.append(
             NodeStatus(
                 name=name,
-                state="up" if up else "down",
+                state=node_state(view, name),
                 address=record.text("address") if record else "",
                 drives=len(own),
                 drives_bad=[d.path for d in own if up and not note and _is_bad(d)],

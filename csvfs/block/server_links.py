@@ -22,6 +22,7 @@ from csvfs.wire.frames import Kind
 CONNECT_TIMEOUT_S = 2.0
 LIST_INTERVAL_S = 0.2  # so often a server is asked at most whether a drive that was bad is in order by now
 WATCH_INTERVAL_S = 0.5
+WATCH_LATE_NS = 1_000_000_000  # from one look to the next: longer, and this process stood still
 _PING = pack_call("ping", {})
 
 
@@ -200,17 +201,21 @@ class ServerLinks:
         """Drop links whose server answers nothing for `silence_ms_max` though requests wait.
 
         A flush may take longer than that on a busy disk: so a server that owes an answer is pinged, and only
-        one that does not answer even this is given up.
+        one that does not answer even this is given up. When this process stood still itself (no processor, or
+        stopped), what came meanwhile is yet to be read: nobody is given up before the next look.
         """
+        is_excused = False
         while True:
+            began_ns = monotonic_ns()
             await trio.sleep(WATCH_INTERVAL_S)
             self.check_servers()
             now_ns = monotonic_ns()
+            is_excused = now_ns - began_ns > WATCH_LATE_NS and not is_excused  # not twice in a row: it has a limit
             for node, server in list(self._links.items()):
                 silent_ms = (now_ns - server.link.progress_ns) // 1_000_000
                 if not server.link.waiting_count:
                     continue
-                if silent_ms > silence_ms_max:
+                if silent_ms > silence_ms_max and not is_excused:
                     self.drop(node, f"no answer for {silent_ms} ms")
                 elif silent_ms > silence_ms_max // 4:
                     server.link.request(Kind.CALL, _PING, None, lambda frame, error: None)

@@ -43,6 +43,7 @@ class View:
         self.drives: dict[DriveId, Map] = {}
         self.volumes: dict[str, Map] = {}
         self.owners: dict[str, Map] = {}
+        self.maintenance: dict[NodeName, Map] = {}  # nodes that are drained or paused
         self.terms: dict[str, Term] = {}
         self.revision = 0  # of the last change heard
         self.ready = trio.Event()  # the store has been read once
@@ -56,6 +57,7 @@ class View:
             "drives": (self.drives, _drive_id),
             "volumes": (self.volumes, str),
             "owner": (self.owners, str),
+            "maintenance": (self.maintenance, NodeName),
         }
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:

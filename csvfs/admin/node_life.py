@@ -1,0 +1,181 @@
+"""Draining a node before it is switched off, and taking it back.
+
+Place      admin floor. The command changes the key `maintenance/<node>`; hosts and coordinators see it: volumes
+           are coordinated elsewhere, no new copies come onto the node, and its absence is not repaired.
+States     draining, then paused: the node may be switched off. `resume` deletes the key.
+Preflight  `objections` is pure: what speaks against switching a node off, one line each.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from csvfs.admin.cluster_view import (
+    MAINTENANCE,
+    VOLUME_ONLINE,
+    ClusterView,
+    Record,
+    read_cluster_view,
+    read_record,
+)
+from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.errors import Conflict, NotFound, ProtocolError, Unavailable
+from csvfs.store.interface import ClusterStore, Compare, Delete, Put
+from csvfs.wire.control import pack_value
+
+DRAINING, PAUSED = "draining", "paused"
+CHANGE_ATTEMPTS = 10
+POLL_S = 0.5
+_COUNTS = ("slabs", "stuck", "joining", "revision")  # of an answer to without_node
+
+
+@dataclass(slots=True, frozen=True)
+class VolumeWithout:
+    """What a volume's coordinator says of a node's absence; see coordinator/healing.py, `without_node`."""
+
+    volume: str
+    slabs: int  # with a copy on the node
+    stuck: int  # of these, with too few in-sync copies elsewhere
+    joining: int  # of the stuck ones, with a copy elsewhere that is being brought in sync
+    revision: int = 0  # of the cluster store, as the coordinator knew it
+    error: str = ""  # why it could not be asked; then all numbers are 0
+
+
+@dataclass(slots=True, frozen=True)
+class Drain:
+    """How far a drain is."""
+
+    coordinates: list[str]  # volumes still coordinated on the node
+    volumes: list[VolumeWithout] = field(default_factory=list)
+
+    def waits_for(self) -> list[str]:
+        """One line for each thing that is still missing; empty: the node may be switched off."""
+        lines = [f"volume {name} to be coordinated elsewhere" for name in self.coordinates]
+        for volume in self.volumes:
+            if volume.error:
+                lines.append(f"the coordinator of volume {volume.volume}: {volume.error}")
+            elif volume.stuck:
+                lines.append(f"{volume.stuck} slabs of volume {volume.volume} to be in sync elsewhere")
+        return lines
+
+
+def objections(view: ClusterView, node: str, volumes: list[VolumeWithout]) -> list[str]:
+    """What speaks against switching `node` off now. What mends itself while one waits is none."""
+    found = []
+    others = [name for name in view.alive if name != node and name not in view.maintenance]
+    if not others:
+        found.append("no other node is up and out of maintenance: nobody would serve its volumes")
+    for name in sorted(view.maintenance):
+        if name != node:
+            state = view.maintenance[name].text("state")
+            found.append(f"node {name} is {state} already: take it back first (csvfs node resume {name})")
+    for name in sorted(view.nodes):
+        if name not in view.alive and name not in view.maintenance and view.drives_of(name):
+            found.append(f"node {name} is down: bring it back, or remove its drives, before another one goes")
+    for volume in volumes:
+        for_good = volume.stuck - volume.joining
+        if volume.error:
+            found.append(f"volume {volume.volume} cannot be asked: {volume.error}")
+        elif for_good:
+            found.append(
+                f"volume {volume.volume}: {for_good} of its slabs would have too few copies in sync without "
+                f"node {node}, and no other copy of them is on its way; see csvfs volume status {volume.volume}"
+            )
+    return found
+
+
+async def ask_volumes(view: ClusterView, peers: Peers, node: str) -> list[VolumeWithout]:
+    """Ask all coordinators what becomes of their volumes without `node`. Raises ProtocolError. Cancel safe."""
+    answers: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    names = sorted(name for name, record in view.volumes.items() if record.text("state") == VOLUME_ONLINE)
+    async with trio.open_nursery() as nursery:
+        for name in names:
+            call = peers.coordinator(view, name, "without_node", node=node)
+            nursery.start_soon(answer_or_error, call, name, answers, errors)
+    return [_volume_without(name, answers.get(name), errors.get(name, "")) for name in names]
+
+
+def _volume_without(name: str, answer: Any, error: str) -> VolumeWithout:
+    if error:
+        return VolumeWithout(name, 0, 0, 0, error=error)
+    try:
+        slabs, stuck, joining, revision = (int(answer[key]) for key in _COUNTS)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ProtocolError(f"the coordinator of volume {name} answered with nonsense: {problem!r}") from None
+    return VolumeWithout(name, slabs, stuck, joining, revision)
+
+
+async def check_drain(store: ClusterStore, peers: Peers, node: str) -> list[str]:
+    """The objections to draining `node` now. Raises NotFound; Unavailable: it is down; Conflict: it is paused."""
+    view = await read_cluster_view(store)
+    if node not in view.node_names:
+        raise NotFound(f"no node {node!r}; there are: {', '.join(view.node_names) or 'none'}")
+    known = view.maintenance.get(node)
+    if known is not None and known.text("state") == PAUSED:
+        raise Conflict(f"node {node} is paused already: switch it off, or take it back (csvfs node resume {node})")
+    if node not in view.alive:
+        raise Unavailable(f"node {node} is down: there is nothing to drain")
+    return objections(view, node, await ask_volumes(view, peers, node))
+
+
+async def drain(store: ClusterStore, peers: Peers, node: str, told: Callable[[Drain], None]) -> None:
+    """Put the node into maintenance and wait until it may be switched off; `told(how far)` now and then.
+
+    Raises  NotFound: somebody took it back meanwhile. Unavailable, Conflict.
+    Cancel  it stays draining: call again to finish, or `resume`.
+    """
+    drained = await _set_state(store, node, DRAINING)
+    while True:
+        view = await read_cluster_view(store)
+        if node not in view.maintenance:
+            raise NotFound(f"node {node} was taken back (csvfs node resume) before it was drained")
+        owned = sorted(name for name, owner in view.owners.items() if owner.text("node") == node)
+        volumes = await ask_volumes(view, peers, node)
+        progress = Drain(owned, volumes)
+        told(progress)
+        # A coordinator that has not heard of the drain may be creating a copy on the node this moment.
+        heard = all(volume.revision >= drained.revision for volume in volumes)
+        if heard and not progress.waits_for():
+            await _set_state(store, node, PAUSED, only_from=DRAINING)
+            return
+        await trio.sleep(POLL_S)
+
+
+async def _set_state(store: ClusterStore, node: str, state: str, *, only_from: str | None = None) -> Record:
+    key = MAINTENANCE + node
+    for _ in range(CHANGE_ATTEMPTS):
+        known = await read_record(store, key)
+        if only_from is not None and (known is None or known.text("state") != only_from):
+            raise NotFound(f"node {node} is not {only_from} any more; see csvfs node list")
+        value = {"state": state, "since": int(time.time())}
+        revision = known.revision if known is not None else 0
+        result = await store.transact([Compare(key, revision)], [Put(key, pack_value(value))])
+        if result.succeeded:
+            return Record(key, value, result.revision)
+    raise Conflict(f"{key} is being changed by others all the time; try again")
+
+
+async def resume(store: ClusterStore, node: str) -> bool:
+    """Take a node back. False: it was in no maintenance. Raises NotFound, Unavailable, Conflict."""
+    view = await read_cluster_view(store)
+    if node not in view.node_names:
+        raise NotFound(f"no node {node!r}; there are: {', '.join(view.node_names) or 'none'}")
+    for _ in range(CHANGE_ATTEMPTS):
+        known = await read_record(store, MAINTENANCE + node)
+        if known is None:
+            return False
+        if (await store.transact([Compare(known.key, known.revision)], [Delete(known.key)])).succeeded:
+            return True
+    raise Conflict(f"{MAINTENANCE}{node} is being changed by others all the time; try again")
+
+
+def node_state(view: ClusterView, node: str) -> str:
+    """up, down, draining or paused: the last two also while the node is switched off."""
+    known = view.maintenance.get(node)
+    if known is not None:
+        return known.text("state", DRAINING)
+    return "up" if node in view.alive else "down"
