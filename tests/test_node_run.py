@@ -341,6 +341,7 @@ async def test_a_place_in_the_cluster_store_outlives_a_start_with_another_in_the
     await store.put("nodes/n1", pack_value({"address": "10.0.0.9", "place": said}))
     node.end(signal.SIGTERM)
     node.start()
-    while await lease_of(store) == lease:
-        await trio.sleep(0.01)
+    with trio.fail_after(60):
+        while await lease_of(store) == lease:
+            await trio.sleep(0.01)
     assert item_map(await store.get("nodes/n1")) == {"address": "127.0.0.1", "place": said}
