@@ -240,7 +240,7 @@ class Dispatch:
             now_ns = self._operations.now_ns()
             allocated = self._metadata.allocate(ino, start, end - start, size, mtime_ns, now_ns)
             # In all, not how many more: by the time somebody looks, others may have freed or taken some.
-            needed = allocated.missing and allocated.missing + self._metadata.statfs().free_blocks
+            needed = allocated.missing and allocated.missing + self._metadata.space.available_blocks
             reached = start if needed else max(start, allocated.reached)
             if reached < end:
                 return None

@@ -54,7 +54,7 @@ class Allocation:
 
     attr      of the file afterwards
     extents   those that overlap the range, whole, by file block, with what was given ahead
-    missing   blocks for which no slab has room: nothing was changed; add a slab and call again
+    missing   blocks for which no slab, or the volume's size, has room: nothing was changed; make room, call again
     reached   no hole before this block of the range. Less than its end: call again for the rest, from there
     """
 
@@ -105,13 +105,14 @@ class Extents:
         holes = _holes(known, block, end)
         reached = end
         needed = sum(hole_end - hole for hole, hole_end in holes)
-        if needed > self._database.counters.free_blocks:
-            missing = needed - self._database.counters.free_blocks
+        available = self._space.available_blocks
+        if needed > available:
+            missing = needed - available
             return Allocation(inode.attr(), [e for e in known if e.end > block], missing, holes[0][0])
         given_end = end
         if holes:
             wide = self._widen(inode, known, holes)
-            if sum(hole_end - hole for hole, hole_end in wide) <= self._database.counters.free_blocks:
+            if sum(hole_end - hole for hole, hole_end in wide) <= available:
                 holes = wide
             reached = min(end, self._fill(inode, known, holes))
             given_end = max(end, holes[-1][1])

@@ -86,6 +86,10 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
     if name == "job_control":
         action, kind = field(args, "action", str), optional_field(args, "kind", str)
         return partial(service.healing.record.control, action, kind, optional_field(args, "speed", str))
+    if name == "volume_set":
+        return partial(service.control.change, args)
+    if name == "repair":
+        return service.repair_now
     if name == "drive_members":
         return partial(service.healing.drive_members, DriveId(field(args, "drive", bytes)))
     if name == "misplaced":

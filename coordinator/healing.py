@@ -25,10 +25,13 @@ from csvfs.wire.block_messages import ROLE_IN_SYNC, ROLE_JOINING, Member, SlabDe
 
 MIN_COPIES = "min_copies"  # of a volume's key: writes wait while fewer are in sync
 METADATA_COPIES = 3  # where there are so many fault domains
+LOOK_WAIT_S = 3.0
+LOOK_POLL_S = 0.05
 
 
 class Healing:
-    """`books`: the changes of metadata slabs and those of data slabs. `copies`: of a data slab."""
+    """`books`: the changes of metadata slabs and those of data slabs. `copies`: of a data slab, as the volume's settings
+    say now."""
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class Healing:
         self._books = books
         self._facts = facts
         self._slabs = slabs
-        self._copies = copies
+        self.copies = copies
         self.record = record
         self.resync = Resync(volume_name, slab_size, lambda: record.is_paused("repair"))
         self._watch = DriveWatch(facts, lambda: slabs.served_spaces, drive_retire_s)
@@ -62,17 +65,24 @@ class Healing:
         """How many copies a slab shall have: of metadata one in each fault domain, three at most, but never fewer
         than the data, nor in fewer domains than they are. `domain_of`: as if it were like that."""
         if descriptor.slab < METADATA_SLAB_ID_MIN:
-            return self._copies
+            return self.copies
         domain_of = domain_of or self._facts.domain_of
         has = {domain_of(member.node) for member in descriptor.members}
         there_are = {domain_of(node) for node in self._watch.nodes_that_stay()}
-        return min(METADATA_COPIES, max(self._copies, len(has), len(there_are)))
+        return min(METADATA_COPIES, max(self.copies, len(has), len(there_are)))
 
     async def run_forever(self) -> None:
         """Raises Fenced, NotCoordinator: another coordinator is at work."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.resync.run_forever)
             nursery.start_soon(self._repair.run_forever)
+
+    async def look_now(self) -> None:
+        """Look at all slabs without an occasion; returns when that is done, or LOOK_WAIT_S later. Cancel safe."""
+        looks = self._repair.look_soon()
+        with trio.move_on_after(LOOK_WAIT_S):
+            while self._repair.looks <= looks:
+                await trio.sleep(LOOK_POLL_S)
 
     def to_status(self) -> list[dict[str, Any]]:
         """Rows of `volume_status`."""

@@ -11,6 +11,7 @@ import trio
 from coordinator.slab_book import SlabBook
 from csvfs.block.placement import DomainOf
 from csvfs.fault_domains import misplaced_copies
+from csvfs.ids import METADATA_SLAB_ID_MIN
 from csvfs.wire.block_messages import ROLE_JOINING, SlabDescriptor
 
 HEALTHY, DEGRADED, NO_REDUNDANCY = "Healthy", "Degraded", "No redundancy"  # admin/status.py knows these words
@@ -43,6 +44,7 @@ class Health:
         self._counted_at = -CACHED_S
         self._counts: dict[str, int] = {}
         self._misplaced = 0
+        self._by_copies: dict[str, int] = {}
 
     def counts(self) -> dict[str, int]:
         """Slabs by state."""
@@ -50,6 +52,7 @@ class Health:
         if now - self._counted_at >= CACHED_S:
             counts: dict[str, int] = {}
             misplaced = 0
+            by_copies: dict[str, int] = {}
             for book in self._books:
                 for descriptor in book.all():
                     wanted = self._wanted(descriptor)
@@ -57,7 +60,11 @@ class Health:
                     counts[state] = counts.get(state, 0) + 1
                     domains = [self._domain_of(member.node) for member in descriptor.in_sync]
                     misplaced += misplaced_copies(domains, wanted) > 0
-            self._counts, self._counted_at, self._misplaced = counts, now, misplaced
+                    if descriptor.slab < METADATA_SLAB_ID_MIN:
+                        has = str(len(descriptor.in_sync))
+                        by_copies[has] = by_copies.get(has, 0) + 1
+            self._counts, self._by_copies, self._counted_at = counts, by_copies, now
+            self._misplaced = misplaced
         return self._counts
 
     def to_status(self) -> dict[str, Any]:
@@ -68,4 +75,9 @@ class Health:
             word = DEGRADED
         else:
             word = HEALTHY
-        return {"health": word, "slabs": dict(counts), "misplaced": self._misplaced}
+        return {
+            "health": word,
+            "slabs": dict(counts),
+            "slabs_by_copies": dict(self._by_copies),
+            "misplaced": self._misplaced,
+        }

@@ -18,7 +18,7 @@ from csvfs.ids import DriveId, Term
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.wire.control import pack_value, unpack_value
 
-KINDS = ("repair", "evacuate", "rebalance", "scrub")
+KINDS = ("repair", "evacuate", "rebalance", "copies", "scrub")
 CAS_TRIES_MAX = 10
 
 

@@ -33,6 +33,7 @@ class Statistics:
     files_free: int
     used_blocks: int
     free_blocks: int  # in slabs that exist
+    available_blocks: int  # of those, what the volume's size allows to be granted
     slab_blocks: int
     name_size_max: int
 
@@ -139,6 +140,7 @@ class Metadata:
             files_free=FILES_MAX - counters.files,
             used_blocks=counters.used_blocks,
             free_blocks=counters.free_blocks,
+            available_blocks=self.space.available_blocks,
             slab_blocks=counters.slab_blocks,
             name_size_max=NAME_SIZE_MAX,
         )

@@ -29,7 +29,7 @@ from coordinator.repair_plan import Add, Join, Remove, Wait, blamed, next_steps
 from coordinator.resync import Resync, bring_in_sync
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
-from coordinator.storage_jobs import JobKey, StorageJobs
+from coordinator.storage_jobs import COPIES, JobKey, StorageJobs
 from csvfs.block import slab_state
 from csvfs.block.placement import DriveSpace, choose_drives
 from csvfs.errors import Conflict, CsvfsError, Fenced, NoSpace, NotCoordinator, NotFound
@@ -48,6 +48,7 @@ RECORD_S_MAX = 60.0
 LOOK_SHARE = 10  # at most every tenth second is spent looking
 SLABS_PER_TURN = 256
 MOVES_MAX = 64  # planned at once: then spaces are asked for anew
+WANTS_SPACE = "space above the reserve that repairs need: delete files, or see csvfs drive add"
 
 Wanted = Callable[[SlabDescriptor], int]
 
@@ -93,6 +94,7 @@ class Repair:
         self._onto: Counter[DriveId] = Counter()  # copies being made, by target
         self._changed = trio.Event()
         self._retry_at = 0.0
+        self.looks = 0  # at all slabs, so far
         record.on_change = self._wake
 
     # -- looking ---------------------------------------------------------------------------------
@@ -127,10 +129,15 @@ class Repair:
             with trio.move_on_after(wait_s + 0.001):
                 await changed()
 
+    def look_soon(self) -> int:
+        """Look at all slabs without waiting for an occasion; returns `looks`, which grows when that is done."""
+        self._retry_at = trio.current_time()
+        return self.looks
+
     def _signature(self) -> tuple[object, ...]:
         """Equal as long as a look would find the same."""
         return (
-            self._watch.signature(),
+            (self._watch.signature(), self._slabs.copies, self._slabs.outdated_count),
             self._record.facts,
             *(changes.settled_count for changes in self._books),
         )
@@ -157,7 +164,7 @@ class Repair:
                     if changes is self._books[-1]:
                         whole.append(descriptor)
                     continue
-                key = JobKey(*blamed(descriptor, self._watch.standing))
+                key = self._key_of(changes, descriptor)
                 if isinstance(steps[0], Join):
                     self._resync.add_one(changes, descriptor, steps[0].member)
                     continue
@@ -168,10 +175,18 @@ class Repair:
                     found.append((len(descriptor.in_sync), Task(changes, descriptor.slab, key)))
         if not counts:
             await self._look_for_moves(whole, counts, found)
-        found.sort(key=lambda item: -item[0])
+        # Last, hence first to be done: those with the fewest copies, and of them those that lack one.
+        found.sort(key=lambda item: (-item[0], item[1].key.kind != COPIES))
         self._todo = [task for _, task in found]
         self._jobs.counted(counts, waiting)
+        self.looks += 1
         self._wake()
+
+    def _key_of(self, changes: SlabChanges, descriptor: SlabDescriptor) -> JobKey:
+        key = JobKey(*blamed(descriptor, self._watch.standing))
+        domains = {self._facts.domain_of(member.node) for member in descriptor.members}
+        is_sound = key.drive is None and len(domains) == len(descriptor.members)
+        return JobKey(COPIES) if is_sound and changes is self._books[-1] else key
 
     async def _look_for_moves(
         self, whole: list[SlabDescriptor], counts: Counter[JobKey], found: list[tuple[int, Task]]
@@ -263,16 +278,29 @@ class Repair:
 
     async def _remove(self, changes: SlabChanges, descriptor: SlabDescriptor, step: Remove) -> None:
         slab, member = descriptor.slab, step.member
-        await changes.change(slab, lambda d: slab_state.remove_member(d, member.drive, needs=step.needs))
+        self._note_copy(member.drive, -1)  # no await since it was chosen: slabs changed at once see each other
+        try:
+            await changes.change(slab, lambda d: slab_state.remove_member(d, member.drive, needs=step.needs))
+        except CsvfsError:
+            self._note_copy(member.drive, 1)
+            raise
         # Installed on all others: no write can complete with it any more, and readers find the others.
         if self._facts.server(member.node) is not None:
             await self._slabs.delete_copy(slab, member.node, member.drive)
+
+    def _note_copy(self, drive: DriveId, change: int) -> None:
+        """So that the next slab sees how full the drives are now: the servers are asked only now and then."""
+        self._slabs.note_copy(drive, change)
+        self._watch.update(trio.current_time())
 
     async def _add(self, task: Task, descriptor: SlabDescriptor, step: Add) -> bool:
         """Make a further copy. False: there is no place for it, which the job says."""
         try:
             while (place := self._choose(step)) is None:
                 await self._changed.wait()  # all that may take it have enough to do
+            if task.key.kind == COPIES and not self._slabs.slots_above_reserve():
+                self._jobs.waits(task.key, WANTS_SPACE)
+                return False
         except NoSpace:
             domains = ", ".join(sorted(step.taken)) or "any"
             reason = f"a drive with room in another fault domain than {domains}; see csvfs drive add, domain list"
@@ -304,6 +332,7 @@ class Repair:
         self._resync.claimed.add((slab, drive))
         try:
             await self._add_member(changes, descriptor, drive, node)
+            self._note_copy(drive, 1)
             await bring_in_sync(changes, slab, drive)
         finally:
             self._resync.claimed.discard((slab, drive))

@@ -43,7 +43,9 @@ from coordinator.sessions import Session
 from coordinator.slab_book import DataBook, MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
+from coordinator.volume_control import VolumeControl
 from coordinator.volume_facts import DESCRIPTION, description_of, pack_description
+from coordinator.volume_settings import VolumeSettings
 from csvfs.block.bus import Bus
 from csvfs.errors import BadRequest, CsvfsError, Fenced, LeaseLost, NotCoordinator
 from csvfs.ids import DriveId, Epoch, Incarnation, InodeNo, NodeName, SlabId, Term, VolumeId
@@ -67,7 +69,8 @@ _LAST_CALLS = frozenset(("goodbye", "slabs"))  # served after a goodbye; nothing
 
 @dataclass(slots=True, frozen=True)
 class VolumeSetup:
-    """What a service is told of its volume and node."""
+    """What a service is told of its volume and node. `copies`, `size`: of one that is being created; later the
+    settings say (volume_settings.py)."""
 
     name: str
     volume: VolumeId
@@ -109,6 +112,7 @@ class Service:
         may_serve: Callable[[], bool],
         rng: Random,
         record: JobRecord,
+        settings: VolumeSettings,
         soon: Callable[[Callable[[], None]], None],
     ) -> None:
         """soon: see Batches."""
@@ -122,12 +126,11 @@ class Service:
         self.changes = SlabChanges(data_book, control)
         self.slabs = SlabManager(
             metadata, self.batches, self.log, self.changes, control, facts,
-            copies=setup.copies, slab_blocks=setup.slab_blocks,
-            size_blocks_max=setup.size // BLOCK_SIZE, rng=rng,
+            copies=settings.facts.copies, slab_blocks=setup.slab_blocks, rng=rng,
         )  # fmt: skip
         self.healing = Healing(
             setup.name, [metadata_changes, self.changes], control, facts, self.slabs, record,
-            copies=setup.copies, slab_size=setup.slab_size, drive_retire_s=setup.drive_retire_s, rng=rng,
+            copies=settings.facts.copies, slab_size=setup.slab_size, drive_retire_s=setup.drive_retire_s, rng=rng,
         )  # fmt: skip
         self.resync = self.healing.resync
         self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus, metadata_changes)
@@ -159,6 +162,10 @@ class Service:
         )
         self.lost.on_accepted = self.members.look_into
         self._health = Health([book, data_book], self.healing.wanted, facts.domain_of)
+        self._settings = settings
+        settings.on_change = self._follow_settings
+        self._follow_settings()
+        self.control = VolumeControl(settings, metadata, self.changes, self.slabs, facts, setup.slab_size)
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
         self._register_calls()
@@ -185,6 +192,10 @@ class Service:
         # On the media: an epoch that a power cut of all could take back would bring back the in-sync set before it,
         # whose members may lack what was flushed since (I1).
         await self.log.flush()
+
+    def _follow_settings(self) -> None:
+        self._metadata.space.limit_blocks = self._settings.size_bound // BLOCK_SIZE
+        self.slabs.copies = self.healing.copies = self._settings.facts.copies
 
     async def _describe_forever(self) -> None:
         """Keep in the metadata what the cluster store says of the volume, so that the drives alone can tell."""
@@ -215,6 +226,7 @@ class Service:
                 nursery.start_soon(self._janitor.run_forever)
                 nursery.start_soon(self.scrub.run_forever)
                 nursery.start_soon(self._describe_forever)
+                nursery.start_soon(self._settings.follow_forever)
                 task_status.started()
         finally:
             self._nursery = None
@@ -438,6 +450,8 @@ class Service:
         ids = field(args, "ids", list)
         if len(ids) > SLABS_ASKED_MAX:
             raise BadRequest(f"{len(ids)} slabs asked for at once; at most {SLABS_ASKED_MAX}")
+        open_files = arguments.optional_number(args, "open")
+        session.open_files = session.open_files if open_files is None else open_files
         descriptors = [self._metadata.slab(int(slab)).to_wire() for slab in ids]
         return Reply(descriptors, position=self.log.position if ids else 0)
 
@@ -463,8 +477,9 @@ class Service:
         """Sizes in bytes of one copy."""
         statistics = self._metadata.statfs()
         blocks = statistics.slab_blocks + self.slabs.free_slabs_in_pool() * self.setup.slab_blocks
-        if self.setup.size:
-            blocks = min(blocks, self.setup.size // BLOCK_SIZE)
+        limit = self._metadata.space.limit_blocks
+        if limit:
+            blocks = min(blocks, limit)
         return {
             "size": blocks * BLOCK_SIZE,
             "free": max(0, blocks - statistics.used_blocks) * BLOCK_SIZE,
@@ -473,6 +488,12 @@ class Service:
             "name_max": statistics.name_size_max,
         }
 
+    async def repair_now(self) -> dict[str, Any]:
+        """The call `repair`: look at all drives and slabs at once, and say what there is to do."""
+        self.members.look_into(())
+        await self.healing.look_now()
+        return self.volume_status()
+
     def volume_status(self) -> dict[str, Any]:
         sessions = [
             {
@@ -480,6 +501,7 @@ class Service:
                 "incarnation": session.incarnation,
                 "connected": session.link is not None,
                 "leases": self.leases.table.lease_counts().get(session.key, 0),
+                "open_files": session.open_files,
             }
             for session in self.desk.sessions
         ]

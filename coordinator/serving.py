@@ -20,6 +20,7 @@ from coordinator.slab_book import MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_image import ReadBlocks
 from coordinator.takeover import WRITER, open_metadata, secure_metadata_slabs
+from coordinator.volume_settings import VolumeSettings
 from csvfs.block.bus import Bus
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.server_links import ServerLinks
@@ -137,9 +138,11 @@ async def serve_volume(
             metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)
             record = JobRecord(store, setup.name, setup.term, speed)
             await record.load()
+            settings = VolumeSettings(store, setup.name, setup.volume, setup.term, facts.view)
+            await settings.load()
             service = Service(
                 setup, metadata, bus, book, changes, links.control, facts, may_serve, rng or Random(),
-                record, partial(_soon, engine),
+                record, settings, partial(_soon, engine),
             )  # fmt: skip
             await nursery.start(service.run)
             log.info(

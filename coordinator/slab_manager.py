@@ -29,7 +29,7 @@ from csvfs.block.placement import DriveSpace, choose_drives, slabs_that_fit
 from csvfs.block.reserve import DriveSlots, reserve_slots
 from csvfs.errors import Conflict, CsvfsError, Fenced, LastCopy, NoSpace, NotFound, StaleEpoch
 from csvfs.ids import DriveId, NodeName, SlabId
-from csvfs.units import BLOCK_SIZE
+from csvfs.units import BLOCK_SIZE, format_size
 from csvfs.wire.block_messages import SlabDescriptor
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,9 @@ AHEAD_SLABS = 2  # so much free space is kept, so that no write waits for a slab
 SLABS_AT_ONCE = 8  # created in parallel when a writer needs much
 TRIMS_AT_ONCE = 512
 TRIM_INTERVAL_S = 0.5
-TRIM_WAIT_S = 5.0  # a writer waits so long at most for space that was freed and is not trimmed yet
+# A writer waits so long at most for space that was freed and is not trimmed yet, and for drive servers that did not
+# say how much they have. Slow drives take seconds for a round of trims; a call to a drive server has five.
+TRIM_WAIT_S = 15.0
 TRIM_POLL_S = 0.05
 SPACE_INTERVAL_S = 5.0
 EMPTY_SLABS_KEPT = 4
@@ -50,7 +52,7 @@ CREATE_TRIES = 4
 class SlabManager:
     """Data slabs of one volume.
 
-    size_blocks_max   of the volume, in blocks of one copy; 0: as large as the pool.
+    copies   that a new slab gets: set anew whenever the volume's settings change.
     """
 
     def __init__(
@@ -64,7 +66,6 @@ class SlabManager:
         *,
         copies: int,
         slab_blocks: int,
-        size_blocks_max: int,
         rng: Random,
     ) -> None:
         self._metadata = metadata
@@ -73,9 +74,9 @@ class SlabManager:
         self._changes = changes
         self._control = control
         self._facts = facts
-        self._copies = copies
+        self.copies = copies
+        self.outdated_count = 0  # grows when a slab was made with another number of copies than is wanted by now
         self.slab_blocks = slab_blocks
-        self._size_blocks_max = size_blocks_max
         self._rng = rng
         self._wanted_blocks = 0
         self._grow_due = trio.Event()
@@ -89,6 +90,7 @@ class SlabManager:
         self.served_spaces: list[DriveSpace] = []  # also of drives that take no new slabs
         self._silent: set[NodeName] = set()  # did not answer when last asked
         self._spaces_known = trio.Event()  # every drive server was asked once
+        self._asked = self._told = 0  # questions for the space of all drive servers: begun, newest that was answered
         self.creating: set[SlabId] = set()
         self.on_trimmed: Callable[[], None] = lambda: None
 
@@ -108,17 +110,19 @@ class SlabManager:
         while not await self._has_after_growing(blocks):
             if self._shortage is None or await self._trim_once():
                 continue
+            if self._metadata.statfs().free_blocks >= blocks:
+                continue  # trimmed by another task, whose batch is through and which has not come to count it as a gain
             if gains != self._gains:  # since the round looked, or it looked too early
                 gains, deadline = self._gains, trio.current_time() + TRIM_WAIT_S
-            elif not self._freed_blocks() or trio.current_time() >= deadline:
+            elif not (self._freed_blocks() or self._silent) or trio.current_time() >= deadline:
                 raise NoSpace(str(self._shortage))
-            else:
-                await trio.sleep(TRIM_POLL_S)  # what was deleted is being trimmed by another task
+            else:  # what was deleted is being trimmed by another task, or a drive server will say what it has
+                await trio.sleep(TRIM_POLL_S)
 
     async def _has_after_growing(self, blocks: int) -> bool:
         """Whether so many are free now, or after a round of growing that began after this call."""
         begun = self._rounds_begun
-        while self._metadata.statfs().free_blocks < blocks:
+        while self._metadata.space.available_blocks < blocks:
             if self._rounds_begun > begun and not self._growing:
                 return False
             self._wanted_blocks = max(self._wanted_blocks, blocks)
@@ -138,7 +142,8 @@ class SlabManager:
 
     def note_use(self) -> None:
         """Space was taken: grow ahead if it has become little."""
-        if self._metadata.statfs().free_blocks < AHEAD_SLABS * self.slab_blocks:
+        ahead = min(AHEAD_SLABS * self.slab_blocks, self._metadata.space.left_blocks)
+        if self._metadata.statfs().free_blocks < ahead:
             self._grow_due.set()
 
     async def grow_forever(self) -> None:
@@ -164,26 +169,33 @@ class SlabManager:
         # An empty volume takes nothing from the pool until somebody writes.
         used = self._metadata.statfs().slab_blocks > 0
         ahead = AHEAD_SLABS * self.slab_blocks if used else 0
-        missing = max(wanted, ahead) - self._metadata.statfs().free_blocks
+        left = self._metadata.space.left_blocks
+        missing = min(left, max(wanted, ahead)) - self._metadata.statfs().free_blocks
         count = -(-missing // self.slab_blocks)
         while count > 0 and self._shortage is None:
             room = self._slabs_allowed()
             if room <= 0:
-                self._shortage = NoSpace(
-                    f"the volume's size of {self._size_blocks_max * BLOCK_SIZE} bytes is used up; "
-                    "delete something"
-                )
+                self._shortage = self._size_used_up()
                 return
             batch = min(count, SLABS_AT_ONCE, room)
             count -= batch
             async with trio.open_nursery() as nursery:
                 for _ in range(batch):
                     nursery.start_soon(self._create_or_note)
+        if self._shortage is None and wanted > self._metadata.space.left_blocks:
+            self._shortage = self._size_used_up()
+
+    def _size_used_up(self) -> NoSpace:
+        size = self._metadata.space.limit_blocks * BLOCK_SIZE
+        return NoSpace(
+            f"the volume's size of {format_size(size)} is used up: delete files, or see csvfs volume resize"
+        )
 
     def _slabs_allowed(self) -> int:
-        if not self._size_blocks_max:
+        limit = self._metadata.space.limit_blocks
+        if not limit:
             return 1 << 40
-        return -(-(self._size_blocks_max - self._metadata.statfs().slab_blocks) // self.slab_blocks)
+        return -(-(limit - self._metadata.statfs().slab_blocks) // self.slab_blocks)
 
     async def _create_or_note(self) -> None:
         try:
@@ -201,7 +213,7 @@ class SlabManager:
         free = sum(space.free_slots for space in self.pool_spaces)
         domain_of = self._facts.domain_of
         drives = [DriveSlots(space.node, domain_of(space.node), space.slots) for space in self.pool_spaces]
-        return max(0, free - reserve_slots(drives, self._copies))
+        return max(0, free - reserve_slots(drives, self.copies))
 
     async def _create_slab(self) -> SlabDescriptor:
         """Raises NoSpace, Fenced, and what the last try raised."""
@@ -210,11 +222,13 @@ class SlabManager:
         slab = await self._batches.run(self._metadata.new_slab_id)
         self.creating.add(slab)
         try:
+            wanted = self.copies  # it may be changed meanwhile
             places = await self.create_copies(slab, self._copies_now())
-            later = self._places_later(places)
+            later = self._places_later(places, wanted)
             descriptor = slab_state.new_slab(slab, [(place.drive, place.node) for place in places], later)
             self._changes.note_change(slab)  # a census under way may have missed some of its copies
             await self._batches.run(lambda: self._metadata.add_slab(descriptor, self.slab_blocks))
+            self.outdated_count += wanted != self.copies
             return descriptor
         finally:
             self.creating.discard(slab)
@@ -240,15 +254,15 @@ class SlabManager:
         """
         live = self._live_domains()
         away = {self._facts.domain_of(node) for node in self._nodes_away()}
-        lacking = len(live) < self._copies <= len(live | away)
-        return max(1, self._copies - 1) if lacking else self._copies
+        lacking = len(live) < self.copies <= len(live | away)
+        return max(1, self.copies - 1) if lacking else self.copies
 
-    def _places_later(self, places: list[DriveSpace]) -> list[tuple[DriveId, NodeName]]:
+    def _places_later(self, places: list[DriveSpace], wanted: int) -> list[tuple[DriveId, NodeName]]:
         """For the copies that `places` lack: drives of other fault domains, which are down now.
 
         Raises  NoSpace: the pool has too few fault domains, up and down together.
         """
-        if len(places) == self._copies:
+        if len(places) == wanted:
             return []
         taken = {self._facts.domain_of(place.node) for place in places}
         drives = [
@@ -257,7 +271,7 @@ class SlabManager:
             for drive in self._facts.drives_of(node)
             if self._facts.takes_slabs(drive)
         ]
-        count = self._copies - len(places)
+        count = wanted - len(places)
         chosen = choose_drives(drives, count, self._rng, domain_of=self._facts.domain_of, taken=taken)
         return [(space.drive, space.node) for space in chosen]
 
@@ -272,7 +286,8 @@ class SlabManager:
                 if space.drive not in failed and self._takes(space)  # it may be retired since
             ]
             places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
-            self._take_slots(places, 1)  # no await since the choice: slabs made at once see each other
+            for place in places:  # no await since the choice: slabs made at once see each other
+                self.note_copy(place.drive, 1)
             done: list[DriveSpace] = []
             try:
                 for place in places:
@@ -283,22 +298,23 @@ class SlabManager:
                 raise
             except CsvfsError as failure:
                 error = failure
-                self._take_slots(places, -1)
+                for place in places:
+                    self.note_copy(place.drive, -1)
                 failed.add(places[len(done)].drive)
                 log.warning("slab %d cannot be created on node %s: %s", slab, places[len(done)].node, failure)
                 for place in [*done, places[len(done)]]:
                     await self.delete_copy(slab, place.node, place.drive)
         raise error
 
+    def note_copy(self, drive: DriveId, change: int) -> None:
+        """A drive has gained (1) or lost (-1) a copy since its server told how many slots it has free."""
+        for spaces in (self.pool_spaces, self.served_spaces):
+            for index, space in enumerate(spaces):
+                if space.drive == drive:
+                    spaces[index] = replace(space, free_slots=max(0, space.free_slots - change))
+
     def _takes(self, space: DriveSpace) -> bool:
         return self._facts.takes_slabs(space.drive) and not self._facts.in_maintenance(space.node)
-
-    def _take_slots(self, places: list[DriveSpace], count: int) -> None:
-        """`count` on each, or -count given back; the servers' next answers say how many there really are."""
-        drives = {place.drive for place in places}
-        for index, space in enumerate(self.pool_spaces):
-            if space.drive in drives:
-                self.pool_spaces[index] = replace(space, free_slots=max(0, space.free_slots - count))
 
     async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
@@ -310,7 +326,9 @@ class SlabManager:
             log.info("the copy of slab %d on node %s stays for now: %s", slab, node, error)
 
     async def refresh_spaces(self) -> None:
-        """Ask every drive server for its free slots."""
+        """Ask every drive server for its free slots. Of several questions at once the newest counts."""
+        self._asked += 1
+        number = self._asked
         spaces: list[DriveSpace] = []
         served: list[DriveSpace] = []
         silent: set[NodeName] = set()
@@ -332,7 +350,9 @@ class SlabManager:
             if not self._spaces_known.is_set():
                 # Growing as they answer: who has waited long enough sees what there is.
                 self.pool_spaces, self._silent = spaces, silent
-        self.pool_spaces, self.served_spaces, self._silent = spaces, served, silent
+        if number > self._told:
+            self._told = number
+            self.pool_spaces, self.served_spaces, self._silent = spaces, served, silent
         self._spaces_known.set()
 
     @property

@@ -1,7 +1,8 @@
 """Space: the volume's data slabs, which of their blocks are free, and what waits to be trimmed.
 
 Place      coordinator floor; above database.py, below extents.py.
-Owns       tables slabs and trims, bitmaps in memory, and the place where the next new file goes.
+Owns       tables slabs and trims, bitmaps in memory, and the place where the next new file goes; the volume's
+           size, which bounds what is granted.
 
 Invariants
   P1  A block is in exactly one of: an extent, a row of trims, free in its slab's bitmap.
@@ -21,6 +22,7 @@ from csvfs.wire.control import pack_value, unpack_value
 
 BITMAPS_LOADED_MAX = 256  # 16 KiB each for slabs of 64 MiB
 SLAB_BLOCKS_MAX = SLAB_SIZE_MAX // BLOCK_SIZE
+LEFT_UNBOUNDED = 1 << 62  # blocks
 
 _FREE = b"\0"
 _USED = b"\1"
@@ -98,6 +100,7 @@ class Space:
         self._bitmaps: dict[int, _Bitmap] = {}
         self._descriptors: dict[int, SlabDescriptor] = {}
         self._current = 0  # slab that new files go to; 0: none yet
+        self.limit_blocks = 0  # the volume's size; 0: whatever the slabs have. Kept up to date by its settings
         self._new_trims: list[tuple[int, int, int, int]] = []
         self._handed_upto = 0  # trims up to this id are with the service, or done
         self._handed_back: list[Trim] = []
@@ -181,6 +184,18 @@ class Space:
             self._current = 0
 
     # Taking
+
+    @property
+    def left_blocks(self) -> int:
+        """How many more blocks files may have within the volume's size, whether or not slabs have them."""
+        if not self.limit_blocks:
+            return LEFT_UNBOUNDED
+        return max(0, self.limit_blocks - self._database.counters.used_blocks)
+
+    @property
+    def available_blocks(self) -> int:
+        """How many blocks can be granted now."""
+        return min(self._database.counters.free_blocks, self.left_blocks)
 
     def take(self, count: int, near: tuple[int, int] | None) -> list[Piece]:
         """Exactly `count` blocks, of which `counters.free_blocks` must have that many.

@@ -1,4 +1,4 @@
-"""Storage jobs: how far repair, evacuation and rebalance are, for people.
+"""Storage jobs: how far repair, evacuation, rebalance and changes of the number of copies are, for people.
 
 Place      coordinator floor; under repair.py, over job_record.py. What there is to do is counted from the
            slabs; here it is only summed up. Synchronous.
@@ -14,6 +14,8 @@ import trio
 from coordinator.job_record import JobRecord
 from coordinator.repair_plan import Wait
 from csvfs.ids import DriveId, NodeName
+
+COPIES = "copies"  # the kind of job that follows a change of the volume's number of copies
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,7 +34,8 @@ class JobKey:
     @property
     def what(self) -> str:
         if self.drive is None:
-            return {"rebalance": "rebalance of the drives"}.get(self.kind, f"{self.kind} of the volume")
+            whole = {"rebalance": "rebalance of the drives", COPIES: "change of the number of copies"}
+            return whole.get(self.kind, f"{self.kind} of the volume")
         verb = {"repair": "rebuild", "evacuate": "evacuation"}.get(self.kind, self.kind)
         return f"{verb} of drive {self.drive.hex()[:8]} on {self.node}"
 

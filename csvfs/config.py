@@ -25,6 +25,8 @@ CONFIG_SIZE_MAX = 64 * 1024  # bytes; ours have 300
 # Ports of a node, counted from its port_base.
 DRIVE_SERVER_PORT = 1
 COORDINATOR_PORT = 2
+STORE_PORT = 3  # of the node's etcd member, for clients
+STORE_PEER_PORT = 4  # and for other members
 PORT_COUNT = 10
 
 # A unix socket's path has at most 107 bytes; ours are `<run_dir>/<role>.sock`.

@@ -21,7 +21,7 @@ from csvfs.net.engine import Engine
 from csvfs.net.link import Link, connect
 from csvfs.store.embedded import EmbeddedStore
 from csvfs.units import BLOCK_SIZE, MIB
-from csvfs.wire.block_messages import SlabDescriptor
+from csvfs.wire.block_messages import BLOCK_COUNT_MAX, SlabDescriptor
 from csvfs.wire.control import pack_value, unpack_call, unpack_value
 from tests.block_cluster import CLUSTER, POOL, SLAB_SIZE, Server
 
@@ -37,6 +37,7 @@ class TestCluster:
         self.nursery = nursery
         self.store = EmbeddedStore(path / "store.db")
         self.lease = 0
+        self.drive_size = DRIVE_SIZE
         self.drive_retire_ms = 900_000
         # Long, for a test that is about something else: on a busy machine this thread stands still for long too.
         self.recall_timeout_ms = 20_000
@@ -59,7 +60,7 @@ class TestCluster:
         await self.store.put("pool", pack_value({"id": POOL, "name": "pool", "slab_size": SLAB_SIZE}))
         for name, server in self.servers.items():
             await self.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1"}))
-            await self._make_drive(name, server.drive_id, server.path)
+            await self._make_drive(name, server.drive_id, server.path, self.drive_size)
             await self.start_node(name)
             await self.start_server(name)
         return self
@@ -78,9 +79,9 @@ class TestCluster:
 
     def format(self, name: str) -> None:
         """Its drive has nothing on it any more, but its id."""
-        self._format(name, self.servers[name].drive_id, self.servers[name].path)
+        self._format(name, self.servers[name].drive_id, self.servers[name].path, self.drive_size)
 
-    def _format(self, name: str, drive_id: DriveId, path: Path, size: int = DRIVE_SIZE) -> None:
+    def _format(self, name: str, drive_id: DriveId, path: Path, size: int) -> None:
         with path.open("wb") as file:
             file.truncate(size)
         format_drive(
@@ -88,7 +89,7 @@ class TestCluster:
             node=NodeName(name), slab_size=SLAB_SIZE, label="",
         )  # fmt: skip
 
-    async def _make_drive(self, name: str, drive_id: DriveId, path: Path, size: int = DRIVE_SIZE) -> None:
+    async def _make_drive(self, name: str, drive_id: DriveId, path: Path, size: int) -> None:
         self._format(name, drive_id, path, size)
         self.servers[name].drives[drive_id] = path
         value = {"node": name, "path": str(path), "size": size, "kind": "file", "state": "ok"}
@@ -445,8 +446,9 @@ class Mount:
         for value in reply["slabs"]:
             self.bus.learn(SlabDescriptor.from_wire(value))  # type: ignore[union-attr]
         for block, length, slab, slab_block in reply["extents"]:
-            for index in range(max(0, block), min(count, block + length)):
-                piece = data[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+            for index in range(max(0, block), min(count, block + length), BLOCK_COUNT_MAX):
+                end = min(count, block + length, index + BLOCK_COUNT_MAX)
+                piece = data[index * BLOCK_SIZE : end * BLOCK_SIZE]
                 await self.write_block(slab, slab_block + index - block, piece)
 
     async def write_block(self, slab: int, block: int, data: bytes) -> None:
@@ -464,11 +466,12 @@ class Mount:
 
     async def read(self, ino: int, count: int) -> bytes:
         reply = await self.acquire(ino, 2, count)
-        blocks = {}
+        content = bytearray(count * BLOCK_SIZE)
         for block, length, slab, slab_block in reply["extents"]:
-            for index in range(length):
-                if block + index < count:
-                    blocks[block + index] = await self.bus.read(  # type: ignore[union-attr]
-                        SlabId(slab), slab_block + index, 1
-                    )
-        return b"".join(bytes(blocks.get(index, bytes(BLOCK_SIZE))) for index in range(count))
+            for index in range(block, min(count, block + length), BLOCK_COUNT_MAX):
+                end = min(count, block + length, index + BLOCK_COUNT_MAX)
+                found = await self.bus.read(  # type: ignore[union-attr]
+                    SlabId(slab), slab_block + index - block, end - index
+                )
+                content[index * BLOCK_SIZE : end * BLOCK_SIZE] = bytes(found)
+        return bytes(content)

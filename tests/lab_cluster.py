@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import trio
 
 from csvfs.admin import lab
 from csvfs.admin.lab_files import LabNode, lab_files
 from csvfs.admin.lab_network import TOOLS
 from csvfs.admin.lab_processes import run_in_node
+from csvfs.admin.lab_store import in_store
 from csvfs.store.interface import ClusterStore
-from csvfs.store.opening import open_store
 from csvfs.units import MIB
 
 T = TypeVar("T")
+PROCESSES = ("ps", "-eo", "pid,stat,wchan:32,etimes,args")
 
 
 def lab_missing() -> str:
@@ -52,8 +52,9 @@ class LabCluster:
         """Run a command on a node; returns its standard output. Raises AssertionError when it fails."""
         result = run_in_node(self.files, self.node(node), list(argv), input=input, capture_output=True)
         if check and result.returncode != 0:
+            said = f"{result.stderr.decode(errors='replace')}\n{result.stdout[-2000:].decode(errors='replace')}"
             raise AssertionError(
-                f"{' '.join(argv)} on {node}: status {result.returncode}: {result.stderr.decode()}"
+                f"{' '.join(argv)} on {node}: status {result.returncode}: {said}\n{self.logs()}"
             )
         return bytes(result.stdout)
 
@@ -62,17 +63,27 @@ class LabCluster:
         command = [sys.executable, "-m", "csvfs.admin.cli", "lab", "exec", "--dir", str(self.directory), node, "--", *argv]
         return subprocess.Popen(command, **options)
 
+    def finish(self, running: subprocess.Popen[bytes], within_s: float = 600) -> str:
+        """What a command of `start_command` said until its end. Raises AssertionError, with the nodes' logs, when
+        it fails or does not end.
+        """
+        try:
+            said, errors = running.communicate(timeout=within_s)
+            problem = f"status {running.returncode}" if running.returncode else ""
+        except subprocess.TimeoutExpired:
+            waits = subprocess.run(PROCESSES, capture_output=True, text=True, check=False).stdout
+            running.kill()
+            said, errors = running.communicate(timeout=60)
+            problem = f"it did not end within {within_s:g} s:\n{waits}"
+        text = (said or b"").decode(errors="replace") + (errors or b"").decode(errors="replace")
+        if problem:
+            raise AssertionError(f"{problem}\n{text[-8000:]}\n{self.logs()}")
+        return text
+
     def store(self, work: Callable[[ClusterStore], Awaitable[T]]) -> T:
         """Do something with the lab's cluster store, from outside of all nodes."""
 
-        async def main() -> T:
-            store = open_store(self.files.store_url)
-            try:
-                return await work(store)
-            finally:
-                await store.close()
-
-        return trio.run(main)
+        return in_store(self.files, work)
 
     def kill(self, node: str, role: str = "all") -> None:
         lab.lab_kill(self.directory, node, role)
@@ -102,7 +113,7 @@ class LabCluster:
 
 @contextlib.contextmanager
 def running_lab(
-    nodes: int = 3, drives: int = 1, drive_size: int = 256 * MIB, *, with_pool: bool = True
+    nodes: int = 3, drives: int = 1, drive_size: int = 256 * MIB, *, with_pool: bool = True, store: str = "embedded"
 ) -> Iterator[LabCluster]:
     """A lab that is up inside the `with`, and gone after it."""
     # Not pytest's tmp_path: its names are too long for unix sockets.
@@ -115,6 +126,7 @@ def running_lab(
             drives=drives,
             drive_size=drive_size,
             with_pool=with_pool,
+            store=store,
             say=lambda line: None,
         )
         yield LabCluster(directory)

@@ -129,3 +129,17 @@ def test_a_volume_whose_slabs_nobody_can_count_is_not_guessed_about(cluster):
 def test_a_place_that_is_no_matter_to_any_volume_asks_nobody(cluster):
     cluster.add_volume("v")
     assert cluster.json("domain", "set", "n1", "--rack", "a")["volumes"] == []
+
+
+def test_a_volumes_level_is_changed_alone_and_refused_where_there_are_too_few(cluster):
+    cluster.add_volume("v", state="creating")
+    assert cluster.run("volume", "set", "v", "--fault-domain", "rack").exit_code == 0, "each node is a rack so far"
+    assert cluster.value("volumes/v")["fault_domain"] == "rack"
+    for number in range(1, 5):
+        cluster.run("domain", "set", f"n{number}", "--site", f"dc{number % 2}", "--force")
+    message = cluster.fails("volume", "set", "v", "--fault-domain", "site")
+    assert "volume v keeps 3 copies in 3 sites, and there would be 2 with drives" in message
+    assert cluster.json("volume", "set", "v", "--fault-domain", "site", "--force")["effects"][0]["domains"] == 2
+    assert cluster.value("volumes/v")["fault_domain"] == "site"
+    assert "alone" in cluster.misused("volume", "set", "v", "--fault-domain", "rack", "--copies", "2")
+    assert "no volume 'w'" in cluster.fails("volume", "set", "w", "--fault-domain", "rack")

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csvfs.admin import drive_life
-from csvfs.admin.capacity import missing_slots
 from csvfs.admin.cluster_view import ClusterView, Record, read_cluster_view
 from csvfs.admin.drive_names import find_drive
 from csvfs.admin.job_ops import control_jobs
 from csvfs.admin.peers import open_peers
 from csvfs.admin.status import collect_status
+from csvfs.block.capacity import missing_slots
 from csvfs.errors import BadRequest, Conflict, CsvfsError, DriveRefused, NoSpace, NotFound
 from csvfs.ids import NodeName
 from tests.coordinator_cluster import NAME, TestCluster

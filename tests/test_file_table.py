@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from coordinator.lease_table import Need
-from csvfs.errors import DriveFailed, LeaseLost, NoSpace, NotFound, TimedOut, Unavailable
+from csvfs.errors import Conflict, DriveFailed, LeaseLost, NoSpace, NotFound, TimedOut, Unavailable
 from csvfs.mount.write_path import FUSE_WRITE_CACHE, WRITE_APPEND
 from tests.mount_nodes import Cluster, Node, cluster
 
@@ -504,6 +504,10 @@ async def test_a_file_that_is_open_is_held_at_least_as_open() -> None:
             await node.table.open(FILE, writing=False)
         assert c.coordinator.names() == ["acquire"]
         assert c.coordinator.table.held(node.session.key, FILE) == 1
+        assert node.table.open_files == 2
+        for _ in range(3):
+            node.table.closed(FILE, writing=False)
+        assert node.table.open_files == 0
 
 
 async def test_a_layout_is_asked_for_in_answers_that_fit_into_a_frame(
@@ -569,6 +573,22 @@ async def test_I5_after_a_lapse_all_leases_are_taken_anew_and_the_kernel_forgets
         assert c.coordinator.names() == ["acquire"]
         assert ("pages", FILE, 0, 0) in node.kernel.log and ("epoch",) in node.kernel.log
         assert node.table.recalled_since(FILE, stamp)
+
+
+async def test_a_write_whose_lease_was_lost_while_it_asked_for_space_is_tried_again() -> None:
+    """Under another coordinator after a lapse: it refuses what was asked under a lease of the one before."""
+    async with cluster() as c:
+        node = await prepared(c)
+
+        async def refuse_once(session: object, **args: object) -> None:
+            del c.coordinator._allocate  # from now on the class's own
+            node.table._restore()
+            raise Conflict("lease 0, this needs 3; acquire it first")
+
+        c.coordinator._allocate = refuse_once  # type: ignore[method-assign,assignment]
+        await node.write(FILE, BLOCK * 4, b"n" * BLOCK)
+        assert await node.read(FILE, BLOCK * 3, 2 * BLOCK) == b"o" * BLOCK + b"n" * BLOCK
+        assert c.coordinator.names() == ["allocate", "acquire", "allocate"]
 
 
 async def test_I5_without_contact_to_the_coordinator_nothing_is_served_and_then_it_goes_on() -> None:

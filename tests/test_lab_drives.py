@@ -24,7 +24,7 @@ def lab() -> Iterator[LabCluster]:
     with running_lab(nodes=3, drives=2, drive_size=1 * GIB) as cluster:
         cluster.run("n1", "csvfs", "volume", "create", "Volume1", "--copies", "3")
         for node in ("n1", "n2", "n3"):
-            wait_for(lambda node=node: mounted(cluster, node), within_s=60)
+            wait_for(lambda node=node: mounted(cluster, node), within_s=180)
         yield cluster
 
 
@@ -54,10 +54,9 @@ def test_a_drive_file_truncated_to_nothing_under_load_costs_no_error_and_the_oth
     fio = lab.start_command("n1", *FIO, stdout=-1, stderr=-1)
     time.sleep(3)
     os.truncate(path, 0)
-    wait_for(lambda: drives(lab)[path]["state"] == "Failed media", within_s=60)
-    wait_for(lambda: drives(lab)[other]["state"] == "OK", within_s=60)
-    output, errors = fio.communicate(timeout=120)
-    assert fio.returncode == 0, errors.decode() + output.decode()[-2000:]
+    wait_for(lambda: drives(lab)[path]["state"] == "Failed media", within_s=180)
+    wait_for(lambda: drives(lab)[other]["state"] == "OK", within_s=180)
+    lab.finish(fio)
     server = lab.pids("n2")["drives"]
     time.sleep(3)
     assert lab.pids("n2")["drives"] == server  # it does not die again and again
@@ -69,12 +68,11 @@ def test_a_drive_file_made_read_only_or_moved_away_comes_back_by_itself(lab):
     fio = lab.start_command("n1", *FIO, stdout=-1, stderr=-1)
     time.sleep(2)
     os.chmod(path, 0o400)
-    wait_for(lambda: drives(lab)[path]["state"] == "Not usable", within_s=60)
+    wait_for(lambda: drives(lab)[path]["state"] == "Not usable", within_s=180)
     time.sleep(1)
     os.chmod(path, 0o600)
-    wait_for(lambda: drives(lab)[path]["state"] == "OK", within_s=60)
-    output, errors = fio.communicate(timeout=120)
-    assert fio.returncode == 0, errors.decode() + output.decode()[-2000:]
+    wait_for(lambda: drives(lab)[path]["state"] == "OK", within_s=180)
+    lab.finish(fio)
 
 
 def test_flipped_bits_are_found_by_csvfs_volume_scrub(lab):
@@ -92,7 +90,7 @@ def test_a_volume_that_runs_full_says_enospc_loses_nothing_and_takes_writes_agai
     with running_lab(nodes=3, drives=1, drive_size=512 * MIB) as small:
         small.run("n1", "csvfs", "volume", "create", "Volume1", "--copies", "3")
         for node in ("n1", "n2", "n3"):
-            wait_for(lambda node=node: mounted(small, node), within_s=60)
+            wait_for(lambda node=node: mounted(small, node), within_s=180)
         script = f"""
 cd {VOLUME}
 i=0
@@ -107,7 +105,7 @@ echo "$said" | grep -c 'No space left'
         assert small.run("n3", "bash", "-c", f"cd {VOLUME} && sha256sum *") == sums
         small.run("n2", "bash", "-c", f"cd {VOLUME} && rm {names[0].decode()} {names[1].decode()}")
         again = f"cd {VOLUME} && dd if=/dev/urandom of=again bs=1M count=24 conv=fsync 2>&1"
-        wait_for(lambda: b"No space" not in small.run("n2", "bash", "-c", again, check=False), within_s=60)
+        wait_for(lambda: b"No space" not in small.run("n2", "bash", "-c", again, check=False), within_s=180)
         kept = b"\n".join(line for line in sums.splitlines() if line.split()[1] in names[2:])
         after = small.run("n1", "bash", "-c", f"cd {VOLUME} && sha256sum f*")
         assert after.strip() == kept

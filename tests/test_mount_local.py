@@ -49,7 +49,7 @@ class Mount:
         self.notifier = KernelNotifier(fd)
 
     async def do(self, function: Callable[[], T]) -> T:
-        with trio.fail_after(60):
+        with trio.fail_after(400):
             return await trio.to_thread.run_sync(function)
 
     async def run(self, *command: str, user: int = 0) -> str:
@@ -58,7 +58,7 @@ class Mount:
             # mount.
             there = ["env", "-C", str(self.path)]
             there += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
-            done = subprocess.run([*there, *command], capture_output=True, text=True, timeout=60)
+            done = subprocess.run([*there, *command], capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
             return done.stdout
 
@@ -87,7 +87,7 @@ async def mounted(path: Path) -> AsyncIterator[Mount]:
                 await mount.do(lambda: os.stat(path))  # INIT is through
                 yield mount
             finally:
-                with trio.move_on_after(5, shield=True):
+                with trio.move_on_after(30, shield=True):
                     if await trio.to_thread.run_sync(device.unmount, path):
                         await channel.ended.wait()
                 nursery.cancel_scope.cancel()

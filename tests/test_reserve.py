@@ -1,15 +1,16 @@
 """The reserve, and a pool that runs full: nothing is lost, everything can be read, deleting makes room."""
 
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from coordinator import slab_manager
 from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
-from csvfs.errors import NoSpace
+from csvfs.errors import NoSpace, Unavailable
 from csvfs.units import BLOCK_SIZE, MIB
-from tests import coordinator_cluster
 from tests.coordinator_cluster import TestCluster
 
 
@@ -51,10 +52,11 @@ def test_in_racks_of_two_nodes_a_lost_drive_can_be_rebuilt_beside_it():
 
 @pytest.fixture
 async def cluster(tmp_path, nursery, monkeypatch):
-    monkeypatch.setattr(coordinator_cluster, "DRIVE_SIZE", 48 * MIB)  # 11 slabs of 4 MiB each
     monkeypatch.setattr(slab_manager, "TRIM_INTERVAL_S", 0.02)
     monkeypatch.setattr(slab_manager, "EMPTY_SLABS_KEPT", 0)
-    cluster = await TestCluster(tmp_path, nursery).start()
+    cluster = TestCluster(tmp_path, nursery)
+    cluster.drive_size = 48 * MIB  # 11 slabs of 4 MiB each
+    await cluster.start()
     await cluster.create_volume(copies=2)
     await cluster.start_host("n1")
     return cluster
@@ -109,3 +111,69 @@ async def test_the_metadata_may_grow_into_the_reserve(cluster):
     await fill(mount)
     await service._metadata_space._grow()
     assert len(await cluster.metadata_slabs()) == 5
+
+
+async def test_a_writer_hears_that_the_pool_is_full_only_when_all_drive_servers_have_said_so(cluster, monkeypatch):
+    service = await cluster.wait_serving()
+    mount = await cluster.mount("n2")
+    ino = await mount.make(b"file")
+    await mount.acquire(ino, 3)
+    control = service.slabs._control
+    ask, refused = control.spaces, []
+
+    async def spaces(node):
+        if len(refused) < 9:  # three questions to three nodes
+            refused.append(node)
+            raise Unavailable(f"node {node} is busy")
+        return await ask(node)
+
+    monkeypatch.setattr(control, "spaces", spaces)
+    count = 2 * service.slabs.slab_blocks
+    reply = await mount.change("allocate", ino=ino, block=0, count=count, size=count * BLOCK_SIZE, mtime_ns=0)
+    assert reply["extents"] and len(refused) == 9
+
+
+async def test_of_two_questions_for_space_at_once_the_newer_counts(cluster, monkeypatch):
+    service = await cluster.wait_serving()
+    await service.slabs.wait_spaces()
+    control = service.slabs._control
+    ask = control.spaces
+    asked, may_answer = trio.Event(), trio.Event()
+
+    async def late(node):
+        """What was true when it was asked, told much later: a pool without room."""
+        found = [replace(space, free_slots=0) for space in await ask(node)]
+        asked.set()
+        await may_answer.wait()
+        return found
+
+    async with trio.open_nursery() as nursery:
+        monkeypatch.setattr(control, "spaces", late)
+        nursery.start_soon(service.slabs.refresh_spaces)
+        await asked.wait()
+        monkeypatch.setattr(control, "spaces", ask)
+        await service.slabs.refresh_spaces()
+        may_answer.set()
+    assert all(space.free_slots for space in service.slabs.pool_spaces)
+
+
+async def test_space_that_another_task_made_free_during_the_last_look_is_taken():
+    """Its batch is through, it has not counted the gain yet, and nothing is left to be trimmed."""
+    free = [0]
+    metadata = SimpleNamespace(
+        statfs=lambda: SimpleNamespace(free_blocks=free[0], slab_blocks=2048, used_blocks=2048 - 1280)
+    )
+    slabs = slab_manager.SlabManager(
+        metadata, None, None, None, None, None, copies=2, slab_blocks=1024, rng=None
+    )
+    slabs._shortage = NoSpace("full")
+
+    async def has_after_growing(blocks):
+        return free[0] >= blocks
+
+    async def trim_once():
+        free[0] = 1280
+        return False
+
+    slabs._has_after_growing, slabs._trim_once = has_after_growing, trim_once
+    await slabs.ensure_free(512)

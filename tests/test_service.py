@@ -227,7 +227,8 @@ async def test_an_evicted_mount_stays_evicted_under_the_next_coordinator(tmp_pat
         assert (await successor.call("getattr", ino=ino))["attr"][0] == ino
 
 
-async def test_a_mount_that_starts_anew_replaces_its_earlier_self(tmp_path):
+async def test_a_mount_that_starts_anew_replaces_its_earlier_self(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.eviction.CONTACT_S_MAX", 600)  # this is not waited for
     async with cluster_of(tmp_path) as cluster:
         first, second = await cluster.mount("n1"), await cluster.mount("n2")
         ino = await first.make(b"file")
@@ -237,7 +238,8 @@ async def test_a_mount_that_starts_anew_replaces_its_earlier_self(tmp_path):
             await second.acquire(ino, WRITE)
 
 
-async def test_a_mount_that_says_goodbye_leaves_nothing_that_anybody_waits_for(tmp_path):
+async def test_a_mount_that_says_goodbye_leaves_nothing_that_anybody_waits_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.eviction.CONTACT_S_MAX", 600)  # this is not waited for
     async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
         first, second = await cluster.mount("n1"), await cluster.mount("n2")
         ino = await first.make(b"file")
@@ -258,7 +260,8 @@ async def test_a_mount_that_says_goodbye_leaves_nothing_that_anybody_waits_for(t
         assert await (await cluster.mount("n1", incarnation=2)).read(ino, 1) == block_of("last words")
 
 
-async def test_the_sessions_of_a_dead_node_are_evicted_at_once(tmp_path):
+async def test_the_sessions_of_a_dead_node_are_evicted_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.eviction.CONTACT_S_MAX", 600)  # this is not waited for
     async with cluster_of(tmp_path) as cluster:
         first, second = await cluster.mount("n3"), await cluster.mount("n2")
         ino = await first.make(b"file")

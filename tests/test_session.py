@@ -167,6 +167,7 @@ class Leases:
     def __init__(self) -> None:
         self.held = [[10, 3, 4096, 7], [11, 2, 0, 0]]
         self.lost: list[int] = []
+        self.open_files = 5
 
     def claims(self) -> list[list[int]]:
         return self.held
@@ -356,6 +357,14 @@ async def test_a_coordinator_that_hangs_is_noticed_by_its_silence(autojump_clock
         await w.session.call("statfs", {})
         await trio.sleep(5)
         assert len(one.named("hello")) == 2
+
+
+async def test_the_ping_says_how_many_files_are_open(autojump_clock: trio.abc.Clock) -> None:
+    async with world() as w:
+        one = w.elect(1)
+        await w.session.call("statfs", {})
+        await trio.sleep(2)
+        assert {"ids": [], "open": 5} in one.named("slabs")
 
 
 async def test_a_fenced_session_says_so_once_and_ends(autojump_clock: trio.abc.Clock) -> None:

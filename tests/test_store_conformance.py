@@ -1,12 +1,13 @@
 """What every back end of the cluster store must do (csvfs/store/interface.py).
 
-A new back end adds one opener to OPENERS; tests below that name the embedded store are about it alone.
+A new back end adds one opener to OPENERS, and to `kind` what it needs; tests below that name the embedded store
+are about it alone, test_store_etcd.py about etcd.
 """
 
 import itertools
 import multiprocessing
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,25 +17,46 @@ from csvfs.errors import BadRequest, Corrupt, NotFound, Unavailable
 from csvfs.store import embedded
 from csvfs.store.embedded import EmbeddedStore
 from csvfs.store.embedded_bell import Bell
+from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import Change, ClusterStore, Compare, Delete, Put
 from csvfs.store.opening import open_store
+from tests.etcd_server import EtcdServer, needs_etcd, running_etcd
 
-TTL_MS = 250  # real time: a back end keeps its own clock
+TTL_MS = 250  # real time: a back end keeps its own clock; etcd makes a second of it, or two
 TTL_MS_MAX = 16_000
 
 Opener = Callable[[], ClusterStore]
 OPENERS: dict[str, Callable[[Path], ClusterStore]] = {
     "embedded": lambda directory: open_store(f"embedded:{directory}/store.db"),
+    "etcd": lambda directory: open_store(f"etcd:{directory}"),
 }
 
 
-@pytest.fixture(params=sorted(OPENERS))
-async def open_handle(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Opener]:
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """One server for all tests of this file."""
+    with running_etcd(tmp_path_factory.mktemp("etcd")) as (server,):
+        yield server
+
+
+@pytest.fixture(params=["embedded", pytest.param("etcd", marks=needs_etcd)])
+async def kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A back end, with an empty store that OPENERS[kind](tmp_path) opens."""
+    if request.param == "etcd":
+        EtcdPlace(tmp_path).write_endpoints([request.getfixturevalue("etcd").endpoint])
+        store = open_store(f"etcd:{tmp_path}")
+        await store.transact([], [Delete(item.key) for item in await store.list("")])
+        await store.close()
+    return str(request.param)
+
+
+@pytest.fixture
+async def open_handle(kind: str, tmp_path: Path) -> AsyncIterator[Opener]:
     """Opens as many handles on one store as the test wants."""
     handles: list[ClusterStore] = []
 
     def opener() -> ClusterStore:
-        handles.append(OPENERS[request.param](tmp_path))
+        handles.append(OPENERS[kind](tmp_path))
         return handles[-1]
 
     yield opener
@@ -343,7 +365,6 @@ def _count_in_process(directory: Path, kind: str, step_count: int) -> None:
     trio.run(count)
 
 
-@pytest.mark.parametrize("kind", sorted(OPENERS))
 async def test_processes_see_each_other(kind: str, tmp_path: Path) -> None:
     store = OPENERS[kind](tmp_path)
     context = multiprocessing.get_context("spawn")
@@ -515,7 +536,8 @@ async def test_embedded_a_file_that_is_no_store_is_refused_and_left_alone(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "url", ["", "zookeeper:/a", "embedded:relative.db", "embedded://host/a", "embedded:/a/b.db?speed=high"]
+    "url", ["", "zookeeper:/a", "embedded:relative.db", "embedded://host/a", "embedded:/a/b.db?speed=high",
+            "etcd:a", "etcd://host:2379", "etcd:/a?tls=no"]
 )
 def test_a_store_url_nobody_understands_is_refused(url: str) -> None:
     with pytest.raises(BadRequest):

@@ -15,7 +15,7 @@ from csvfs.block.pace import SPEEDS
 from csvfs.errors import NotFound
 from csvfs.units import format_size
 
-KINDS = ("repair", "evacuate", "rebalance", "scrub")
+KINDS = ("repair", "evacuate", "rebalance", "copies", "scrub")
 WATCH_INTERVAL_S = 1.0
 
 volume_option = click.option("--volume", default=None, help="Only of this volume.")
@@ -24,7 +24,7 @@ kind_argument = click.argument("kind", type=click.Choice(KINDS), required=False)
 
 @click.group("job")
 def job_group() -> None:
-    """Storage jobs: repair, evacuation and rebalance go on in the background by themselves."""
+    """Storage jobs: repair, evacuation, rebalance, changes of the number of copies. They go on by themselves."""
 
 
 async def _jobs(here: Here, peers: Peers, volume: str | None) -> list[JobStatus]:

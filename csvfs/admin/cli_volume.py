@@ -5,30 +5,23 @@ from typing import Any
 
 import click
 
-from csvfs.admin import volume_ops
+from csvfs.admin import domain_ops, volume_ops
 from csvfs.admin.cli_context import SIZE, Here, json_option, run_with_peers, yes_option
-from csvfs.admin.cli_status import job_line, resiliency_text, volume_row
+from csvfs.admin.cli_status import job_line, job_map, resiliency_text, volume_row
 from csvfs.admin.cluster_view import ALIVE, read_cluster_view
+from csvfs.admin.domain_ops import Change, Effect
 from csvfs.admin.lost_ranges import LostReport, accept_loss, lost_report
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
-from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status
+from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status, job_statuses
 from csvfs.errors import Unavailable
 from csvfs.fault_domains import LEVEL_DEFAULT, LEVELS, Level
+from csvfs.units import format_size
 
 ONLINE_TIMEOUT_S = 60.0
 MOUNT_TIMEOUT_S = 30.0
 MOVE_TIMEOUT_S = 60.0
 DELETE_TIMEOUT_S = 120.0
-
-
-min_copies_option = click.option(
-    "--min-copies",
-    type=click.IntRange(1, 3),
-    default=1,
-    show_default=True,
-    help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
-)
 
 
 @click.group("volume")
@@ -61,7 +54,13 @@ def volume_group() -> None:
 @click.option(
     "--size", type=SIZE, default=0, show_default="as large as the pool", help="At least 64M, like 500G."
 )
-@min_copies_option
+@click.option(
+    "--min-copies",
+    type=click.IntRange(1, volume_ops.COPIES_MAX),
+    default=1,
+    show_default=True,
+    help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
+)
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1, 3600), default=ONLINE_TIMEOUT_S, hidden=True)
 @json_option
 def create_command(
@@ -111,17 +110,91 @@ def list_command(as_json: bool) -> None:
     )
 
 
+@volume_group.command("resize")
+@click.argument("name")
+@click.option("--size", type=SIZE, required=True, help="At least 64M, like 500G; 0: as large as the pool.")
+@json_option
+def resize_command(name: str, size: int, as_json: bool) -> None:
+    """Make volume NAME larger or smaller while it is in use.
+
+    A size is a bound, no space is taken for it: it may be larger than the pool. One below what files use is refused.
+    """
+    answer = _set(name, size=size)
+    if as_json:
+        print_json(answer)
+    else:
+        words = format_size(answer["size"]) if answer["size"] else "as large as the pool"
+        click.echo(f"volume {name} is {words} now, {format_size(answer['used'])} are used")
+
+
 @volume_group.command("set")
 @click.argument("name")
-@min_copies_option
-def set_command(name: str, min_copies: int) -> None:
-    """Change volume NAME while it is in use."""
+@click.option(
+    "--copies",
+    type=click.IntRange(1, volume_ops.COPIES_MAX),
+    default=None,
+    help="Copies of everything, 2 or 3; a simple volume becomes a mirror.",
+)
+@click.option(
+    "--min-copies",
+    type=click.IntRange(1, volume_ops.COPIES_MAX),
+    default=None,
+    help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
+)
+@click.option(
+    "--fault-domain", type=click.Choice(LEVELS), default=None, help="No two copies in one; given alone."
+)
+@click.option("--force", is_flag=True, help="With --fault-domain: also where there are too few, or too little room.")
+@json_option
+def set_command(
+    name: str, copies: int | None, min_copies: int | None, fault_domain: Level | None, force: bool, as_json: bool
+) -> None:
+    """Change volume NAME while it is in use.
 
-    async def work(here: Here, peers: Peers) -> None:
-        await volume_ops.set_min_copies(here.store, name, min_copies)
+    With --copies new data has so many copies at once; what is there already follows as a storage job
+    (csvfs job list, watch, pause): copies are made before any is given up. Likewise with --fault-domain: copies
+    that then share one are moved apart.
+    """
+    if fault_domain is not None:
+        if copies is not None or min_copies is not None:
+            raise click.UsageError("give --fault-domain alone: it is another step than --copies and --min-copies")
+        _set_fault_domain(name, fault_domain, force, as_json)
+        return
+    if force:
+        raise click.UsageError("--force goes with --fault-domain only")
+    wanted = {"copies": copies, "min_copies": min_copies}
+    given = {what: number for what, number in wanted.items() if number is not None}
+    if not given:
+        raise click.UsageError("say what to change: --copies, --min-copies, --fault-domain; its size: csvfs volume resize")
+    answer = _set(name, **given)
+    if as_json:
+        print_json(answer)
+        return
+    parts = [f"{answer['copies']} copies, writes want {answer['min_copies']} in sync"]
+    for what, verb in (("to_copy", "to be copied"), ("to_drop", "to be given back")):
+        if answer[what]:
+            parts.append(f"{format_size(answer[what])} {verb}: csvfs job watch --volume {name}")
+    click.echo(f"volume {name}: {'; '.join(parts)}")
 
-    run_with_peers(work)
-    click.echo(f"volume {name}: writes want {min_copies} copies in sync")
+
+def _set_fault_domain(name: str, level: Level, force: bool, as_json: bool) -> None:
+    async def work(here: Here, peers: Peers) -> list[Effect]:
+        return await domain_ops.apply(here.store, peers, Change({}, {name: level}), force=force)
+
+    found = run_with_peers(work)
+    if as_json:
+        print_json({"volume": name, "fault_domain": level, "effects": found})
+        return
+    click.echo(f"volume {name}: no two copies in one {level}")
+    for effect in found:
+        click.echo(effect.text)
+
+
+def _set(name: str, **wanted: int) -> dict[str, Any]:
+    async def work(here: Here, peers: Peers) -> dict[str, Any]:
+        return await volume_ops.set_volume(here.store, peers, name, **wanted)
+
+    return run_with_peers(work)
 
 
 @volume_group.command("repair")
@@ -132,15 +205,27 @@ def set_command(name: str, min_copies: int) -> None:
 @yes_option
 @json_option
 def repair_command(name: str, accept_data_loss: bool, yes: bool, as_json: bool) -> None:
-    """Give up what is lost of volume NAME. Everything else is repaired by itself, without this command.
+    """Look for what there is to repair of volume NAME now, and say how far it is. Repairs begin by themselves, too.
 
-    For slabs of which no in-sync copy can be reached (csvfs volume status NAME --lost): the newest stale copy goes on,
-    or zeros where there is none. It is written down in the cluster store for ever. There is no way back: first try to
-    bring back a drive.
+    With --accept-data-loss, for slabs of which no in-sync copy can be reached (csvfs volume status NAME --lost): the
+    newest stale copy goes on, or zeros where there is none. It is written down in the cluster store for ever. There is
+    no way back: first try to bring back a drive.
     """
-    if not accept_data_loss:
-        raise click.UsageError("repairs go on by themselves; this is for --accept-data-loss only")
+    if accept_data_loss:
+        _accept_data_loss(name, yes, as_json)
+        return
+    answer = run_with_peers(lambda here, peers: volume_ops.repair_now(here.store, peers, name))
+    jobs = job_statuses(name, answer)
+    if as_json:
+        print_json({"health": answer.get("health"), "jobs": [job_map(job) for job in jobs]})
+        return
+    for job in jobs:
+        click.echo(job_line(job))
+    if not jobs:
+        click.echo(f"volume {name} is {answer.get('health')}: nothing is to be repaired")
 
+
+def _accept_data_loss(name: str, yes: bool, as_json: bool) -> None:
     async def look(here: Here, peers: Peers) -> LostReport:
         return await lost_report(here.store, peers, name)
 
@@ -217,11 +302,14 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
         "state": volume.state,
         "health": volume.health,
         "coordinator": volume.coordinator or "none at the moment",
-        "size": size_or_unknown(volume.size),
+        "size": size_text(volume),
         "free": size_or_unknown(volume.free),
+        "copies": copies_text(volume),
     }
     if volume.slabs:
         lines["slabs"] = ", ".join(f"{count} {state}" for state, count in volume.slabs.items())
+    used = ", ".join(f"{count} on {node}" for node, count in sorted(volume.open_files.items()) if count)
+    lines["open files"] = used or "none"
     if volume.scrub.get("finished"):
         lines["scrubbed"] = scrub_text(volume.scrub)
     if volume.note:
@@ -230,6 +318,23 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
         click.echo(f"{title + ':':13}{value}")
     for job in jobs:
         click.echo(f"{'repairing:':13}{job_line(job).partition(': ')[2]}")
+
+
+def size_text(volume: VolumeStatus) -> str:
+    """What files may have, and the bound that was set, where the pool cannot give all of it."""
+    text = size_or_unknown(volume.size)
+    if volume.size_limit and volume.size_limit != volume.size:
+        return f"{text} of {format_size(volume.size_limit)}"
+    return text if volume.size_limit else f"{text}, as large as the pool"
+
+
+def copies_text(volume: VolumeStatus) -> str:
+    """How many copies are wanted, and how many slabs have how many."""
+    text = f"{volume.copies} wanted"
+    if volume.min_copies > 1:
+        text += f", writes wait below {volume.min_copies}"
+    has = ", ".join(f"{slabs} slabs have {copies}" for copies, slabs in sorted(volume.slabs_by_copies.items()))
+    return f"{text}; in sync: {has}" if has else text
 
 
 def scrub_text(scrub: dict[str, Any]) -> str:
@@ -272,7 +377,8 @@ def scrub_command(name: str, as_json: bool) -> None:
 @volume_group.command("move")
 @click.argument("name")
 @click.argument("node")
-def move_command(name: str, node: str) -> None:
+@json_option
+def move_command(name: str, node: str, as_json: bool) -> None:
     """Let NODE coordinate volume NAME. Programs that use it notice a pause of a second at most."""
 
     async def work(here: Here, peers: Peers) -> None:
@@ -282,14 +388,19 @@ def move_command(name: str, node: str) -> None:
             await volume_ops.wait_owner(here.store, name, node, MOVE_TIMEOUT_S)
 
     run_with_peers(work)
-    click.echo(f"volume {name} is coordinated by {node}")
+    if as_json:
+        print_json({"name": name, "coordinator": node})
+    else:
+        click.echo(f"volume {name} is coordinated by {node}")
 
 
 @volume_group.command("delete")
 @click.argument("name")
 @yes_option
-def delete_command(name: str, yes: bool) -> None:
-    """Delete volume NAME. One that is not empty is refused without --yes."""
+@click.option("--force", is_flag=True, help="Also while programs have files of it open: they get errors.")
+@json_option
+def delete_command(name: str, yes: bool, force: bool, as_json: bool) -> None:
+    """Delete volume NAME on all nodes. One that is not empty is refused without --yes, one in use without --force."""
 
     async def work(here: Here, peers: Peers) -> None:
         view = await read_cluster_view(here.store)
@@ -297,9 +408,14 @@ def delete_command(name: str, yes: bool) -> None:
         being_deleted = volume.text("state") == volume_ops.VOLUME_DELETING
         if not yes and not being_deleted:
             await volume_ops.require_empty(view, peers, name)
+        if not force and not being_deleted:
+            await volume_ops.require_unused(view, peers, name)
         await volume_ops.mark_deleting(here.store, name, volume.id())
         with progress(f"deleting volume {name}"):
             await volume_ops.wait_volume_gone(here.store, name, DELETE_TIMEOUT_S)
 
     run_with_peers(work)
-    click.echo(f"volume {name} is deleted")
+    if as_json:
+        print_json({"name": name, "state": "deleted"})
+    else:
+        click.echo(f"volume {name} is deleted")

@@ -15,10 +15,10 @@ from typing import Any
 
 import trio
 
-from csvfs.admin.capacity import missing_slots
 from csvfs.admin.cluster_view import VOLUME_ONLINE, ClusterView, Record, read_cluster_view
 from csvfs.admin.drive_life import free_slots
 from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.block.capacity import missing_slots
 from csvfs.config import parse_place
 from csvfs.errors import BadRequest, Conflict, NotFound, ProtocolError
 from csvfs.fault_domains import LEVELS, Level, Place, counted, domain_at, verb

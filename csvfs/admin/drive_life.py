@@ -14,7 +14,6 @@ from typing import Any
 
 import trio
 
-from csvfs.admin.capacity import missing_slots
 from csvfs.admin.cluster_view import (
     DRIVES,
     USAGE_AUTO,
@@ -27,6 +26,7 @@ from csvfs.admin.cluster_view import (
 from csvfs.admin.drive_ops import DriveCandidate, label_of, put_drive, slab_size_of
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.admin.pool_ops import require_cluster, require_pool
+from csvfs.block.capacity import missing_slots
 from csvfs.block.formatting import reformat_drive
 from csvfs.errors import (
     BadRequest,

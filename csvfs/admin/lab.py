@@ -12,13 +12,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import trio
-
-from csvfs.admin.lab_files import LAB_DIR_DEFAULT, LabFiles, LabNode, LabPlan, lab_files, make_files
+from csvfs.admin.lab_files import (
+    LAB_DIR_DEFAULT,
+    STORE_EMBEDDED,
+    LabFiles,
+    LabNode,
+    LabPlan,
+    lab_files,
+    make_files,
+)
 from csvfs.admin.lab_network import link_is_up, make_network, netns_inode, remove_netns, require_lab, set_link
 from csvfs.admin.lab_processes import (
     ROLES,
@@ -28,11 +34,11 @@ from csvfs.admin.lab_processes import (
     run_in_node,
     start_node,
 )
+from csvfs.admin.lab_store import in_store, make_store_files
 from csvfs.admin.mount_points import mounted_paths, unmount_lazily
 from csvfs.cluster.membership import item_map
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, TimedOut, Unavailable
 from csvfs.store.interface import ClusterStore, Compare, Put
-from csvfs.store.opening import open_store
 from csvfs.units import GIB, format_size
 from csvfs.wire.control import pack_value
 
@@ -80,11 +86,15 @@ def lab_up(
                 f" `csvfs lab down --dir {files.directory}` first"
             )
     make_files(files, plan)
-    _in_store(files, _create_cluster)
+    make_store_files(files, plan)
     make_network(files, files.nodes())
     say(f"{nodes} nodes with {drives} drives of {format_size(drive_size)} in {files.directory}")
+    if plan.store == STORE_EMBEDDED:
+        in_store(files, _create_cluster)
     for node in files.nodes():
         _start(files, node)
+    if plan.store != STORE_EMBEDDED:  # now its members are being started
+        _wait_store(files, lambda: in_store(files, _create_cluster))
     for node in files.nodes():
         _wait_alive(files, node)
         say(f"{node.name} is alive at {node.address}")
@@ -151,26 +161,38 @@ def lab_heal(directory: Path) -> None:
 def lab_status(directory: Path) -> dict[str, Any]:
     """The lab as it is now: `directory`, `store`, and `nodes`, each a map of
 
-    name, address, state (`up`, `starting`, `partitioned`, `down`), processes (role -> pids).
+    name, address, state (`up`, `starting`, `partitioned`, `down`; `no store`: it runs, and the cluster store has
+    no majority), processes (role -> pids).
     """
     files = lab_files(directory)
     nodes = files.nodes()
     processes = lab_processes(files, nodes)
-    alive = _in_store(files, lambda store: store.list("alive/")) if files.store.exists() else []
-    alive_names = {item.key.removeprefix("alive/") for item in alive}
+    alive_names = _alive_names(files)
     rows = []
     for node in nodes:
         by_role: dict[str, list[int]] = {}
         for process in processes:
             if process.node == node.name:
                 by_role.setdefault(process.role or "other", []).append(process.pid)
-        state = "up" if node.name in alive_names else "starting"
+        state = "up" if node.name in (alive_names or ()) else "starting"
+        if alive_names is None:
+            state = "no store"
         if "node" not in by_role:
             state = "down"
         elif node.gate.exists() or not link_is_up(files, node):
             state = "partitioned"
         rows.append({"name": node.name, "address": node.address, "state": state, "processes": by_role})
     return {"directory": str(files.directory), "store": files.plan().store, "nodes": rows}
+
+
+def _alive_names(files: LabFiles) -> set[str] | None:
+    """None: nobody can say."""
+    if not files.store.parent.exists():
+        return set()
+    try:
+        return {item.key.removeprefix("alive/") for item in in_store(files, lambda store: store.list("alive/"))}
+    except Unavailable:
+        return None
 
 
 def lab_down(directory: Path = LAB_DIR_DEFAULT, *, say: Say = print) -> None:
@@ -212,11 +234,23 @@ def _start(files: LabFiles, node: LabNode) -> None:
         start_node(files, node, CLUSTER_ROOT)
 
 
+def _wait_store(files: LabFiles, work: Callable[[], T]) -> T:
+    """Do `work` as soon as the store has a majority."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return work()
+        except Unavailable as error:
+            if time.monotonic() > deadline:
+                logs = files.node(1).log.with_name("store.log")
+                raise TimedOut(f"no cluster store after {START_TIMEOUT_S:.0f} s: {error}; see {logs}") from None
+
+
 def _wait_alive(files: LabFiles, node: LabNode) -> None:
     """Wait until the node has a lease of its present `node run`."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        item = _in_store(files, lambda store: store.get(f"alive/{node.name}"))
+        item = _wait_store(files, lambda: in_store(files, lambda store: store.get(f"alive/{node.name}")))
         # A lease that a killed `node run` left behind does not count: its liveness page is gone.
         if (
             item is not None
@@ -249,10 +283,10 @@ def _make_pool(files: LabFiles, plan: LabPlan, say: Say) -> None:
     """Make the pool and give it each node's drives, as far as that has not been done."""
     nodes = files.nodes()
     _wait_servers(files, nodes)
-    if _in_store(files, lambda store: store.get("pool")) is None:
+    if in_store(files, lambda store: store.get("pool")) is None:
         _run_checked(files, nodes[0], ["csvfs", "pool", "create"])
         say("pool created")
-    rows = [item_map(item) for item in _in_store(files, lambda store: store.list("drives/"))]
+    rows = [item_map(item) for item in in_store(files, lambda store: store.list("drives/"))]
     known = {(row.get("node"), row.get("path")) for row in rows}
     for node in nodes:
         paths = [str(path) for path in node.drive_paths(plan.drives) if (node.name, str(path)) not in known]
@@ -268,7 +302,7 @@ def _wait_servers(files: LabFiles, nodes: list[LabNode]) -> None:
         if time.monotonic() > deadline:
             log = files.node_named(min(names)).log.with_name("drives.log")
             raise TimedOut(f"no drive server on {', '.join(sorted(names))}; see {log}")
-        items = _in_store(files, lambda store: store.list("servers/"))
+        items = in_store(files, lambda store: store.list("servers/"))
         names -= {item.key.removeprefix("servers/") for item in items}
         time.sleep(0.05 if names else 0)
 
@@ -278,18 +312,6 @@ def _run_checked(files: LabFiles, node: LabNode, argv: list[str]) -> None:
     if result.returncode != 0:
         reason = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
         raise CsvfsError(f"`{' '.join(argv)}` on {node.name} ended with {result.returncode}: {reason[-1]}")
-
-
-def _in_store(files: LabFiles, work: Callable[[ClusterStore], Awaitable[T]]) -> T:
-    async def main() -> T:
-        store = open_store(files.store_url)
-        try:
-            return await work(store)
-        finally:
-            with trio.CancelScope(shield=True):
-                await store.close()
-
-    return trio.run(main)
 
 
 async def _create_cluster(store: ClusterStore) -> None:

@@ -2,9 +2,10 @@
 
 Place      admin floor, below lab.py.
 Layout     DIR/lab.json                what it was made with; written first, removed last
-           DIR/store/store.db          the embedded cluster store
+           DIR/store/store.db          the embedded cluster store; of etcd: who its members are, its authority
            DIR/netns                   the lab's own network namespace, with the bridge in it
-           DIR/nodes/n1/node.toml, netns, gate, run/ (sockets, logs), root/ (its /clusterstorage), drives/
+           DIR/nodes/n1/node.toml, netns, gate, run/ (sockets, logs), root/ (its /clusterstorage), drives/,
+                        etcd/ (store/etcd_place.py)
 Names      A namespace is kept by a bind mount inside DIR, and all interfaces live in namespaces: nothing of a
            lab has a name outside DIR, so labs never collide.
 """
@@ -14,6 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from csvfs.admin.files import write_whole
 from csvfs.errors import BadRequest, Corrupt, NotFound
 
 LAB_DIR_DEFAULT = Path("/var/tmp/csvfs-lab")
@@ -22,6 +24,7 @@ DIRECTORY_LENGTH_MAX = 60
 NODES_MAX = 16
 DRIVES_MAX = 64
 PORT_BASE = 7000
+STORE_EMBEDDED, STORE_ETCD = STORES = ("embedded", "etcd")
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,8 +42,8 @@ class LabPlan:
                 raise BadRequest(f"a lab has 1 to {most} {name}, not {value}")
         if self.drive_size < 1:
             raise BadRequest(f"drives of {self.drive_size} bytes; say --drive-size 4G")
-        if self.store != "embedded":
-            raise BadRequest(f"the store kind {self.store!r} is not there yet; use --store embedded")
+        if self.store not in STORES:
+            raise BadRequest(f"the store kind {self.store!r} is none of {', '.join(STORES)}")
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,6 +73,10 @@ class LabNode:
     @property
     def run_dir(self) -> Path:
         return self.directory / "run"
+
+    @property
+    def etcd(self) -> Path:
+        return self.directory / "etcd"
 
     @property
     def root(self) -> Path:
@@ -103,7 +110,8 @@ class LabFiles:
 
     @property
     def store_url(self) -> str:
-        return f"embedded:{self.store}"
+        """The cluster store as seen from outside of all nodes; etcd's only within `netns`."""
+        return f"etcd:{self.store.parent}" if self.plan().store == STORE_ETCD else f"embedded:{self.store}"
 
     def node(self, index: int) -> LabNode:
         return LabNode(f"n{index}", index, self.directory / "nodes" / f"n{index}")
@@ -159,25 +167,19 @@ def make_files(files: LabFiles, plan: LabPlan) -> None:
         node = files.node(index)
         for directory in (node.log.parent, node.root, node.directory / "drives"):
             directory.mkdir(parents=True, exist_ok=True)
-        write_whole(node.config, _node_toml(files, node))
+        write_whole(node.config, _node_toml(plan, files, node))
         for path in node.drive_paths(plan.drives):
             if not path.exists():
                 with path.open("xb") as drive:
                     drive.truncate(plan.drive_size)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by rename, so that a reader never sees half of it."""
-    staged = path.with_name(path.name + ".new")
-    staged.write_text(text)
-    os.replace(staged, path)
-
-
-def _node_toml(files: LabFiles, node: LabNode) -> str:
+def _node_toml(plan: LabPlan, files: LabFiles, node: LabNode) -> str:
+    store = f"etcd:{node.etcd}" if plan.store == STORE_ETCD else f"{files.store_url}?gate={node.gate}"
     return (
         f'node = "{node.name}"\n'
         f'address = "{node.address}"\n'
         f"port_base = {PORT_BASE}\n"
-        f'store = "{files.store_url}?gate={node.gate}"\n'
+        f'store = "{store}"\n'
         f'run_dir = "{node.run_dir}"\n'
     )

@@ -4,10 +4,14 @@ Place      admin floor, below lab.py. Uses `ip` (iproute2), `nsenter`, `unshare`
 Rule       every function may be run again after it, or anything else, was killed half-way.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from csvfs.admin.lab_files import LabFiles, LabNode
 from csvfs.admin.mount_points import mounted_paths, unmount_lazily
@@ -16,7 +20,11 @@ from csvfs.errors import CsvfsError, NotPermitted, NotSupported
 BRIDGE = "br0"
 NODE_INTERFACE = "eth0"  # the node's end; the bridge's end bears the node's name
 PREFIX_LENGTH = 24
+LAB_ADDRESS = "10.77.0.254"  # of the bridge: where the lab itself asks its nodes from
 TOOLS = {"ip": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "mount": "mount"}
+_CLONE_NEWNET = 0x40000000
+
+T = TypeVar("T")
 
 
 def require_lab() -> None:
@@ -52,6 +60,7 @@ def make_network(files: LabFiles, nodes: list[LabNode]) -> None:
         # Without multicast snooping the first seconds of a bridge are as good as the later ones.
         _ip(files.netns, "link", "add", BRIDGE, "type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
     _ip(files.netns, "link", "set", BRIDGE, "up")
+    _ip(files.netns, "address", "replace", f"{LAB_ADDRESS}/{PREFIX_LENGTH}", "dev", BRIDGE)
     for node in nodes:
         _make_netns(node.netns)
         if not _has_interface(node.netns, NODE_INTERFACE):
@@ -81,6 +90,26 @@ def link_is_up(files: LabFiles, node: LabNode) -> bool:
         return False
     result = _run_in(files.netns, "ip", "link", "show", "dev", node.name)
     return result.returncode == 0 and f" master {BRIDGE} " in result.stdout
+
+
+def run_in_netns(path: Path, work: Callable[[], T]) -> T:
+    """Run `work` in a thread that is in the network namespace kept at `path`: its sockets are made there.
+
+    Raises   CsvfsError: there is no such namespace. What `work` raises.
+    """
+
+    def enter_and_work() -> T:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(descriptor, _CLONE_NEWNET) != 0:  # of this thread alone
+                raise CsvfsError(f"cannot enter {path}: {os.strerror(ctypes.get_errno())}; see `csvfs lab up`")
+        finally:
+            os.close(descriptor)
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(enter_and_work).result()
 
 
 def remove_netns(path: Path) -> None:

@@ -26,7 +26,7 @@ LAB_ENVIRONMENT = "CSVFS_LAB"
 NODE_ENVIRONMENT = "CSVFS_NODE"
 ROLE_NODE = "node"  # `node run` itself
 ROLE_EXEC = "exec"  # started by `lab exec`
-ROLES = ("drives", "coordinator", "mount")
+ROLES = ("drives", "coordinator", "mount", "store")
 KILL_WAIT_S = 10.0
 
 

@@ -30,8 +30,9 @@ import trio
 from csvfs.admin.child import Child, ChildPlan, bound_log
 from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.mount_points import unmount_lazily
+from csvfs.admin.store_member import store_member
 from csvfs.clock import monotonic_ns
-from csvfs.cluster.election import release_host
+from csvfs.cluster.election import release_earlier_hosts, release_host
 from csvfs.cluster.liveness import LivenessWriter, serve_until_ns
 from csvfs.cluster.membership import View, item_map, keep_view_forever
 from csvfs.cluster.node_process import (
@@ -76,7 +77,7 @@ async def run_node(config: NodeConfig, commands: Commands | None = None) -> None
         _run_dir_lock(config.run_dir),
         trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
     ):
-        async with _opened_store(config.store, signals) as store:
+        async with store_member(config, ROLE_ENVIRONMENT), _opened_store(config.store, signals) as store:
             if store is None:
                 return
             async with trio.open_nursery() as nursery:
@@ -123,6 +124,7 @@ class _NodeLease:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._heartbeat_forever, page, nursery.cancel_scope)
+                nursery.start_soon(self._expire_when_gone, page)
                 nursery.start_soon(self._run_child, ROLE_DRIVES, self._commands.drives, self._drives_died)
                 nursery.start_soon(
                     self._run_child, ROLE_COORDINATOR, self._commands.coordinator, self._host_died
@@ -186,6 +188,8 @@ class _NodeLease:
                 with trio.fail_after(self._config.options.node_lease_ms / 1000):
                     await self._store.keep_alive(self._lease)
                 page.serve_until(self._serve_until_ns(sent_ns))
+                if not reachable:
+                    logger.info("the cluster store answers again: node %s serves", self._config.node)
                 reachable = True
             except NotFound:
                 page.expire()
@@ -194,11 +198,24 @@ class _NodeLease:
                 return
             except (Unavailable, trio.TooSlowError) as error:
                 if reachable:
+                    reason = str(error) or "the cluster store does not answer"
                     logger.error(
-                        "no heartbeat: %s; serving ends in %.0f ms", error, self._remaining_ms(sent_ns)
+                        "no heartbeat: %s; serving ends in %.0f ms", reason, max(0, self._remaining_ms(sent_ns))
                     )
                 reachable = False
             await trio.sleep_until(began + interval_s)
+
+    async def _expire_when_gone(self, page: LivenessWriter) -> None:
+        """A lease should not end before its time; where it does (etcd issue 15247: a leader whose disk hung
+        revokes what was renewed elsewhere) the others count this node as gone from then on, so it stops then."""
+
+        def is_there() -> bool:
+            alive = self._view.alive.get(self._config.node)
+            return alive is not None and alive.get("incarnation") == self._incarnation
+
+        await self._view.wait_until(is_there)
+        await self._view.wait_until(lambda: not is_there())
+        page.expire()
 
     def _serve_until_ns(self, sent_ns: int) -> int:
         options = self._config.options
@@ -233,6 +250,8 @@ class _NodeLease:
     async def _run_child(self, role: str, argv: tuple[str, ...], after: Callable) -> None:
         plan = self._plan(role, argv)
         plan.after = after
+        if role == ROLE_COORDINATOR:
+            plan.before = self._bury_hosts
         child = self._children[role] = Child(plan)
         await child.keep_running()
 
@@ -246,8 +265,12 @@ class _NodeLease:
 
         await self._until_done(bury)
 
+    async def _bury_hosts(self, incarnation: Incarnation) -> None:
+        """What `_host_died` had no time for, because the store could not be reached."""
+        await self._until_done(lambda: release_earlier_hosts(self._store, self._config.node, incarnation))
+
     async def _until_done(self, action: Callable) -> None:
-        """Child bounds it by a deadline; what is not deleted then goes with the node's lease."""
+        """After a death Child bounds it by a deadline; what is not deleted then goes with the node's lease."""
         while True:
             with _unavailable_logged():
                 await action()

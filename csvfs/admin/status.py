@@ -116,6 +116,10 @@ class VolumeStatus:
     slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
     fault_domain: str = LEVEL_DEFAULT  # no two copies in one
     misplaced: int = 0  # slabs that have two copies in one all the same
+    slabs_by_copies: dict[str, Any] = field(default_factory=dict)  # of data, by how many copies are in sync
+    open_files: dict[str, int] = field(default_factory=dict)  # by node, as its mount said within the last second
+    min_copies: int = 1
+    size_limit: int = 0  # bytes that files may have; 0: as many as the pool gives
     scrub: dict[str, Any] = field(
         default_factory=dict
     )  # the last round; coordinator/scrub.py says what it has
@@ -290,7 +294,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         note = ""  # being created or deleted: it need not have a coordinator
     if record.text("state") == VOLUME_ONLINE:
         note = "; ".join(filter(None, (note, domains_note(view, record, reply))))
-    slabs, scrub = reply.get("slabs"), reply.get("scrub")
+    slabs, by_copies, scrub = reply.get("slabs"), reply.get("slabs_by_copies"), reply.get("scrub")
     return VolumeStatus(
         name=record.name,
         resiliency=record.text("resiliency"),
@@ -304,6 +308,14 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         slabs=slabs if isinstance(slabs, dict) else {},
         fault_domain=view.level_of(record.name),
         misplaced=_number(reply, "misplaced") or 0,
+        open_files={
+            str(row["node"]): row["open_files"]
+            for row in _maps(reply, "sessions")
+            if "node" in row and _number(row, "open_files") is not None
+        },
+        slabs_by_copies=by_copies if isinstance(by_copies, dict) else {},
+        min_copies=record.number("min_copies", 1),
+        size_limit=record.number("size"),
         scrub=scrub if isinstance(scrub, dict) else {},
     )
 

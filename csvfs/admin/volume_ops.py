@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -47,6 +48,7 @@ from csvfs.wire.control import pack_value
 VOLUME_SIZE_MIN = 64 * MIB
 COPIES_MAX = 3
 CHANGE_ATTEMPTS = 10
+SET_TIMEOUT_S = 30.0  # it looks at all slabs
 MOUNT_POLL_S = 0.05  # the kernel does not tell about mounts of another process in any simpler way
 
 
@@ -88,14 +90,22 @@ def check_min_copies(min_copies: int, copies: int) -> None:
         raise BadRequest(f"--min-copies {min_copies} of a volume with {copies}: from 1 to {copies}")
 
 
-async def set_min_copies(store: ClusterStore, name: str, min_copies: int) -> Record:
-    """Mounts follow within a moment. Raises NotFound, BadRequest, Conflict, Unavailable."""
+async def set_volume(store: ClusterStore, peers: Peers, name: str, **wanted: int) -> dict[str, Any]:
+    """Have the coordinator change `size` (bytes, 0: as large as the pool), `copies`, `min_copies` of a volume in use.
 
-    def change(volume: Record) -> bytes:
-        check_min_copies(min_copies, volume.number("copies", 1))
-        return volume.packed_with(min_copies=min_copies)
-
-    return await change_volume(store, name, change)
+    It decides, for it alone knows what is in use at that moment; mounts follow within a moment.
+    Returns  what it answers (PROTOCOL.md, `volume_set`).
+    Raises   NotFound. BadRequest, NoSpace, Conflict: refused, with the numbers. Unavailable: nobody coordinates it now.
+             TimedOut: it may have been done.
+    """
+    view = await read_cluster_view(store)
+    state = view.volume(name).text("state")
+    if state != VOLUME_ONLINE:
+        raise Conflict(f"volume {name} is {state}: only one that is online can be changed")
+    answer = await peers.coordinator_slowly(view, name, "volume_set", SET_TIMEOUT_S, **wanted)
+    if not isinstance(answer, dict) or not all(isinstance(value, int) for value in answer.values()):
+        raise ProtocolError(f"the coordinator of {name} answers volume_set with {answer!r}")
+    return answer
 
 
 def check_domains(view: ClusterView, copies: int, level: Level = LEVEL_DEFAULT) -> None:
@@ -210,6 +220,43 @@ async def require_empty(view: ClusterView, peers: Peers, name: str) -> None:
     if held > 0:
         what = "1 file or directory" if held == 1 else f"{held} files and directories"
         raise NotEmpty(f"volume {name} holds {what}: use --yes to delete it with all it holds")
+
+
+async def require_unused(view: ClusterView, peers: Peers, name: str) -> None:
+    """Raises Conflict when programs have files of the volume open, as its mounts said within the last second;
+    Unavailable: a mount has just connected and not said yet.
+
+    Where nobody coordinates the volume nobody can tell, and nobody uses it for long: then nothing is raised.
+    """
+    try:
+        answer = await peers.coordinator(view, name, "volume_status")
+    except Unavailable:
+        return
+    sessions = answer.get("sessions") if isinstance(answer, dict) else None
+    rows = [row for row in sessions if isinstance(row, dict)] if isinstance(sessions, list) else []
+    used = {str(row.get("node")): row.get("open_files") for row in rows}
+    silent = [str(row.get("node")) for row in rows if row.get("connected") and row.get("open_files") is None]
+    counts = {node: count for node, count in sorted(used.items()) if isinstance(count, int) and count > 0}
+    if counts:
+        where = ", ".join(f"{count} on {node}" for node, count in counts.items())
+        raise Conflict(
+            f"volume {name} is in use, files are open: {where}; stop the programs, or let them fail with --force"
+        )
+    if silent:
+        raise Unavailable(f"it is not known yet whether files of volume {name} are open on {', '.join(silent)}: try again")
+
+
+async def repair_now(store: ClusterStore, peers: Peers, name: str) -> dict[str, Any]:
+    """Have the coordinator look for what there is to repair; its answer is that of `volume_status`.
+
+    Raises  NotFound, Unavailable, what it answers.
+    """
+    view = await read_cluster_view(store)
+    view.volume(name)
+    answer = await peers.coordinator_slowly(view, name, "repair", SET_TIMEOUT_S)
+    if not isinstance(answer, dict):
+        raise ProtocolError(f"the coordinator of {name} answers repair with {type(answer).__name__}")
+    return answer
 
 
 async def mark_deleting(store: ClusterStore, name: str, volume_id: bytes) -> Record:

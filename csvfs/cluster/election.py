@@ -11,7 +11,7 @@ Invariants
       `term/<name>` is raised. So no term is ever held by two hosts, and terms only grow (I1).
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from csvfs.cluster.membership import item_map
@@ -122,11 +122,27 @@ async def release_ownership(
 async def release_host(store: ClusterStore, node: NodeName, host_incarnation: Incarnation) -> list[str]:
     """Give up all that a coordinator host owned, after it died; returns the volumes' names. Raises
     Unavailable."""
+    return await _release(store, node, lambda incarnation: incarnation == host_incarnation)
+
+
+async def release_earlier_hosts(store: ClusterStore, node: NodeName, host_incarnation: Incarnation) -> list[str]:
+    """Give up what hosts of `node` before `host_incarnation` owned: they are dead. As release_host.
+
+    Where the store could not be reached when one died, and the node's lease outlived that (a leader of etcd
+    counts leases anew when it is elected), nobody else would.
+    """
+    return await _release(store, node, lambda incarnation: incarnation < host_incarnation)
+
+
+async def _release(store: ClusterStore, node: NodeName, is_dead: Callable[[int], bool]) -> list[str]:
     released = []
     for item in await store.list("owner/"):
-        volume_name = item.key.removeprefix("owner/")
-        if await release_ownership(store, volume_name, node, host_incarnation):
-            released.append(volume_name)
+        value = item_map(item)
+        incarnation = value.get("incarnation")
+        if value.get("node") == node and isinstance(incarnation, int) and is_dead(incarnation):
+            volume_name = item.key.removeprefix("owner/")
+            if await release_ownership(store, volume_name, node, Incarnation(incarnation)):
+                released.append(volume_name)
     return released
 
 

@@ -124,6 +124,7 @@ class FileState:
         "ino",
         "learned_at",
         "lease",
+        "losses",
         "lost",
         "metadata_dirty",
         "mtime_ns",
@@ -161,6 +162,7 @@ class FileState:
         self.attr: list | None = None  # as the coordinator said last; see `attributes`
         self.changed_at = 0  # stamp of our last own change of attributes; see Leases.changed
         self.learned_at = 0  # stamp of the last reply that told them
+        self.losses = 0  # how often its lease was lost
         self.lost = 0  # passes over pages whose lease was lost: what of them is dirty may be older than others' writes
         self.stale = False  # `attr` does not show an own change
         self.size = 0

@@ -71,6 +71,7 @@ class FileTable:
         self._timed: dict[FileState, None] = {}
         self._forgotten: dict[int, None] = {}
         self._io_timeout_s = io_timeout_s
+        self.open_files = 0  # by programs here, each as often as it is open
         self.leases = Leases(coordinator, bus)
         self._recaller = Recaller(self.leases, notifier, nursery, self._lowered)
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
@@ -195,6 +196,7 @@ class FileTable:
         """
         state = self.leases.state(ino)
         state.open_count += 1
+        self.open_files += 1
         state.write_opens += writing
         state.regate()
         self._forgotten.pop(ino, None)
@@ -215,6 +217,7 @@ class FileTable:
         if state is None or not state.open_count:
             return
         state.open_count -= 1
+        self.open_files -= 1
         state.write_opens -= writing
         state.regate()
         if not state.open_count:

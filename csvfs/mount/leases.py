@@ -295,6 +295,7 @@ class Leases:
     def lose(self, state: FileState) -> None:
         """From now on nothing is held: not by a recall, but because it may be somebody else's already."""
         state.lease = LEASE_NONE
+        state.losses += 1
         state.attr = None
         state.metadata_dirty = True
         state.times_dirty = False

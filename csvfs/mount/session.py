@@ -56,6 +56,8 @@ class OwnerView(Protocol):
 class LeaseHolder(Protocol):
     """What the session asks of the file table."""
 
+    open_files: int
+
     def claims(self) -> list[list[int]]: ...
     def refused(self, inos: list[int]) -> None: ...
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]: ...
@@ -257,7 +259,8 @@ class Session:
                 continue
             sent_ns = self._clock()
             try:
-                await link.call("slabs", {"ids": []}, timeout_s=PING_TIMEOUT_S)
+                open_files = 0 if self.holder is None else self.holder.open_files
+                await link.call("slabs", {"ids": [], "open": open_files}, timeout_s=PING_TIMEOUT_S)
             except Fenced as fenced:
                 self._fence(fenced)
                 self._drop(link, fenced)

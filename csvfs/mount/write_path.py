@@ -24,7 +24,7 @@ from typing import Any
 
 import trio
 
-from csvfs.errors import CsvfsError, LeaseLost, NoSpace, TimedOut
+from csvfs.errors import Conflict, CsvfsError, LeaseLost, NoSpace, TimedOut
 from csvfs.mount import fuse_abi
 from csvfs.mount.file_state import BLOCKS, LEASE_WRITE, MTIME, WHOLE_FILE, FileState, InFlight
 from csvfs.mount.guard import Guard
@@ -406,7 +406,7 @@ class WritePath:
         while hole is not None:
             mtime_ns = state.mtime_ns
             args = {"ino": state.ino, "block": hole, "count": last - hole, "size": size, "mtime_ns": mtime_ns}
-            reply = await self._coordinator.call("allocate", args)
+            reply = await self._ask_under_lease(state, "allocate", args)
             if state.lease < LEASE_WRITE:
                 raise LeaseLost(f"the write lease of inode {state.ino} was lost while space was asked for")
             self._leases.take_layout(state, hole, last - hole, reply)
@@ -423,10 +423,20 @@ class WritePath:
     async def _commit(self, state: FileState, size: int) -> None:
         mtime_ns = state.mtime_ns
         args = {"ino": state.ino, "size": size, "mtime_ns": mtime_ns, "atime_ns": None}
-        await self._coordinator.call("commit", args)
+        await self._ask_under_lease(state, "commit", args)
         state.metadata_dirty = True
         state.committed = max(state.committed, size)
         self._reported(state, mtime_ns)
+
+    async def _ask_under_lease(self, state: FileState, name: str, args: dict[str, Any]) -> Any:
+        """Raises LeaseLost where the answer may be no only because the lease was lost on the way."""
+        losses = state.losses
+        try:
+            return await self._coordinator.call(name, args)
+        except Conflict:
+            if state.losses == losses:
+                raise
+            raise LeaseLost(f"the write lease of inode {state.ino} was lost before {name!r} was answered") from None
 
     async def commit_times(self, state: FileState) -> None:
         """Tell the coordinator when the file was written last, if it does not know."""

@@ -29,13 +29,12 @@ from typing import TypeVar
 import trio
 
 from csvfs.clock import MonotonicNs, monotonic_ns
-from csvfs.errors import BadRequest, Corrupt, NotFound, Unavailable
+from csvfs.errors import Corrupt, NotFound, Unavailable
 from csvfs.store.embedded_bell import Bell, BellListener
 from csvfs.store.embedded_leases import LeaseTable
 from csvfs.store.interface import Change, Compare, Delete, Item, Put, TransactionResult
+from csvfs.store.limits import check_changes, check_key, check_ttl
 
-KEY_SIZE_MAX = 512  # characters
-VALUE_SIZE_MAX = 1 << 20  # bytes; etcd takes 1.5 MiB per request
 TOMBSTONES_KEPT = 1000  # deleted keys remembered for watches; a watch behind them lists anew
 LEASE_CHECK_INTERVAL_NS = 100_000_000  # how late a watch sees at most that a lease ran out
 BUSY_SLEEP_S = 0.002
@@ -117,7 +116,7 @@ class EmbeddedStore:
     # Reads
 
     async def get(self, key: str) -> Item | None:
-        _check_key(key)
+        check_key(key)
         await self._sweep_if_due(0)
         query = "SELECT key, value, revision, lease FROM items WHERE key = ? AND value IS NOT NULL"
         row = await self._inline(lambda: self._reader.execute(query, (key,)).fetchone())
@@ -135,7 +134,7 @@ class EmbeddedStore:
 
         Cancel   safe; a transaction that has begun is finished before Cancelled is raised.
         """
-        _check_changes(changes)
+        check_changes(changes)
         return await self._in_thread(lambda: self._transact(compares, changes))
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
@@ -201,8 +200,7 @@ class EmbeddedStore:
     # Leases
 
     async def grant_lease(self, ttl_ms: int) -> int:
-        if not 0 < ttl_ms <= 86_400_000:
-            raise BadRequest(f"a lease of {ttl_ms} ms; it must last between 1 ms and a day")
+        check_ttl(ttl_ms)
         return await self._inline(lambda: self._leases.grant(ttl_ms))
 
     async def keep_alive(self, lease: int) -> None:
@@ -438,17 +436,3 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         raise Unavailable(f"the store {path} does not work: {error}") from None
     except sqlite3.DatabaseError as error:
         raise Corrupt(f"the store {path} is damaged: {error}; restore it from a backup") from None
-
-
-def _check_key(key: str) -> None:
-    if not 0 < len(key) <= KEY_SIZE_MAX or not key.isprintable():
-        raise BadRequest(f"store key {key[:64]!r}: 1 to {KEY_SIZE_MAX} printable characters")
-
-
-def _check_changes(changes: list[Put | Delete]) -> None:
-    for change in changes:
-        _check_key(change.key)
-        if isinstance(change, Put) and len(change.value) > VALUE_SIZE_MAX:
-            raise BadRequest(f"{change.key}: {len(change.value)} bytes; a value has at most {VALUE_SIZE_MAX}")
-    if len({change.key for change in changes}) != len(changes):
-        raise BadRequest("a transaction changes a key twice")

@@ -1,7 +1,7 @@
 """The cluster store: the small consistent map of who is in the cluster and who owns what.
 
-Place      store floor. One interface, back ends behind it (embedded.py; etcd fits the same shape), one
-           conformance suite (tests/test_store_conformance.py) for all.
+Place      store floor. One interface, back ends behind it (embedded.py, etcd.py), one conformance suite
+           (tests/test_store_conformance.py) for all.
 Model      etcd's: keys are text, values bytes; every committed transaction raises `revision` by one; a key has
            the revision of its last change (0: the key does not exist); leases delete their keys when they end.
 """
@@ -58,6 +58,10 @@ class Change:
 class ClusterStore(Protocol):
     """All methods raise Unavailable when the store cannot be reached or has no majority.
 
+    A transaction that was answered happened once or not at all, as its answer says, whatever got lost on the way.
+    One that raised Unavailable may have been committed, or may still be within seconds: who goes on from it reads
+    first, and recognises what it has written.
+
     Cancel  safe at any await; a cancelled transaction may or may not have been committed.
     """
 
@@ -74,7 +78,7 @@ class ClusterStore(Protocol):
     async def delete(self, key: str) -> None: ...
 
     async def grant_lease(self, ttl_ms: int) -> int:
-        """A new lease; ends `ttl_ms` after its grant or last keep_alive."""
+        """A new lease; ends `ttl_ms` after its grant or last keep_alive, or later: etcd counts whole seconds."""
         ...
 
     async def keep_alive(self, lease: int) -> None:

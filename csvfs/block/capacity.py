@@ -1,6 +1,6 @@
-"""Whether the rest of the pool can hold the copies of one drive.
+"""Whether the pool can hold copies that are to be made, each in another fault domain than its slab's others.
 
-Place      admin floor. Pure.
+Place      block floor. Pure.
 """
 
 from collections.abc import Mapping, Sequence
