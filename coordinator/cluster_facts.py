@@ -92,6 +92,11 @@ class ClusterFacts:
             return None
         return RETIRED if usage != REMOVING else REMOVING
 
+    def serves(self, drive: DriveId) -> bool:
+        """Whether its server runs, and says of no fault of the drive."""
+        node = self.node_of(drive)
+        return node is not None and self.server(node) is not None and not self.drive_report(drive).get("fault")
+
     def is_slow(self, drive: DriveId) -> bool:
         return bool(self.drive_report(drive).get("slow"))
 

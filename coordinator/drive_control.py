@@ -165,7 +165,27 @@ class DriveControl:
     async def pull(
         self, target: Member, source: Member, descriptor: SlabDescriptor, chunks: list[int] | None
     ) -> int:
-        """Have `target` copy from `source` what it misses, or just `chunks`; returns the bytes copied."""
+        """Have `target` copy from `source` what it misses, or just `chunks`; returns the bytes copied.
+
+        Raises  Corrupt: a block has rotted on the source, and the target does not have it either.
+        """
+        return (await self._pull(target, source, descriptor, chunks, even_if_lost=False))[0]
+
+    async def pull_what_is_left(
+        self, target: Member, source: Member, descriptor: SlabDescriptor
+    ) -> tuple[int, list[int]]:
+        """As `pull`, over blocks that neither of them has: these are bad on the target as well, and returned."""
+        return await self._pull(target, source, descriptor, None, even_if_lost=True)
+
+    async def _pull(
+        self,
+        target: Member,
+        source: Member,
+        descriptor: SlabDescriptor,
+        chunks: list[int] | None,
+        *,
+        even_if_lost: bool,
+    ) -> tuple[int, list[int]]:
         where = self._source_of(source.node)
         if where is None:
             raise Unavailable(
@@ -180,9 +200,13 @@ class DriveControl:
             "chunks": chunks,
             "term": self.term,
             "speed": self.speed(),
+            "even_if_lost": even_if_lost,
         }
         answer = await self._pull_links.call(target.node, "pull", args, timeout_s=PULL_TIMEOUT_S)
-        return int(answer["bytes"]) if isinstance(answer, dict) and "bytes" in answer else 0
+        try:
+            return int(answer["bytes"]), [int(block) for block in answer["lost"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"node {target.node} answered pull with nonsense: {error!r}") from None
 
     async def trim(
         self, member: Member, descriptor: SlabDescriptor, ranges: Iterable[tuple[int, int]]

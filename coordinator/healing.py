@@ -53,7 +53,7 @@ class Healing:
         self._slabs = slabs
         self.copies = copies
         self.record = record
-        self.resync = Resync(volume_name, slab_size, lambda: record.is_paused("repair"))
+        self.resync = Resync(volume_name, slab_size, lambda: record.is_paused("repair"), facts.serves)
         self._watch = DriveWatch(facts, lambda: slabs.served_spaces, drive_retire_s)
         self.jobs = StorageJobs(volume_name, slab_size, record)
         self._repair = Repair(

@@ -121,7 +121,7 @@ class MembershipReactions:
             gone, self._gone = self._gone, set()
             failed, self._failed = self._failed, set()
             suspects, self._suspects = self._suspects, set()
-            for node in suspects - gone:
+            for node in sorted(suspects - gone):
                 try:
                     await self._control.register_term(node)
                 except Fenced:

@@ -71,10 +71,8 @@ def _next_move(
         for target in by_fullness:
             if fullness(source) - fullness(target) <= TOLERANCE:
                 break  # and all that follow are fuller
-            if fullness(target, +1) > min(1.0, fullness(source, 0)) or fullness(source, -1) < fullness(
-                target
-            ):
-                continue  # it would only change which of the two is the fuller one
+            if fullness(target, +1) >= fullness(source) or fullness(source, -1) < fullness(target):
+                continue  # it would only change which of the two is the fuller one: and then back, without an end
             domain = domain_of(known[target].node)
             for descriptor in slabs[source]:
                 if descriptor.slab not in moved and _may_move(descriptor, source, target, domain, domain_of):

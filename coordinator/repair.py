@@ -306,7 +306,7 @@ class Repair:
             reason = f"a drive with room in another fault domain than {domains}; see csvfs drive add, domain list"
             self._jobs.waits(task.key, reason)
             return False
-        await self._make_copy(task.changes, descriptor, place.drive, place.node)
+        await self._make_copy(task, descriptor, place.drive, place.node)
         return True
 
     def _choose(self, step: Add) -> DriveSpace | None:
@@ -324,16 +324,14 @@ class Repair:
                 continue
         return None
 
-    async def _make_copy(
-        self, changes: SlabChanges, descriptor: SlabDescriptor, drive: DriveId, node: NodeName
-    ) -> None:
-        slab = descriptor.slab
+    async def _make_copy(self, task: Task, descriptor: SlabDescriptor, drive: DriveId, node: NodeName) -> None:
+        slab = task.slab
         self._onto[drive] += 1
         self._resync.claimed.add((slab, drive))
         try:
-            await self._add_member(changes, descriptor, drive, node)
+            await self._add_member(task.changes, descriptor, drive, node)
             self._note_copy(drive, 1)
-            await bring_in_sync(changes, slab, drive)
+            self._jobs.copied(task.key, await bring_in_sync(task.changes, slab, drive))
         finally:
             self._resync.claimed.discard((slab, drive))
             self._onto[drive] -= 1
@@ -365,7 +363,7 @@ class Repair:
         domain = self._facts.domain_of(move.target_node)
         if any(m.drive == move.target or self._facts.domain_of(m.node) == domain for m in others):
             return True
-        await self._make_copy(changes, descriptor, move.target, move.target_node)
+        await self._make_copy(task, descriptor, move.target, move.target_node)
         descriptor = changes.book.current(slab)
         source = _member_on(descriptor, move.source)
         needs = tuple(m.drive for m in descriptor.in_sync if m.drive != move.source)

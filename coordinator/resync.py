@@ -17,7 +17,7 @@ import trio
 
 from coordinator.slab_changes import SlabChanges
 from csvfs.block import slab_state
-from csvfs.errors import Conflict, CsvfsError, Fenced, NotFound, StaleEpoch, Unavailable
+from csvfs.errors import Conflict, Corrupt, CsvfsError, Fenced, NotFound, StaleEpoch, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_JOINING, Member, SlabDescriptor
 
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 WORKERS = 4
 RETRY_S = 1.0
 RETRY_S_MAX = 30.0
-PAUSE_LOOK_S = 1.0  # whether a pause is over
+LOOK_S = 0.5  # whether a pause is over, a drive serves again, or its delay is over
 PULL_TRIES = 8  # with the slab's epoch moving on in between
 
 
 @dataclass(slots=True)
 class DriveProgress:
-    """Slabs of one target drive. Bytes count a whole slab when it is in sync."""
+    """Slabs of one target drive; `bytes_copied` for them."""
 
     node: NodeName
     slabs_total: int = 0
@@ -43,18 +43,30 @@ class DriveProgress:
 
 
 class Resync:
-    """Jobs (slab, drive) for data slabs and metadata slabs alike."""
+    """Jobs (slab, drive) for data slabs and metadata slabs alike.
 
-    def __init__(self, volume_name: str, slab_size: int, is_paused: Callable[[], bool]) -> None:
+    serves   whether a drive can be worked on at all. Jobs of one that cannot are neither tried nor shown: a try
+             would only begin another epoch of the slab, and `repair` says what is waited for.
+    """
+
+    def __init__(
+        self,
+        volume_name: str,
+        slab_size: int,
+        is_paused: Callable[[], bool],
+        serves: Callable[[DriveId], bool] = lambda drive: True,
+    ) -> None:
         self._volume = volume_name
         self._slab_size = slab_size
         self._is_paused = is_paused
+        self._serves = serves
         self.claimed: set[tuple[SlabId, DriveId]] = set()  # somebody else brings these in sync
         self._jobs: dict[DriveId, dict[SlabId, SlabChanges]] = {}  # waiting, per target drive
         self._busy: set[DriveId] = set()
         self._changed = trio.Event()
         self._progress: dict[DriveId, DriveProgress] = {}
-        self._delays: dict[DriveId, float] = {}
+        self._delays: dict[DriveId, float] = {}  # seconds, of drives whose last try failed
+        self._not_before: dict[DriveId, float] = {}  # on trio's clock, likewise
 
     def add(self, changes: SlabChanges, drives: Iterable[DriveId]) -> None:
         """Bring every member on `drives` that is absent or joining back in sync. Twice does no harm."""
@@ -89,7 +101,7 @@ class Resync:
             self._jobs.pop(drive, None)
             if drive not in self._busy:
                 self._progress.pop(drive, None)
-            self._delays.pop(drive, None)
+            self._forget_delay(drive)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, trio.Event()
@@ -104,9 +116,9 @@ class Resync:
     async def _work_forever(self) -> None:
         while True:
             changed = self._changed
-            drive = next((drive for drive in self._jobs if drive not in self._busy), None)
-            if drive is None or self._is_paused():
-                with trio.move_on_after(PAUSE_LOOK_S if self._jobs else math.inf):
+            drive = self._next_drive()
+            if drive is None:
+                with trio.move_on_after(LOOK_S if self._jobs else math.inf):
                     await changed.wait()
                 continue
             self._busy.add(drive)
@@ -117,6 +129,19 @@ class Resync:
                 if drive not in self._jobs:
                     self._progress.pop(drive, None)
                 self._wake()
+
+    def _next_drive(self) -> DriveId | None:
+        if self._is_paused():
+            return None
+        now_s = trio.current_time()
+        for drive in self._jobs:
+            if drive not in self._busy and now_s >= self._not_before.get(drive, 0) and self._serves(drive):
+                return drive
+        return None
+
+    def _forget_delay(self, drive: DriveId) -> None:
+        self._delays.pop(drive, None)
+        self._not_before.pop(drive, None)
 
     async def _work_on(self, drive: DriveId) -> None:
         """One job of a drive."""
@@ -130,16 +155,15 @@ class Resync:
         except (NotFound, Conflict) as error:
             log.info("resync of slab %d on drive %s is over: %s", slab, drive.hex()[:8], error)
         except CsvfsError as error:
-            progress.waiting_for = str(error)
-            delay_s = self._delays.get(drive, RETRY_S)
-            self._delays[drive] = min(2 * delay_s, RETRY_S_MAX)
             log.warning("resync of slab %d on drive %s waits: %s", slab, drive.hex()[:8], error)
-            if slab in jobs:
+            if self._jobs.get(drive) is jobs and slab in jobs:  # else they were cancelled meanwhile
+                progress.waiting_for = str(error)
+                delay_s = self._delays.get(drive, RETRY_S)
+                self._delays[drive] = min(2 * delay_s, RETRY_S_MAX)
+                self._not_before[drive] = trio.current_time() + delay_s
                 jobs[slab] = jobs.pop(slab)  # others first
-            with trio.move_on_after(delay_s):
-                await trio.sleep_forever()
             return
-        self._delays.pop(drive, None)
+        self._forget_delay(drive)
         progress.waiting_for = ""
         progress.slabs_done += 1
         jobs.pop(slab, None)
@@ -157,12 +181,14 @@ class Resync:
         return not self._jobs and not self._busy
 
     def to_status(self) -> list[dict[str, Any]]:
-        """Rows of `volume_status`: sizes in bytes, rate in bytes per second, eta in seconds."""
+        """Rows of `volume_status`: done, left and total count whole slabs; copied and rate what was really copied;
+        eta in seconds."""
         rows = []
         for drive, progress in self._progress.items():
+            if not self._serves(drive):
+                continue
             done, total = progress.slabs_done * self._slab_size, progress.slabs_total * self._slab_size
             elapsed = max(trio.current_time() - progress.started, 0.001)
-            rate = done / elapsed
             waiting_for = progress.waiting_for
             if self._is_paused():
                 waiting_for = f"csvfs job resume {self._volume} repair"
@@ -175,8 +201,9 @@ class Resync:
                     "done": done,
                     "left": total - done,
                     "total": total,
-                    "rate": rate,
-                    "eta": (total - done) / rate if rate else None,
+                    "copied": progress.bytes_copied,
+                    "rate": progress.bytes_copied / elapsed,
+                    "eta": (total - done) / (done / elapsed) if done else None,
                     "waiting_for": waiting_for,
                     "paused": self._is_paused(),
                 }
@@ -219,15 +246,33 @@ async def bring_in_sync(changes: SlabChanges, slab: SlabId, drive: DriveId) -> i
 
 
 async def _pull_from_any(changes: SlabChanges, target: Member, descriptor: SlabDescriptor) -> int:
-    failure: CsvfsError = Unavailable(f"slab {descriptor.slab} has no in-sync member")
+    failures: list[CsvfsError] = [Unavailable(f"slab {descriptor.slab} has no in-sync member")]
     for source in descriptor.in_sync:
         try:
             return await changes.control.pull(target, source, descriptor, None)
         except (Fenced, StaleEpoch):
             raise
         except CsvfsError as error:
-            failure = error
-    raise failure
+            failures.append(error)
+    if len(failures) > 1 and all(isinstance(error, Corrupt) for error in failures[1:]):
+        return await _pull_what_is_left(changes, target, descriptor)
+    raise failures[-1]
+
+
+async def _pull_what_is_left(changes: SlabChanges, target: Member, descriptor: SlabDescriptor) -> int:
+    """Every in-sync copy has blocks that rotted and that `target` does not have: take from each what it has.
+
+    A block that nobody has is lost: reads of it fail until a copy that has it returns, or it is written. To wait
+    with the rest would leave that to as few copies as now.
+    """
+    first, *others = descriptor.in_sync
+    copied, lost = await changes.control.pull_what_is_left(target, first, descriptor)
+    for other in others if lost else ():
+        _, lost = await changes.control.heal_from(target, other, descriptor, lost)
+    if lost:
+        log.error("slab %d: blocks %s have rotted on every copy in sync: lost until they are written, or a copy that "
+                  "has them returns", descriptor.slab, ", ".join(map(str, lost)))  # fmt: skip
+    return copied
 
 
 def _member(descriptor: SlabDescriptor, drive: DriveId) -> Member:

@@ -19,11 +19,12 @@ from coordinator.service import Service, VolumeSetup
 from coordinator.slab_book import MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_image import ReadBlocks
-from coordinator.takeover import WRITER, open_metadata, secure_metadata_slabs
+from coordinator.takeover import WRITER, bring_members_back, open_metadata, secure_metadata_slabs
 from coordinator.volume_settings import VolumeSettings
 from csvfs.block.bus import Bus
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.server_links import ServerLinks
+from csvfs.errors import Corrupt
 from csvfs.ids import DriveId, Epoch, Incarnation, SlabId
 from csvfs.net.engine import Engine
 from csvfs.store.interface import ClusterStore
@@ -135,7 +136,12 @@ async def serve_volume(
             nursery.start_soon(links.pulls.follow_servers_forever)
             await secure_metadata_slabs(book, changes, links.control, facts, setup.volume)
             read: ReadBlocks = reader.read
-            metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)
+            try:
+                metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)
+            except Corrupt as error:
+                log.error("volume %s: %s: other copies are asked for it", setup.name, error)
+                await bring_members_back(changes)
+                metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)
             record = JobRecord(store, setup.name, setup.term, speed)
             await record.load()
             settings = VolumeSettings(store, setup.name, setup.volume, setup.term, facts.view)

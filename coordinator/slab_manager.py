@@ -110,7 +110,7 @@ class SlabManager:
         while not await self._has_after_growing(blocks):
             if self._shortage is None or await self._trim_once():
                 continue
-            if self._metadata.statfs().free_blocks >= blocks:
+            if self._metadata.space.available_blocks >= blocks:
                 continue  # trimmed by another task, whose batch is through and which has not come to count it as a gain
             if gains != self._gains:  # since the round looked, or it looked too early
                 gains, deadline = self._gains, trio.current_time() + TRIM_WAIT_S
@@ -217,11 +217,11 @@ class SlabManager:
 
     async def _create_slab(self) -> SlabDescriptor:
         """Raises NoSpace, Fenced, and what the last try raised."""
-        if self.slots_above_reserve() < self._copies_now():
-            raise NoSpace("the pool is full but for the reserve that repairs need; delete files or add drives")
+        self._check_reserve()
         slab = await self._batches.run(self._metadata.new_slab_id)
         self.creating.add(slab)
         try:
+            self._check_reserve()  # others took theirs meanwhile; no await from here until this one has
             wanted = self.copies  # it may be changed meanwhile
             places = await self.create_copies(slab, self._copies_now())
             later = self._places_later(places, wanted)
@@ -232,6 +232,11 @@ class SlabManager:
             return descriptor
         finally:
             self.creating.discard(slab)
+
+    def _check_reserve(self) -> None:
+        """Raises NoSpace: a further slab would take what repairs need."""
+        if self.slots_above_reserve() < self._copies_now():
+            raise NoSpace("the pool is full but for the reserve that repairs need; delete files or add drives")
 
     def _nodes_away(self) -> list[NodeName]:
         """Nodes that get no new copies now and will again: down, silent, or in maintenance."""

@@ -42,11 +42,12 @@ class JobKey:
 
 @dataclass(slots=True)
 class Job:
-    """Counted in slabs."""
+    """Counted in slabs; `copied`: bytes, by this coordinator."""
 
     left: int = 0
     total: int = 0
     done_here: int = 0  # by this coordinator
+    copied: int = 0
     started: float = field(default_factory=trio.current_time)
     waiting_for: str = ""
     waits_for_last: bool = False
@@ -91,6 +92,12 @@ class StorageJobs:
             if not job.left:
                 del self._jobs[key]
 
+    def copied(self, key: JobKey, size: int) -> None:
+        """`size` bytes were copied for it."""
+        job = self._jobs.get(key)
+        if job is not None:
+            job.copied += size
+
     def waits(self, key: JobKey, reason: str) -> None:
         job = self._jobs.get(key)
         if job is not None and not job.waits_for_last:  # nothing is more important to know
@@ -101,12 +108,13 @@ class StorageJobs:
         return any(key.kind in wanted for key in self._jobs)
 
     def to_status(self) -> list[dict[str, Any]]:
-        """Rows of `volume_status`: sizes in bytes, rate in bytes per second, eta in seconds."""
+        """Rows of `volume_status`: done, left and total count whole slabs; copied and rate what was really copied;
+        eta in seconds."""
         return [self._row(key, job) for key, job in self._jobs.items()]
 
     def _row(self, key: JobKey, job: Job) -> dict[str, Any]:
         elapsed_s = max(trio.current_time() - job.started, 0.001)
-        rate = job.done_here * self._slab_size / elapsed_s
+        slabs_rate = job.done_here * self._slab_size / elapsed_s
         left, total = job.left * self._slab_size, job.total * self._slab_size
         waiting_for = job.waiting_for
         if self._record.is_paused(key.kind):
@@ -119,8 +127,9 @@ class StorageJobs:
             "done": total - left,
             "left": left,
             "total": total,
-            "rate": rate,
-            "eta": left / rate if rate else None,
+            "copied": job.copied,
+            "rate": job.copied / elapsed_s,
+            "eta": left / slabs_rate if slabs_rate else None,
             "waiting_for": waiting_for,
             "paused": self._record.is_paused(key.kind),
         }

@@ -15,11 +15,13 @@ from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.metadata import Metadata
 from coordinator.restoration import PATIENCE_S, Census, restore, take_census
+from coordinator.resync import bring_in_sync
 from coordinator.slab_book import MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_image import ReadBlocks, SlabImage
 from csvfs.errors import CsvfsError, Fenced, NotCoordinator, Unavailable
 from csvfs.ids import Incarnation, NodeName, SlabId, VolumeId
+from csvfs.wire.block_messages import ROLE_IN_SYNC
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,23 @@ def _check_fenced(book: MetadataBook, census: Census) -> None:
                 f"metadata slab {descriptor.slab} needs the drive server of node "
                 f"{', '.join(sorted(unfenced))}, which cannot be reached; see csvfs node list"
             )
+
+
+async def bring_members_back(changes: SlabChanges) -> None:
+    """Bring what members can be reached in sync: when a block of the metadata has rotted on all that are.
+
+    One that was out may have it still: it is in sync with it, or gives it back, if it verifies by the checksum that
+    the copies in sync have of it. Raises Fenced.
+    """
+    for descriptor in changes.book.all():
+        for member in descriptor.members:
+            if member.role != ROLE_IN_SYNC:
+                try:
+                    await bring_in_sync(changes, descriptor.slab, member.drive)
+                except Fenced:
+                    raise
+                except CsvfsError as error:
+                    log.warning("slab %d on node %s stays out: %s", descriptor.slab, member.node, error)
 
 
 def open_metadata(read_blocks: ReadBlocks, slab_count: int, slab_blocks: int, volume: VolumeId) -> Metadata:

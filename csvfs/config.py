@@ -99,6 +99,11 @@ class Options:
         "longer than a failover and a reboot; guests' disks time out after 30 to 180 s",
         "reads and writes that cannot be done for this long fail with EIO",
     )  # fmt: skip
+    hang_ms: int = _option(
+        10_000, "ms", 1000, 600_000,
+        "longer than the longest pause of a healthy disk, shorter than the patience of guests",
+        "a drive that has not answered for this long is given up; a process that it holds up is replaced",
+    )  # fmt: skip
     slow_drive_ms: int = _option(
         50, "ms", 1, 60_000,
         "ten times what a loaded hard disk takes; flash that takes so long is broken",

@@ -8,7 +8,7 @@ import trio
 from csvfs.block.block_service import BlockService
 from csvfs.block.bus import Bus
 from csvfs.block.drive_calls import DriveCalls
-from csvfs.block.drive_watch import DriveWatch
+from csvfs.block.drive_watch import HANG_S, DriveWatch
 from csvfs.block.formatting import format_drive
 from csvfs.block.server_links import ServerAddress, ServerLinks
 from csvfs.block.slab_state import begin_joining, complete_joining, drop_members
@@ -40,6 +40,7 @@ class Server:
         self.may_serve = True
         self.reports: dict = {}
         self.on_reports = self._keep
+        self.hang_s = HANG_S
         self._scope: trio.CancelScope | None = None
 
     async def _keep(self, reports: dict) -> None:
@@ -69,7 +70,7 @@ class Server:
         async with trio.open_nursery() as nursery:
             service.nursery = nursery
             self._open_drives()
-            watch = DriveWatch(service, self.on_reports)
+            watch = DriveWatch(service, self.on_reports, hang_s=self.hang_s)
             nursery.start_soon(watch.watch_forever)
             nursery.start_soon(watch.retry_forever, lambda served: self._open_drives())
             listener = Listener(engine, ("127.0.0.1", 0), service.accept)
@@ -131,7 +132,7 @@ class Owner:
             assert answer["refused"] == []
         self.descriptors[descriptor.slab] = descriptor
 
-    async def resync(self, slab: SlabId, server: Server) -> dict:
+    async def resync(self, slab: SlabId, server: Server, even_if_lost: bool = False) -> dict:
         """Bring the copy on `server` back into sync."""
         async with self._changing:
             descriptor = self.descriptors[slab]
@@ -146,6 +147,7 @@ class Owner:
             "since": since,
             "chunks": None,
             "term": 1,
+            "even_if_lost": even_if_lost,
             "source": {"address": "127.0.0.1", "port": source.port, "drive": source.drive_id},
         }
         pulled = await self.links.call(server.node, "pull", args, timeout_s=60)

@@ -12,6 +12,7 @@ import trio
 from coordinator.host import Host
 from coordinator.serving import serve_volume
 from coordinator.slab_book import MetadataBook, parse_descriptors
+from coordinator.slab_manager import AHEAD_SLABS
 from csvfs.block.bus import Bus
 from csvfs.block.formatting import format_drive
 from csvfs.block.server_links import ServerAddress, ServerLinks
@@ -222,6 +223,17 @@ class TestCluster:
                     if owned is not None and owned.service is not None:
                         return owned.service
                 await trio.sleep(0.01)
+
+    async def wait_grown(self) -> Any:
+        """Until the slabs that are kept ahead of what files need are there; returns the service."""
+        slabs = (await self.wait_serving()).slabs
+
+        def is_grown() -> bool:
+            ahead = min(AHEAD_SLABS * slabs.slab_blocks, slabs._metadata.space.left_blocks)
+            return slabs._metadata.statfs().free_blocks >= ahead and not slabs._growing
+
+        await self.wait(is_grown)
+        return await self.wait_serving()
 
     async def metadata_slabs(self) -> list[SlabDescriptor]:
         item = await self.store.get(f"meta/{NAME}")

@@ -95,6 +95,7 @@ async def test_only_what_lay_on_a_lost_drive_is_lost_and_it_is_named_and_returns
 ):
     cluster, service, mount = await start_volume(tmp_path, nursery, copies=1)
     contents = await make_files(mount, 8)
+    await cluster.wait_grown()
     drive, gone = victim_of(cluster, service)
     expected = {ino: await ranges_in(mount, ino, gone) for ino in contents}
     image = image_of(str(drive.path), tmp_path / "image")
@@ -139,6 +140,7 @@ async def test_only_what_lay_on_a_lost_drive_is_lost_and_it_is_named_and_returns
 async def test_accepting_a_loss_takes_zeros_and_is_written_down_for_ever(tmp_path, nursery):
     cluster, service, mount = await start_volume(tmp_path, nursery, copies=1)
     contents = await make_files(mount, 6)
+    await cluster.wait_grown()
     drive, gone = victim_of(cluster, service)
     lost = {ino: await ranges_in(mount, ino, gone) for ino in contents}
     os.truncate(drive.path, 64 * MIB)

@@ -68,7 +68,7 @@ async def test_what_a_node_in_maintenance_has_is_not_rebuilt_elsewhere_until_it_
 async def test_slabs_whose_only_good_copy_is_on_a_node_are_counted_as_stuck_without_it(tmp_path, monkeypatch):
     async with pool_of(tmp_path, monkeypatch, copies=2) as cluster:
         await write_file(await cluster.mount("n1"), b"file")
-        service = await cluster.wait_serving()
+        service = await cluster.wait_grown()
         data = [d for d in await descriptors(cluster) if d.slab < 1 << 62]
         on_both = sum({m.node for m in d.members} == {"n1", "n2"} for d in data)
         await put_into_maintenance(cluster, "n2")

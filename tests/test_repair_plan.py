@@ -195,3 +195,24 @@ def test_an_empty_drive_beside_full_ones_is_filled_until_all_are_within_toleranc
         used[move.target] += 1
     assert max(used.values()) - min(used.values()) <= 100 * TOLERANCE
     assert plan_moves(spaces[:3], slabs, str, 1000) == [], "level already"
+
+
+def test_levelling_ends_also_where_one_slab_is_more_than_the_tolerance_of_a_drive():
+    """A slab that went to and fro between two small drives was a job without an end."""
+    nodes = {DRIVES[0]: NodeName("n0"), DRIVES[1]: NodeName("n0"), DRIVES[2]: NodeName("n1")}
+    slots = {DRIVES[0]: 15, DRIVES[1]: 15, DRIVES[2]: 8}
+    assert TOLERANCE < 1 / 15
+    place = [DRIVES[0]] * 7
+    for _ in range(20):
+        used = {drive: place.count(drive) for drive in slots}
+        spaces = [DriveSpace(d, nodes[d], slots[d] - used[d], slots[d]) for d in slots]
+        slabs = [
+            SlabDescriptor(SlabId(n), Epoch(1), (Member(d, nodes[d], ROLE_IN_SYNC),)) for n, d in enumerate(place)
+        ]
+        moves = plan_moves(spaces, slabs, str, 64)
+        if not moves:
+            break
+        for move in moves:
+            place[move.slab] = move.target
+    assert not moves
+    assert place.count(DRIVES[0]) <= 4

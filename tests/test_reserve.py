@@ -1,6 +1,7 @@
 """The reserve, and a pool that runs full: nothing is lost, everything can be read, deleting makes room."""
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -105,6 +106,25 @@ async def test_a_full_pool_loses_nothing_keeps_its_reserve_and_takes_writes_agai
         assert await mount.read(ino, 256) == data
 
 
+async def test_slabs_that_are_made_at_once_leave_the_reserve_alone(cluster):
+    """Room for one more above it, and two that ask for it side by side."""
+    slabs = (await cluster.wait_serving()).slabs
+    await slabs.wait_spaces()
+    while slabs.slots_above_reserve() >= 4:
+        fullest = max(slabs.pool_spaces, key=lambda space: space.free_slots)
+        slabs.pool_spaces[slabs.pool_spaces.index(fullest)] = replace(fullest, free_slots=fullest.free_slots - 1)
+    made = []
+
+    async def make() -> None:
+        with suppress(NoSpace):
+            made.append(await slabs._create_slab())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make)
+        nursery.start_soon(make)
+    assert len(made) == 1
+
+
 async def test_the_metadata_may_grow_into_the_reserve(cluster):
     service = await cluster.wait_serving()
     mount = await cluster.mount("n2")
@@ -160,8 +180,14 @@ async def test_of_two_questions_for_space_at_once_the_newer_counts(cluster, monk
 async def test_space_that_another_task_made_free_during_the_last_look_is_taken():
     """Its batch is through, it has not counted the gain yet, and nothing is left to be trimmed."""
     free = [0]
+
+    class Space:
+        @property
+        def available_blocks(self):
+            return free[0]
+
     metadata = SimpleNamespace(
-        statfs=lambda: SimpleNamespace(free_blocks=free[0], slab_blocks=2048, used_blocks=2048 - 1280)
+        statfs=lambda: SimpleNamespace(free_blocks=free[0], slab_blocks=2048, used_blocks=2048 - 1280), space=Space()
     )
     slabs = slab_manager.SlabManager(
         metadata, None, None, None, None, None, copies=2, slab_blocks=1024, rng=None

@@ -258,6 +258,7 @@ def test_the_json_is_plain_and_complete() -> None:
                 "done": 1,
                 "left": 3,
                 "total": 4,
+                "copied": None,
                 "rate": 1.0,
                 "percent": 25.0,
                 "eta_s": 3.0,

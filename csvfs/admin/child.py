@@ -5,9 +5,13 @@ Limits     A child that dies is started again at once, then after 100, 200, 400 
            restart_backoff_max_ms; one that ran for RAN_WELL_S starts from the beginning again.
 Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fires when the *thread* that
            forked ends; so children are forked here, in the main thread, and waited for by pidfd.
+Hangs      A child that has begun to beat (cluster/node_process.py) and has not for `hang_s` is killed: its thread hangs
+           in the kernel, most likely because a drive does. It may be there for as long as the drive hangs; its
+           successor is started all the same, and copes with what it holds (block/in_use.py, block/drive_server.py).
 """
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -19,12 +23,14 @@ from pathlib import Path
 import trio
 
 from csvfs.admin import child_exec
+from csvfs.cluster.node_process import BEAT_ENVIRONMENT
 from csvfs.errors import CsvfsError
 from csvfs.ids import Incarnation
 
 logger = logging.getLogger(__name__)
 RAN_WELL_S = 10.0
 BACKOFF_FIRST_S = 0.1
+HANG_S = 10.0
 KILL_WAIT_S = 5.0  # a killed process that is still there after this long hangs in the kernel
 
 
@@ -42,6 +48,7 @@ class ChildPlan:
     next_incarnation: Callable[[], Awaitable[Incarnation]]
     log_path: Path
     backoff_max_s: float
+    hang_s: float = HANG_S
     before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
     after: Callable[[Incarnation], Awaitable[None]] = _nothing  # as soon as it is dead, before the next start
 
@@ -89,22 +96,59 @@ class Child:
 
     async def _run_once(self, incarnation: Incarnation) -> str:
         """Start it and wait for its death, see to its burial; returns how it ended, in words."""
-        process = spawn(self.plan.argv, self.plan.environment(incarnation), self.plan.log_path)
+        beats, process = self._spawn(incarnation)
         self._process, self.pid = process, process.pid
         logger.info("%s started, pid %d, incarnation %d", self.plan.role, process.pid, incarnation)
+        failure: OSError | None = None
         try:
-            await wait_dead(process)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_when_it_hangs, beats, nursery.cancel_scope)
+                try:
+                    await wait_dead(process)
+                except OSError as error:
+                    failure = error  # carried out of the nursery, which would wrap it in a group
+                nursery.cancel_scope.cancel()
         finally:
+            os.close(beats)
             with trio.CancelScope(shield=True):
                 await self._end(process)
             self._process, self.pid = None, 0
             with trio.CancelScope(shield=True), trio.move_on_after(KILL_WAIT_S):
                 await self.plan.after(incarnation)
+        if failure is not None:
+            raise failure
         code = process.returncode
         if code is None:
             return f"(pid {process.pid}) hangs in the kernel"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return f"(pid {process.pid}) {how}"
+
+    def _spawn(self, incarnation: Incarnation) -> tuple[int, subprocess.Popen[bytes]]:
+        """The end of a pipe that its beats come out of, and the process."""
+        beats, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            environment = self.plan.environment(incarnation) | {BEAT_ENVIRONMENT: str(theirs)}
+            return beats, spawn(self.plan.argv, environment, self.plan.log_path, keep=(theirs,))
+        except BaseException:
+            os.close(beats)
+            raise
+        finally:
+            os.close(theirs)
+
+    async def _end_when_it_hangs(self, beats: int, scope: trio.CancelScope) -> None:
+        """Cancel `scope` when no beat has come for hang_s since the last one. One that never beats is let be."""
+        patience_s = math.inf
+        while True:
+            with trio.move_on_after(patience_s):
+                await trio.lowlevel.wait_readable(beats)
+            try:
+                if not os.read(beats, 4096):
+                    return  # it has ended, or closed the pipe
+            except BlockingIOError:
+                logger.error("%s (pid %d) hangs: no beat for %.0f s", self.plan.role, self.pid, patience_s)
+                scope.cancel()
+                return
+            patience_s = self.plan.hang_s
 
     async def _end(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None and self._grace_s > 0:
@@ -122,9 +166,12 @@ class Child:
             logger.error("%s (pid %d) was killed but does not die", self.plan.role, process.pid)
 
 
-def spawn(argv: list[str], environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    argv: list[str], environment: dict[str, str], log_path: Path, *, keep: tuple[int, ...] = ()
+) -> subprocess.Popen[bytes]:
     """Start a process of its own session that dies with this one; both its outputs go to `log_path`.
 
+    Args     keep: descriptors that it inherits.
     Raises   OSError. Call it from the main thread.
     """
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -137,6 +184,7 @@ def spawn(argv: list[str], environment: dict[str, str], log_path: Path) -> subpr
             env=environment,
             cwd="/",
             start_new_session=True,
+            pass_fds=keep,
         )
     finally:
         os.close(log)

@@ -45,7 +45,7 @@ def list_command(volume: str | None, as_json: bool) -> None:
         print_json([job_map(job) for job in jobs])
         return
     print_table(
-        ("VOLUME", "KIND", "WHAT", ">DONE", ">LEFT", ">RATE", ">ETA", "WAITING FOR"),
+        ("VOLUME", "KIND", "WHAT", ">DONE", ">LEFT", ">COPIED", ">RATE", ">ETA", "WAITING FOR"),
         [
             (
                 job.volume,
@@ -53,6 +53,7 @@ def list_command(volume: str | None, as_json: bool) -> None:
                 job.what,
                 size_or_unknown(job.done),
                 size_or_unknown(job.left),
+                None if job.copied is None else format_size(job.copied),
                 rate_text(job),
                 None if job.eta_s is None else format_duration(job.eta_s),
                 job.waiting_for,

@@ -55,6 +55,7 @@ def job_map(job: JobStatus) -> dict[str, object]:
         "done": job.done,
         "left": job.left,
         "total": job.total,
+        "copied": job.copied,
         "rate": job.rate,
         "percent": job.percent,
         "eta_s": job.eta_s,

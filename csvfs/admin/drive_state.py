@@ -42,6 +42,7 @@ _OF_FAULT = {
     drive_faults.FOREIGN: (UNHEALTHY, FOREIGN_METADATA),
     drive_faults.SWAPPED: (UNHEALTHY, STALE_METADATA),
     drive_faults.IO_ERROR: (WARNING, IO_ERROR),
+    drive_faults.HANGS: (WARNING, IO_ERROR),
     drive_faults.NOT_OPENED: (WARNING, STARTING),
 }
 assert set(_OF_FAULT) == drive_faults.FAULTS
@@ -127,6 +128,6 @@ def _latency_text(latency: Any) -> str:
         return ""
     parts = [
         f"{kind} {row['now_ms']:.0f} ms" for kind, row in latency.items()
-        if isinstance(row, dict) and isinstance(row.get("now_ms"), int | float)
+        if isinstance(row, dict) and isinstance(row.get("now_ms"), int | float) and row["now_ms"] >= 1
     ]  # fmt: skip
     return ", ".join(parts)

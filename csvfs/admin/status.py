@@ -79,10 +79,12 @@ class JobStatus:
     what: str
     done: int | None = None  # bytes
     total: int | None = None
-    rate: float | None = None  # bytes per second
+    rate: float | None = None  # bytes per second that were really copied
     waiting_for: str = ""  # why it does not go on at the moment
     kind: str = "repair"  # repair, evacuate, rebalance, scrub
     paused: bool = False
+    copied: int | None = None  # bytes; done and total count whole slabs, of which a resync copies what was missed
+    eta_told: float | None = None  # seconds, as the coordinator reckons
 
     @property
     def left(self) -> int | None:
@@ -97,6 +99,8 @@ class JobStatus:
 
     @property
     def eta_s(self) -> float | None:
+        if self.eta_told is not None:
+            return self.eta_told
         if self.total is None or self.done is None or not self.rate or self.rate <= 0:
             return None
         return max(self.total - self.done, 0) / self.rate
@@ -352,6 +356,8 @@ def job_statuses(volume: str, reply: Any) -> list[JobStatus]:
             waiting_for=str(row.get("waiting_for") or ""),
             kind=str(row.get("kind") or "repair"),
             paused=bool(row.get("paused")),
+            copied=_number(row, "copied"),
+            eta_told=_number(row, "eta"),
         )
         for row in _maps(reply, "jobs")
     ]

@@ -274,7 +274,7 @@ class BlockService:
         token = measured.begin(latency.READ, trio.current_time())
         try:
             try:
-                await self.in_thread(copy.warm_blocks, block, count)
+                await self.in_thread_of(served, copy.warm_blocks, block, count)
             finally:
                 measured.end(token, trio.current_time())
             packed, data = copy.read_blocks(block, count)
@@ -422,6 +422,32 @@ class BlockService:
             return await trio.to_thread.run_sync(function, *args)
         finally:
             self.engine.trio_awaited -= 1
+
+    async def in_thread_of(self, served: ServedDrive, function: Callable[..., None], *args: Any) -> None:
+        """Run what may wait for the medium of a drive in a thread of that drive; left to itself when the drive is
+        given up, or the caller is cancelled."""
+        self.engine.trio_awaited += 1
+        scope = trio.CancelScope()
+        served.waits.add(scope)
+        try:
+            with scope:
+                await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=served.threads)
+        finally:
+            served.waits.discard(scope)
+            self.engine.trio_awaited -= 1
+
+    def give_up(self, served: ServedDrive, drive: Drive) -> None:
+        """The drive has failed: nothing of it is in service any more, and nobody waits for it any more."""
+        served.in_service.clear()
+        self.forget_copies()
+        self.marks.forget_drive(drive)
+        served.state, served.fault = f"failed: {drive.failure}", drive.fault
+        flusher = self._flushers.get(served.index)
+        if flusher is not None:
+            flusher.give_up(drive.failed_error())
+        for scope in served.waits:
+            scope.cancel()
+        self.drive_failed.set()  # the cluster is told now, however long closing takes
 
     # -- slabs -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from csvfs.block import drive_faults
 from csvfs.block.copy_tables import CopyTables
-from csvfs.block.in_use import open_locked
+from csvfs.block.in_use import open_locked, try_lock
 from csvfs.block.layout import ACTIVE_MAP_OFFSET, Layout
 from csvfs.block.medium import (
     disk_sequence,
@@ -54,7 +54,8 @@ _EPOCH_MAX = (1 << 32) - 1
 
 @dataclass(slots=True)
 class DriveCounters:
-    """Since this open. `checksum_errors`: blocks; `io_errors`: calls of the operating system that failed."""
+    """Since this open. `checksum_errors`: blocks; `io_errors`: calls of the operating system that failed;
+    `pulled`: bytes that were copied onto it from other drives."""
 
     reads: int = 0
     writes: int = 0
@@ -62,6 +63,7 @@ class DriveCounters:
     checksum_errors: int = 0
     healed: int = 0
     torn_adopted: int = 0
+    pulled: int = 0
     io_errors: int = 0
 
 
@@ -80,9 +82,11 @@ class Drive:
     """
 
     def __init__(self, path: str, fd: int, boot_id: bytes | None = None) -> None:
-        """Takes over a locked `fd`. Use `Drive.open`."""
+        """Takes over `fd` of open_locked. Use `Drive.open`."""
         self.path = path
         self.fd = fd
+        self.is_locked = False
+        self.lock_again()
         self._boot_id = machine_boot_id() if boot_id is None else boot_id
         self.failure: str | None = None
         self.fault = ""
@@ -258,6 +262,11 @@ class Drive:
             raise self.io_error("create", slab, 0, error) from None
         return self._add_copy(slot, volume, slab, epoch, role, term)
 
+    @property
+    def needs_flush_for_slot(self) -> bool:
+        """Whether create_slab would have to flush first, which may take long: at most two flushes help."""
+        return not self.slots.has_free and self.slots.is_deleting
+
     def _take_free_slot(self) -> int:
         for _ in range(3):  # a deleted slot is free after two flushes
             if self.failure is not None:
@@ -334,7 +343,7 @@ class Drive:
     def rewrite_superblocks(self) -> None:
         """Write all copies of the current superblock anew. May run in another thread. Raises DriveFailed."""
         with self._flush_lock:
-            if self.failure is None:
+            if self.failure is None and not self._closed:
                 write_superblock(self.fd, self.superblock)
 
     def note_judged(self) -> None:
@@ -358,7 +367,11 @@ class Drive:
         """
         assert self.failure is not None
         with self._flush_lock:
-            if self.fault in (drive_faults.DELETED, drive_faults.TRUNCATED, drive_faults.OVERWRITTEN):
+            if self._closed or self.fault in (
+                drive_faults.DELETED,
+                drive_faults.TRUNCATED,
+                drive_faults.OVERWRITTEN,
+            ):
                 return
             try:
                 os.fdatasync(self.fd)
@@ -383,6 +396,11 @@ class Drive:
                 self._fail(f"flush: {error.strerror}", drive_faults.fault_of_errno(error.errno))
             self._check_still_there()
             self.counters.flushes += 1
+
+    def lock_again(self) -> None:
+        """Take the lock that a killed process held when this drive was opened (in_use.py), if it is free now."""
+        if not self.is_locked:
+            self.is_locked = try_lock(self.fd)
 
     def fail(self, why: str, fault: str) -> None:
         """Nothing is read or written any more until the drive is closed and opened anew; the first reason

@@ -43,7 +43,7 @@ def _active_chunks(copy: SlabCopy) -> list[int]:
 
 
 class DriveCalls:
-    """Handlers by name. All but install and pull are answered at once."""
+    """Handlers by name."""
 
     def __init__(self, service: BlockService, engine: Engine) -> None:
         self._service = service
@@ -126,13 +126,17 @@ class DriveCalls:
 
     # -- slabs -----------------------------------------------------------------------------------
 
-    def create_slab(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+    async def create_slab(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         served = self._drive(args)
         slab, epoch = SlabId(field(args, "slab", int)), Epoch(field(args, "epoch", int))
         role = optional_field(args, "role", int) or ROLE_IN_SYNC
         volume = _client(link).volume
         drive = served.opened()
+        for _ in range(2):
+            if drive.needs_flush_for_slot:
+                await self._service.flush(served)
+        self._service.check_term(volume, term)  # nobody else's by now
         copy = drive.create_slab(volume, slab, epoch, role, Term(term))
         if role == ROLE_JOINING:
             copy.joining_begin()
@@ -267,6 +271,7 @@ class DriveCalls:
             chunks=chunks,
             # Named chunks are those a dead writer left unequal: other programs wait for them.
             pacer=self._pacer(served, speed) if chunks is None else None,
+            even_if_lost=bool(optional_field(args, "even_if_lost", bool)),
         )
         key = (served.drive_id, volume, copy.slab)
         self.pulls[key] = pull
@@ -276,9 +281,11 @@ class DriveCalls:
             marked = self._service.marks.of_writer(volume, None)
             copy.clear_active([chunk for chunk in pull.settled_chunks() if (copy, chunk) not in marked])
         finally:
+            if served.drive is not None:
+                served.drive.counters.pulled += pull.bytes_done
             if self.pulls.get(key) is pull:
                 del self.pulls[key]
-        return {"bytes": pull.bytes_done, "chunks": pull.chunk_count}
+        return {"bytes": pull.bytes_done, "chunks": pull.chunk_count, "lost": sorted(pull.lost)}
 
     def _pacer(self, served: ServedDrive, speed: int | None) -> Pacer:
         pacer = self._pacers.setdefault(served.drive_id, Pacer())

@@ -20,10 +20,11 @@ DAMAGED = "damaged"  # no superblock is readable
 FOREIGN = "foreign"  # of another pool or cluster
 SWAPPED = "swapped"  # another drive of this pool lies at its path
 IO_ERROR = "io error"
+HANGS = "hangs"  # it does not answer, nor give an error
 NOT_OPENED = "not opened"  # the drive server has just started
 
 FAULTS = frozenset(
-    (MISSING, DELETED, IN_USE, READ_ONLY, FULL, TRUNCATED, OVERWRITTEN, DAMAGED, FOREIGN, SWAPPED, IO_ERROR,
+    (MISSING, DELETED, IN_USE, READ_ONLY, FULL, TRUNCATED, OVERWRITTEN, DAMAGED, FOREIGN, SWAPPED, IO_ERROR, HANGS,
      NOT_OPENED)
 )  # fmt: skip
 

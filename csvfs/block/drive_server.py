@@ -1,14 +1,21 @@
 """The drive server process: `python -m csvfs.block.drive_server` (ARCHITECTURE.md, "Processes of a node").
 
 Place      block floor; started by `csvfs node run`.
-Tasks      the engine; drives_forever opens drives as `drives/` in the cluster store lists them; sweep_forever
-           flushes and unmarks when nobody else does; those of drive_watch.py see to drives that fail.
+Tasks      the engine; drives_forever opens drives as `drives/` in the cluster store lists them, each in a thread of
+           its own; sweep_forever flushes and unmarks when nobody else does; those of drive_watch.py see to drives
+           that fail.
+Hangs      Writes into the page cache are made in the engine's thread. A drive that hangs in one holds all up, until
+           the parent kills this process and starts the next one. What was killed may wait in the kernel for as long
+           as the drive hangs, and keep its locks (in_use.py) and its port: then another port is taken, which
+           `servers/<node>` tells.
 Ends       on SIGTERM: drives are flushed and closed cleanly. On an exception that nobody planned for: at once,
            and its parent starts it again.
 """
 
+import errno
 import logging
 import sys
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -17,10 +24,10 @@ import trio
 from csvfs.block.block_service import BlockService
 from csvfs.block.drive_calls import DriveCalls
 from csvfs.block.drive_watch import DriveWatch, SlowRules
-from csvfs.block.latency import FLOOR_S, KINDS
+from csvfs.block.latency import KINDS
 from csvfs.block.served_drives import ServedDrive
 from csvfs.cluster.liveness import Liveness
-from csvfs.cluster.node_process import ProcessNumbers, run_process, run_until_signalled
+from csvfs.cluster.node_process import ProcessNumbers, beat_forever, run_process, run_until_signalled
 from csvfs.config import NodeConfig
 from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, VolumeId
@@ -37,6 +44,8 @@ SWEEP_INTERVAL_S = 2.0
 # this many (256 MiB), or at the latest after SWEEPS_TO_FLUSH sweeps.
 MARKS_MAX = 4_096
 SWEEPS_TO_FLUSH = 5
+OPEN_LOOK_S = 0.01
+OPEN_WAIT_S = 5.0  # for the drives, before the server says that it is there
 USAGE_REMOVED = "removed"  # of a drive's key: no slab needs it any more, the key is about to go
 
 
@@ -54,6 +63,7 @@ class DriveServer:
         self.watch = DriveWatch(
             self.service, self._publish, peers=self._peer_latencies, retire=self._retire,
             rules=SlowRules(options.slow_drive_ms / 1000, options.slow_drive_after_s, options.slow_drive_retire_s),
+            hang_s=options.hang_ms / 1000,
         )  # fmt: skip
         self._key: dict[str, Any] = {}  # the value of `servers/<node>`, but for the drives
         self._lease = numbers.lease
@@ -66,10 +76,12 @@ class DriveServer:
             async with trio.open_nursery() as nursery:
                 self.service.nursery = nursery
                 nursery.start_soon(self.engine.run_forever)
+                nursery.start_soon(beat_forever)
                 await self._read_drives()
-                tcp = Listener(
-                    self.engine, (self.config.address, self.config.drive_server_port), self._accept
-                )
+                with trio.move_on_after(OPEN_WAIT_S):
+                    while any(served.opening_since is not None for served in self.service.drives):
+                        await trio.sleep(OPEN_LOOK_S)
+                tcp = self._listen()
                 Listener(self.engine, str(self.config.drive_server_socket), self._accept)
                 await self._register(tcp.port)
                 nursery.start_soon(self._drives_forever)
@@ -78,6 +90,15 @@ class DriveServer:
                 nursery.start_soon(self.watch.watch_forever)
         finally:
             self.service.close()
+
+    def _listen(self) -> Listener:
+        try:
+            return Listener(self.engine, (self.config.address, self.config.drive_server_port), self._accept)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        log.error("port %d is taken, by a killed drive server that hangs in the kernel?", self.config.drive_server_port)
+        return Listener(self.engine, (self.config.address, 0), self._accept)
 
     def _accept(self, link: Link) -> None:
         self.service.accept(link)
@@ -97,7 +118,7 @@ class DriveServer:
         await self.store.put(f"servers/{self.config.node}", msgpack.packb(value), self._lease)
 
     async def _peer_latencies(self) -> dict[str, list[float]]:
-        """As the other nodes' drive servers tell them; what they do not tell is at most the floor."""
+        """As the other nodes' drive servers tell them; what they do not tell is not known."""
         found: dict[str, list[float]] = {kind: [] for kind in KINDS}
         try:
             items = await self.store.list("servers/")
@@ -108,25 +129,31 @@ class DriveServer:
                 for report in (unpack_value(item.value).get("drives") or {}).values():
                     if not report.get("fault"):
                         for kind in KINDS:
-                            told_ms = (report.get("latency_ms") or {}).get(kind)
-                            found[kind].append(told_ms / 1000 if told_ms else FLOOR_S)
+                            told = (report.get("latency_ms") or {}).get(kind)
+                            found[kind] += [told / 1000] if told else []
         return found
 
-    async def _retire(self, served: ServedDrive) -> None:
-        """Set `usage: retired` of a slow drive, unless one is retired already: one at a time, then a human."""
+    async def _retire(self, served: ServedDrive) -> bool:
+        """Set `usage: retired` of a slow drive, unless one is retired already: one at a time, then a human.
+
+        False: not now.
+        """
         try:
             items = {item.key: item for item in await self.store.list("drives/")}
             values = {key: unpack_value(item.value) for key, item in items.items()}
             key = f"drives/{served.drive_id.hex()}"
             if key not in values or any(value.get("usage") == "retired" for value in values.values()):
-                log.error("drive %s is slow for long: csvfs drive retire it", served.path)
-                return
+                log.error("drive %s is slow for long, but another one is retired already", served.path)
+                return False
             value = {**values[key], "usage": "retired", "why": f"slow: {served.latency.describe()}"}
             put = Put(key, msgpack.packb(value), items[key].lease)
             done = await self.store.transact([Compare(key, items[key].revision)], [put])
-            log.error("drive %s is retired (%s): %s", served.path, done.succeeded, value["why"])
+            if done.succeeded:
+                log.error("drive %s is retired: %s", served.path, value["why"])
+            return done.succeeded
         except CsvfsError as error:
             log.error("drive %s is slow for long and cannot be retired: %s", served.path, error)
+            return False
 
     # -- drives ----------------------------------------------------------------------------------
 
@@ -145,19 +172,34 @@ class DriveServer:
             if row.get("usage") == USAGE_REMOVED:
                 self._release(drive_id)
                 return
-            served = self.service.drives.open(
-                drive_id, row["path"], pool_id=self._pool, cluster_id=self.service.cluster
-            )
-            if served.drive is not None:
-                self.service.drive_failed.set()  # the watch tells the cluster that it is open
-            if served.drive is not None and self.service.nursery is not None:
-                self.service.nursery.start_soon(self._remove_deleted_volumes, served)
+            served = self.service.drives.expect(drive_id, row["path"])
+            if served.drive is None and served.opening_since is None and self.service.nursery is not None:
+                served.opening_since = trio.current_time()
+                self.service.nursery.start_soon(self._open, served, row["path"], self._pool)
+
+    async def _open(self, served: ServedDrive, path: str, pool: bytes) -> None:
+        """In a thread: a drive that hangs holds up no other."""
+        drives, cluster = self.service.drives, self.service.cluster
+        opening = partial(drives.open, served.drive_id, path, pool_id=pool, cluster_id=cluster)
+        try:
+            await trio.to_thread.run_sync(opening, abandon_on_cancel=True, limiter=served.threads)
+        finally:
+            served.opening_since = None
+        if served.drive is None:
+            return
+        if self._rows.get(f"drives/{served.drive_id.hex()}", {}).get("usage") == USAGE_REMOVED:
+            self._release(served.drive_id)
+            return
+        self.service.drive_failed.set()  # the watch tells the cluster that it is open
+        await self._remove_deleted_volumes(served)
 
     def _release(self, drive_id: DriveId) -> None:
         try:
-            self.service.release_drive(drive_id)
+            drive = self.service.drives.by_id(drive_id).drive
         except NotFound:
             return  # it was never served by this process
+        if drive is None or drive.failure is None:  # else the watch closes it, however long that takes
+            self.service.release_drive(drive_id)
 
     async def _drives_forever(self) -> None:
         while True:

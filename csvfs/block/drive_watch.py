@@ -2,12 +2,15 @@
 
 Place      block floor, between served_drives.py and drive_server.py.
 Tasks      watch_forever and one task per drive that is being looked at, which is the only one that closes it;
-           retry_forever opens those that are not open.
+           retry_forever has those opened that are not open.
+Hangs      A drive whose medium has not answered a look for hang_s is given up: it counts as failed, and nobody waits
+           for it any more. Its look, which goes on waiting, closes it when it answers; then it is opened anew.
 Rule       A failed drive is closed as after a kill. Its copies are in service no more; when it opens again they
            wait for their coordinators, as after a restart of the drive server, and are resynced.
 """
 
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,9 +19,10 @@ from typing import Any
 import trio
 
 from csvfs.block.block_service import BlockService
-from csvfs.block.drive_faults import FULL, NOT_OPENED
-from csvfs.block.latency import FLOOR_S, RETIRE_AFTER_S, SLOW_AFTER_S, coarse_ms, slow_drives
-from csvfs.block.medium_check import check_medium
+from csvfs.block.drive import Drive
+from csvfs.block.drive_faults import FULL, HANGS, NOT_OPENED
+from csvfs.block.latency import FLOOR_S, RETIRE_AFTER_S, SLOW_AFTER_S, above_floor, slow_drives, told_ms
+from csvfs.block.medium_check import MediumReport, ask_medium, check_medium
 from csvfs.block.served_drives import ServedDrive
 from csvfs.errors import CsvfsError
 from csvfs.units import MIB
@@ -26,15 +30,18 @@ from csvfs.units import MIB
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 1.0
+HANG_S = 10.0
 RETRY_INTERVAL_S = 1.0
 RETRY_S = 2.0
 RETRY_S_MAX = 60.0
 RAN_WELL_S = 60.0  # a drive that failed later than this after its open is tried again soon
+RETIRE_AGAIN_S = 60.0  # another drive was retired, or the cluster store could not be reached
+ASK_AFTER_S = 2.0  # of an operation under way: then a look asks the medium itself, past the page cache
 FULL_ROOM_MIN = 64 * MIB  # of a file system that was full: below this it would be full again at once
 
 Publish = Callable[[dict[str, Any]], Awaitable[None]]
 Peers = Callable[[], Awaitable[dict[str, list[float]]]]
-Retire = Callable[[ServedDrive], Awaitable[None]]
+Retire = Callable[[ServedDrive], Awaitable[bool]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,8 +57,8 @@ async def no_peers() -> dict[str, list[float]]:
     return {}
 
 
-async def no_retiring(served: ServedDrive) -> None:
-    pass
+async def no_retiring(served: ServedDrive) -> bool:
+    return False
 
 
 class DriveWatch:
@@ -59,7 +66,8 @@ class DriveWatch:
 
     publish   is given what others must know of the drives whenever that has changed.
     peers     latencies of drives of other nodes, by kind, in seconds.
-    retire    a drive has been slow for so long that it should take no part any more.
+    retire    a drive has been slow for so long that it should take no part any more. False: not now; it is
+              asked again.
     """
 
     def __init__(
@@ -70,15 +78,16 @@ class DriveWatch:
         peers: Peers = no_peers,
         retire: Retire = no_retiring,
         rules: SlowRules = SlowRules(),
+        hang_s: float = HANG_S,
     ) -> None:
         self._service = service
         self._publish = publish
         self._peers = peers
         self._retire = retire
-        self._in_thread = service.in_thread
         self._rules = rules
-        self._retired: set[int] = set()
-        self._busy: set[int] = set()  # drives that are being looked at
+        self._hang_s = hang_s
+        self._retire_at: dict[int, float] = {}  # when to ask next, of drives that are slow for long
+        self._busy: dict[int, float] = {}  # drives that are being looked at, since when
         self._turn = 0
         self._published: dict[str, Any] | None = None
         self._retry_at: dict[int, float] = {}
@@ -97,10 +106,13 @@ class DriveWatch:
                 await service.drive_failed.wait()
             service.drive_failed = trio.Event()
             self._turn += 1
+            now_s = trio.current_time()
             for served in list(service.drives):
                 if served.index not in self._busy:
-                    self._busy.add(served.index)
+                    self._busy[served.index] = now_s
                     nursery.start_soon(self._look_once, served)
+                else:
+                    self._give_up_if_it_hangs(served, now_s)
             await self._judge_latency()
             await self.tell()
 
@@ -108,7 +120,14 @@ class DriveWatch:
         try:
             await self._look_after(served)
         finally:
-            self._busy.discard(served.index)
+            del self._busy[served.index]
+
+    def _give_up_if_it_hangs(self, served: ServedDrive, now_s: float) -> None:
+        drive, waited_s = served.drive, now_s - self._busy[served.index]
+        if drive is not None and drive.failure is None and waited_s >= self._hang_s:
+            drive.fail(f"it has not answered for {waited_s:.0f} s", HANGS)
+            log.error("drive %s is given up: %s", served.path, drive.failure)
+            self._service.give_up(served, drive)
 
     async def tell(self) -> None:
         """Publish what has changed; what cannot be told now is told at the next look."""
@@ -128,7 +147,8 @@ class DriveWatch:
             return
         self._opened_at.setdefault(served.index, trio.current_time())
         if drive.failure is None:
-            report = await self._in_thread(check_medium, drive, self._turn)
+            asks = served.latency.longest(trio.current_time()) >= ASK_AFTER_S
+            report = await self._in_thread(_look_at, drive, self._turn, asks)
             if served.drive is not drive:
                 return  # it was released meanwhile
             if report.failure:
@@ -156,11 +176,7 @@ class DriveWatch:
         drive = served.drive
         assert drive is not None and drive.failure is not None
         log.error("drive %s has failed (%s): %s", served.path, drive.fault, drive.failure)
-        served.in_service.clear()
-        self._service.forget_copies()
-        self._service.marks.forget_drive(drive)
-        served.state, served.fault = f"failed: {drive.failure}", drive.fault
-        self._service.drive_failed.set()  # the cluster is told now, however long closing takes
+        self._service.give_up(served, drive)
         await self._in_thread(drive.end_failed)
         self._service.end_flusher(served)
         try:
@@ -179,10 +195,25 @@ class DriveWatch:
         while True:
             await trio.sleep(RETRY_INTERVAL_S)
             for served in list(self._service.drives):
-                if served.drive is None and self._may_retry(served):
+                if served.opening_since is not None:
+                    self._note_slow_open(served, trio.current_time() - served.opening_since)
+                elif served.drive is None and self._may_retry(served):
                     open_again(served)
                     if served.drive is not None:
                         self._service.drive_failed.set()  # the watch tells the cluster that it is open
+
+    def _note_slow_open(self, served: ServedDrive, waited_s: float) -> None:
+        if waited_s >= self._hang_s and served.fault != HANGS:
+            served.state, served.fault = f"does not answer: opening it has not ended for {waited_s:.0f} s", HANGS
+            log.error("drive %s %s", served.path, served.state)
+            self._service.drive_failed.set()  # the watch tells the cluster
+
+    @staticmethod
+    async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+        """A thread that no other drive waits for: one look at a time per drive."""
+        return await trio.to_thread.run_sync(
+            function, *args, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+        )
 
     def _may_retry(self, served: ServedDrive) -> bool:
         if trio.current_time() < self._retry_at.get(served.index, 0):
@@ -197,14 +228,17 @@ class DriveWatch:
             served.latency.count_writes(served.opened().counters.writes, now)
         latencies = {served.index: served.latency for served in open_drives}
         elsewhere: dict[str, list[float]] = {}
-        if any(coarse_ms(latency, now, self._rules.floor_s) for latency in latencies.values()):
+        if any(above_floor(latency, now, self._rules.floor_s) for latency in latencies.values()):
             elsewhere = await self._peers()
-        outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s)
+        flagged = {served.index for served in open_drives if served.slow}
+        outliers = slow_drives(latencies, now, elsewhere, self._rules.floor_s, flagged)
+        lately = slow_drives(latencies, now, elsewhere, self._rules.floor_s)  # no drive is retired by what was
         for served in open_drives:
             if served.index not in outliers:
                 if served.slow:
                     log.warning("drive %s is no longer slow", served.path)
                 served.slow_since, served.slow = None, False
+                self._retire_at.pop(served.index, None)
                 continue
             if served.slow_since is None:
                 served.slow_since = now
@@ -212,9 +246,17 @@ class DriveWatch:
             if not served.slow and since_s >= self._rules.after_s:
                 served.slow = True
                 log.warning("drive %s: abnormal latency, %s", served.path, served.latency.describe())
-            if 0 < self._rules.retire_after_s <= since_s and served.index not in self._retired:
-                self._retired.add(served.index)
-                await self._retire(served)
+            is_due = served.index in lately and now >= self._retire_at.get(served.index, 0)
+            if 0 < self._rules.retire_after_s <= since_s and is_due:
+                done = await self._retire(served)
+                self._retire_at[served.index] = math.inf if done else now + RETIRE_AGAIN_S
+
+
+def _look_at(drive: Drive, turn: int, asks: bool) -> MediumReport:
+    if asks:
+        ask_medium(drive)
+    drive.lock_again()
+    return check_medium(drive, turn)
 
 
 def drive_report(served: ServedDrive) -> dict[str, Any]:
@@ -224,8 +266,9 @@ def drive_report(served: ServedDrive) -> dict[str, Any]:
         fault = NOT_OPENED
     opens = served.drive.opens if served.drive is not None else 0
     report = {"fault": fault, "opens": opens, "slow": served.slow}
-    latency_ms = coarse_ms(served.latency, trio.current_time()) if served.drive is not None else {}
-    return {**report, "latency_ms": latency_ms} if latency_ms else report
+    told = told_ms(served.latency, trio.current_time(), served.told_ms) if served.drive is not None else {}
+    served.told_ms = told
+    return {**report, "latency_ms": told} if told else report
 
 
 def room_around(path: str) -> int:

@@ -82,6 +82,12 @@ class Flusher:
         for flushed in told:
             flushed(error)
 
+    def give_up(self, error: CsvfsError) -> None:
+        """The flush under way does not end: who waits for it, or for a later one, hears `error`."""
+        told, self._told, self._waiting = [*self._told, *self._waiting], [], []
+        for flushed in told:
+            flushed(error)
+
     def close(self) -> None:
         """Waits for the flush under way; those who wait for a later one are told that there is none."""
         self._orders.put(False)

@@ -3,15 +3,19 @@
 Place      block floor, lowest. Only reads /proc and /sys, and locks.
 Rule       what cannot be looked at (a process that ended, another's namespace) counts as not using it; the
            kernel's own O_EXCL and our flock are the last word.
+Killed     A process that was killed while a drive hung waits in the kernel, and keeps all that it had open, locks
+           included, also on drives that are well. It never runs again, so a drive may be taken over from it, unless
+           it waits in a call on that very drive: this may still be carried out some day.
 """
 
 import fcntl
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from csvfs.block.drive_faults import IN_USE, MISSING, fault_of_errno, faulty
+from csvfs.block.drive_faults import HANGS, IN_USE, MISSING, fault_of_errno, faulty
 from csvfs.errors import DriveRefused
 
 
@@ -116,7 +120,89 @@ def describe_users(path: str) -> str:
 
 
 def open_locked(path: str) -> int:
-    """The one descriptor for reading and writing; the lock ends with it. Raises DriveRefused."""
+    """The one descriptor for reading and writing; the lock ends with it.
+
+    Without a lock when only killed processes have it, that may not do anything to it any more: see try_lock.
+
+    Raises   DriveRefused.
+    """
+    try:
+        return _open_exclusively(path)
+    except DriveRefused as refused:
+        found = [] if refused.fault != IN_USE else threads_with(path)
+        if not found or not all(is_killed(pid, thread) for pid, thread in found):
+            raise
+        for pid, thread in found:
+            if waits_in_call_on(pid, thread, path):
+                hanging = DriveRefused(
+                    f"drive {path} does not answer: pid {pid} was killed, and its call still waits for it in the kernel"
+                )
+                raise faulty(hanging, HANGS) from None
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def try_lock(fd: int) -> bool:
+    """Lock the file behind `fd` for its one user; True when it is locked by it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def threads_with(path: str) -> list[tuple[int, int]]:
+    """(process, thread) of all that have it open, also those of a process whose main thread has ended. Looks at names
+    alone: a look at a file that hangs would hang too."""
+    wanted = os.path.realpath(path)
+    found = []
+    for pid in _processes():
+        for thread in _numbers(f"/proc/{pid}/task"):
+            if any(link == wanted for _, link in _links(pid, thread)):
+                found.append((pid, thread))
+    return found
+
+
+def _numbers(folder: str) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(folder) if name.isdigit()]
+    except OSError:
+        return []
+
+
+def _links(pid: int, thread: int) -> Iterator[tuple[int, str]]:
+    """(descriptor, path) of all that a thread has open."""
+    folder = f"/proc/{pid}/task/{thread}/fd"
+    for descriptor in _numbers(folder):
+        try:
+            yield descriptor, os.readlink(f"{folder}/{descriptor}")
+        except OSError:
+            continue
+
+
+def is_killed(pid: int, thread: int) -> bool:
+    """Whether SIGKILL is on its way to it: it runs no instruction of its program any more."""
+    for line in _read(f"/proc/{pid}/task/{thread}/status").splitlines():
+        name, _, value = line.partition(":")
+        if name in ("SigPnd", "ShdPnd") and int(value, 16) >> (signal.SIGKILL - 1) & 1:
+            return True
+    return False
+
+
+def waits_in_call_on(pid: int, thread: int, path: str) -> bool:
+    """Whether a thread waits in a system call on the file, or may: what cannot be looked at may.
+
+    A page fault (-1) is none: the store behind it will not be done.
+    """
+    fields = _read(f"/proc/{pid}/task/{thread}/syscall").split()
+    if len(fields) < 2:
+        return True  # running, or not to be seen
+    if fields[0] == "-1":
+        return False
+    number, wanted = int(fields[1], 16), os.path.realpath(path)
+    return any(descriptor == number and link == wanted for descriptor, link in _links(pid, thread))
+
+
+def _open_exclusively(path: str) -> int:
     try:
         exclusive = os.O_EXCL if is_block_device(path) else 0
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | exclusive)
@@ -126,9 +212,7 @@ def open_locked(path: str) -> int:
     except OSError as error:
         refused = DriveRefused(f"drive {path} cannot be opened: {error.strerror}{describe_users(path)}")
         raise faulty(refused, fault_of_errno(error.errno)) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not try_lock(fd):
         os.close(fd)
         refused = DriveRefused(f"drive {path} is in use by another process{describe_users(path)}")
         raise faulty(refused, IN_USE) from None

@@ -7,8 +7,9 @@ Rule       An outlier takes more than RATIO_MIN times the median of its peers an
            pool of hard disks among which one is twice as slow has none, and so has one of fast flash drives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from math import exp
 from statistics import median
 
 WRITE, READ, FLUSH = "write", "read", "flush"
@@ -19,7 +20,10 @@ FLOOR_S = 0.050
 SLOW_AFTER_S = 30.0
 RETIRE_AFTER_S = 300.0
 FORGET_S = 60.0  # what was measured longer ago says nothing about now
-_WEIGHT = 0.1  # of a new sample in the average
+FRESH_S = 15.0  # a drive becomes an outlier by what was measured within this time: one slow flush makes none
+TOLD_MS_MIN = 5  # a tenth of FLOOR_S: what is quicker makes no difference to whether a peer is an outlier
+_WEIGHT = 0.1  # of a new sample in the average, at least
+_AVERAGE_S = 5.0  # the time that the average is about, where samples are rare: a hang is not believed for minutes
 _PEAK_DECAY = 0.98  # of the p99-like peak, with every sample
 
 
@@ -36,7 +40,8 @@ class KindLatency:
         if self.count == 0 or now - self.last_at > FORGET_S:
             self.average = self.peak = seconds
         else:
-            self.average += _WEIGHT * (seconds - self.average)
+            weight = max(_WEIGHT, 1 - exp((self.last_at - now) / _AVERAGE_S))
+            self.average += weight * (seconds - self.average)
             self.peak = max(seconds, self.peak * _PEAK_DECAY)
         self.count += 1
         self.last_at = now
@@ -83,10 +88,14 @@ class DriveLatency:
         kind, began = self._under_way.pop(token)
         self.kinds[kind].record(now - began, now)
 
-    def current(self, kind: str, now: float) -> float | None:
-        """Seconds that an operation takes now; None: nothing is known of late."""
+    def longest(self, now: float) -> float:
+        """Seconds that what is under way has taken so far, at most."""
+        return max((now - began for _, began in self._under_way.values()), default=0.0)
+
+    def current(self, kind: str, now: float, forget_s: float = FORGET_S) -> float | None:
+        """Seconds that an operation takes now; None: nothing is known of the last `forget_s`."""
         measured = self.kinds[kind]
-        known = measured.average if now - measured.last_at <= FORGET_S else None
+        known = measured.average if now - measured.last_at <= forget_s else None
         waiting = [now - began for waiting_kind, began in self._under_way.values() if waiting_kind == kind]
         if not waiting:
             return known
@@ -103,8 +112,8 @@ class DriveLatency:
         return rows
 
     def describe(self) -> str:
-        """`write 12 ms, flush 800 ms` of the averages."""
-        known = [(kind, latency.average) for kind, latency in self.kinds.items() if latency.count]
+        """`write 12 ms, flush 800 ms` of the averages; what takes less than 1 ms is not said."""
+        known = [(k, latency.average) for k, latency in self.kinds.items() if latency.average >= 0.001]
         return ", ".join(f"{kind} {average * 1000:.0f} ms" for kind, average in known) or "nothing known"
 
 
@@ -118,15 +127,18 @@ def slow_drives(
     now: float,
     elsewhere: Mapping[str, list[float]] | None = None,
     floor_s: float = FLOOR_S,
+    flagged: Container[int] = (),
 ) -> set[int]:
     """The drives (by the caller's numbers) that are outliers in some kind of operation.
 
-    Args  elsewhere: by kind the latencies of drives of other nodes, in seconds.
+    Args  elsewhere: by kind the latencies of drives of other nodes, in seconds. flagged: drives that have long been
+          outliers, and stay so until something better is measured or all is forgotten.
     """
     slow: set[int] = set()
     for kind in KINDS:
         now_s = {number: latency.current(kind, now) for number, latency in latencies.items()}
-        for number, own_s in now_s.items():
+        for number, latency in latencies.items():
+            own_s = latency.current(kind, now, FORGET_S if number in flagged else FRESH_S)
             if own_s is None or own_s <= floor_s:
                 continue
             peers = [other for peer, other in now_s.items() if peer != number and other is not None]
@@ -136,16 +148,29 @@ def slow_drives(
     return slow
 
 
-def coarse_ms(latency: DriveLatency, now: float, floor_s: float = FLOOR_S) -> dict[str, int]:
-    """By kind, milliseconds in powers of four, of what is above the floor only: changes seldom, so it may be
-    told to the whole cluster. Whoever reads it takes what is not told for `floor_s`, which flags nobody wrongly.
+def above_floor(latency: DriveLatency, now: float, floor_s: float = FLOOR_S) -> bool:
+    """Whether anything takes so long that the peers are worth asking."""
+    return any((latency.current(kind, now) or 0.0) > floor_s for kind in KINDS)
+
+
+def told_ms(latency: DriveLatency, now: float, before: Mapping[str, int]) -> dict[str, int]:
+    """What the other nodes are told: by kind of which anything is known, milliseconds that it takes at most.
+
+    Coarse, and it stays what it was (`before`) until it is clearly wrong, so that it changes seldom: it is told to
+    the whole cluster. What is under way is left out for the same reason.
     """
     rows = {}
-    for kind in KINDS:
-        current = latency.current(kind, now)
-        if current is not None and current > floor_s:
-            step = 1
-            while step * 4 <= current * 1000:
-                step *= 4
-            rows[kind] = step
+    for kind, measured in latency.kinds.items():
+        if measured.count and now - measured.last_at <= FORGET_S:
+            rows[kind] = _told_step(measured.average * 1000, before.get(kind, 0))
     return rows
+
+
+def _told_step(average_ms: float, before: int) -> int:
+    lowest = 0.0 if before == TOLD_MS_MIN else before / 3
+    if before and lowest <= average_ms <= before * 1.2:
+        return before
+    step = TOLD_MS_MIN
+    while step < average_ms:
+        step *= 2
+    return step

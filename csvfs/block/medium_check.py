@@ -6,6 +6,8 @@ Why        A file that somebody deletes, truncates, overwrites or makes read-onl
            process ends.
 """
 
+import contextlib
+import mmap
 import os
 from dataclasses import dataclass, field
 
@@ -35,6 +37,18 @@ def check_medium(drive: Drive, turn: int = 0) -> MediumReport:
         return _check_file(drive) or _check_slot(drive, turn % drive.slot_count) or _check_superblocks(drive)
     except OSError as error:
         return MediumReport(f"it cannot be looked at: {error.strerror}", fault_of_errno(error.errno))
+
+
+def ask_medium(drive: Drive) -> None:
+    """Returns when the medium itself has answered a read, with an error or not, or cannot be asked past the page
+    cache. Never raises."""
+    with contextlib.suppress(OSError):
+        fd = os.open(f"/proc/self/fd/{drive.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            with mmap.mmap(-1, SUPERBLOCK_SIZE) as aligned:
+                os.preadv(fd, [aligned], drive.layout.superblock_offsets[0])
+        finally:
+            os.close(fd)
 
 
 def _check_file(drive: Drive) -> MediumReport | None:

@@ -20,12 +20,13 @@ from csvfs.block.bus_reads import read_blocks
 from csvfs.block.compression import Asking
 from csvfs.block.pace import INTERVAL_S, Load, Pacer
 from csvfs.block.slab_copy import SlabCopy
-from csvfs.errors import BadRequest, CsvfsError, ProtocolError, StaleEpoch
+from csvfs.errors import BadRequest, Corrupt, CsvfsError, ProtocolError, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, connect
 from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE
-from csvfs.wire.block_messages import BLOCK_COUNT_MAX
+from csvfs.wire.block_messages import BLOCK_COUNT_MAX, BLOCK_HEAD
+from csvfs.wire.frames import Kind
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,12 @@ class Pull:
         since: Epoch,
         chunks: list[int] | None,
         pacer: Pacer | None = None,
+        even_if_lost: bool = False,
     ) -> None:
-        """pacer: None: as fast as it goes, for somebody waits for it."""
+        """
+        pacer          None: as fast as it goes, for somebody waits for it
+        even_if_lost   go on over blocks that have rotted on the source and are not here either (`lost`)
+        """
         if copy.epoch != epoch:
             raise StaleEpoch(f"slab {copy.slab} is at epoch {copy.epoch}, not {epoch}: install first")
         if chunks is not None and not all(
@@ -90,6 +95,9 @@ class Pull:
         self._active_before = copy.active_chunks()
         self._pulled: list[int] = []
         self._pacer = pacer
+        self._even_if_lost = even_if_lost
+        self._checksums = array("I")  # of the source's blocks
+        self.lost: list[int] = []  # blocks of which neither copy has the content
         self._asking = Asking()
         self.source_load = Load(None, 1.0)
         self.bytes_done = 0
@@ -144,6 +152,7 @@ class Pull:
         chunk_count = self._copy.block_count // BLOCKS_PER_CHUNK
         if len(theirs) < chunk_count:
             raise ProtocolError(f"{len(theirs)} chunk epochs for a slab of {chunk_count} chunks")
+        self._checksums = array("I", table["checksums"])
         self._epochs = {chunk: theirs[chunk] for chunk in range(chunk_count)}
         if self._chunks is not None:
             return sorted(set(self._chunks))
@@ -175,16 +184,54 @@ class Pull:
         block, blocks = first * BLOCKS_PER_CHUNK, count * BLOCKS_PER_CHUNK
         if self._pacer is not None:
             await self._pacer.take(count * CHUNK_SIZE)
-        packed, data = await read_blocks(
-            link, index, copy.slab, self._epoch, block, blocks, copy.seed, self._asking
-        )
-        if copy.epoch != self._epoch:
-            raise StaleEpoch(f"slab {copy.slab} moved on to epoch {copy.epoch} during its resync")
-        # Stamped as on the source, not with this epoch: else the next resync from here would copy all of it.
-        epoch = max(1, *(self._epochs[chunk] for chunk in range(first, first + count)))
-        copy.apply_pulled_blocks(block, data, packed, epoch)
+        try:
+            packed, data = await read_blocks(
+                link, index, copy.slab, self._epoch, block, blocks, copy.seed, self._asking
+            )
+        except Corrupt:
+            for number in range(block, block + blocks):
+                await self._copy_doubtful(link, index, number)
+        else:
+            self._check_epoch()
+            # Stamped as on the source, not with this epoch: else the next resync from here would copy all of it.
+            epoch = max(1, *(self._epochs[chunk] for chunk in range(first, first + count)))
+            copy.apply_pulled_blocks(block, data, packed, epoch)
         self._pulled.extend(range(first, first + count))
         self.bytes_done += blocks * BLOCK_SIZE
+
+    async def _copy_doubtful(self, link: Link, index: int, block: int) -> None:
+        """One block of a run of which some do not verify on the source."""
+        copy, epoch = self._copy, max(1, self._epochs[block // BLOCKS_PER_CHUNK])
+        try:
+            packed, data = await read_blocks(link, index, copy.slab, self._epoch, block, 1, copy.seed)
+        except Corrupt as error:
+            self._check_epoch()
+            checksum = self._checksums[block]
+            if copy.take_checksum(block, checksum, epoch, even_if_lost=self._even_if_lost):
+                self._heal_source(link, index, block, checksum)
+            elif self._even_if_lost:
+                log.error("slab %d block %d: lost: %s", copy.slab, block, error)
+                self.lost.append(block)
+            else:
+                raise
+        else:
+            self._check_epoch()
+            copy.apply_pulled_blocks(block, data, packed, epoch)
+
+    def _check_epoch(self) -> None:
+        if self._copy.epoch != self._epoch:
+            raise StaleEpoch(
+                f"slab {self._copy.slab} moved on to epoch {self._copy.epoch} during its resync"
+            )
+
+    def _heal_source(self, link: Link, index: int, block: int, checksum: int) -> None:
+        """Give the source what it has lost. It takes that only if its own still does not verify, at this epoch."""
+        copy = self._copy
+        packed, data = copy.read_blocks(block, 1)
+        if packed != checksum.to_bytes(4, "little"):
+            return  # it was written meanwhile, there too
+        head = BLOCK_HEAD.pack(copy.slab, 0, 0, self._epoch, block, 1, index, 0)
+        link.request(Kind.HEAL, head + packed, bytes(data), lambda frame, error: None)
 
     def settled_chunks(self) -> list[int]:
         """Chunks that need not be active any more once the drive was flushed, unless a writer marked them

@@ -1,6 +1,8 @@
 """The drives a drive server serves, by index and id, and which of their copies are in service.
 
 Place      block floor, under drive_server.py. Synchronous.
+Threads    What may wait for a drive's medium runs in threads of that drive alone (`threads`): so a drive that hangs
+           takes none from the others.
 Rule       After a start of this process no copy is in service until a coordinator has installed it (PROTOCOL.md,
            "Kinds"): it alone knows whether the copy is still in sync.
 """
@@ -11,6 +13,8 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import trio
+
 from csvfs.block.drive import Drive
 from csvfs.block.drive_faults import NOT_OPENED, READ_ONLY, SWAPPED, fault_of, faulty
 from csvfs.block.latency import DriveLatency
@@ -20,12 +24,17 @@ from csvfs.ids import DriveId, PoolId, SlabId, VolumeId
 
 log = logging.getLogger(__name__)
 
+THREADS_MAX = 16  # per drive: deep enough a queue for flash, and a node of 24 drives that all hang has 384
+
+
 
 @dataclass(slots=True)
 class ServedDrive:
     """`drive` None: it could not be opened, or has failed: `state` says why in one line, `fault` in one word.
 
+    told_ms what the others were told of its latency, by kind.
     slow    its latency is an outlier (latency.py), and has been for long enough.
+    waits   of those who wait for its medium in a thread: cancelled when it is given up.
     """
 
     index: int
@@ -36,8 +45,12 @@ class ServedDrive:
     in_service: set[SlabCopy] = field(default_factory=set)
     fault: str = NOT_OPENED
     latency: DriveLatency = field(default_factory=DriveLatency)
+    told_ms: dict[str, int] = field(default_factory=dict)
     slow: bool = False
     slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
+    opening_since: float | None = None  # likewise, while a thread opens it
+    threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREADS_MAX))
+    waits: set[trio.CancelScope] = field(default_factory=set)
 
     @property
     def condition(self) -> tuple[str, str]:
@@ -85,13 +98,21 @@ class ServedDrives:
     def __iter__(self) -> Iterator[ServedDrive]:
         return iter(self._by_index)
 
-    def open(self, drive_id: DriveId, path: str, *, pool_id: bytes, cluster_id: bytes) -> ServedDrive:
-        """Open the drive, or note why it cannot be; asked again for one that is open, does nothing."""
+    def expect(self, drive_id: DriveId, path: str) -> ServedDrive:
+        """The drive's place, made when it has none: it is to be opened."""
         served = self._by_id.get(drive_id)
         if served is None:
             served = ServedDrive(len(self._by_index), drive_id, path, None, "not opened yet")
             self._by_index.append(served)
             self._by_id[drive_id] = served
+        return served
+
+    def open(self, drive_id: DriveId, path: str, *, pool_id: bytes, cluster_id: bytes) -> ServedDrive:
+        """Open the drive, or note why it cannot be; asked again for one that is open, does nothing.
+
+        May run in another thread after `expect`, once at a time per drive.
+        """
+        served = self.expect(drive_id, path)
         if served.drive is not None:
             return served
         served.path = path
@@ -110,8 +131,8 @@ class ServedDrives:
                 log.error("drive %s at %s is not served: %s", drive_id.hex()[:8], path, error)
             served.state, served.fault = str(error), fault_of(error)
         else:
-            served.drive, served.state, served.fault = drive, "ok", ""
             served.latency, served.slow, served.slow_since = DriveLatency(), False, None
+            served.state, served.fault, served.drive = "ok", "", drive  # last: from here on it is used
             log.info("serving drive %s at %s: %d slabs", drive_id.hex()[:8], path, len(list(drive.slabs())))
         return served
 

@@ -365,6 +365,27 @@ class SlabCopy(CopyTables):
                 self._erase(tables, start, end)
         return taken
 
+    def take_checksum(self, block: int, checksum: int, epoch: int, *, even_if_lost: bool) -> bool:
+        """A block that does not verify on the source of a pull: what lies here is its content iff it verifies by the
+        checksum that the source has of it. What was written here since joining began is newer, and stays.
+
+        even_if_lost   take the checksum in any case. Then the block is bad here as well, and never taken for what it
+                       was before, until a copy that has it heals it, or it is written.
+        Returns        whether the content is here.
+        """
+        tables = self._open()
+        self._check_range(block, 1)
+        marks = self._since_joining
+        if marks is not None and marks[block >> 3] >> (block & 7) & 1:
+            return True
+        is_here = checksum != NEVER_WRITTEN and self._checksum(self._raw_block(block), block) == checksum
+        if is_here or even_if_lost:
+            self._mark_pulled(tables, block, block + 1, epoch)
+            tables.checksums[block] = checksum
+            set_bits(tables.written, block, block + 1)
+        return is_here
+
+
 def _runs(block: int, count: int, marks: Sequence[int], sums: memoryview) -> list[tuple[int, int, bool]]:
     """(start, end, has checksums) of the longest runs of unmarked blocks alike in having checksums."""
     runs: list[tuple[int, int, bool]] = []

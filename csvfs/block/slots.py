@@ -50,6 +50,10 @@ class Slots:
         return len(self._free) + len(self._deleting)
 
     @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    @property
     def is_deleting(self) -> bool:
         return bool(self._deleting)
 

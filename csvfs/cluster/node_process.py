@@ -2,6 +2,8 @@
 
 Place      cluster floor. `csvfs node run` (admin/node_run.py) gives the numbers; drive server, coordinator host and
            mounts are run by `run_process`.
+Beat       A process whose one thread hangs in the kernel cannot say so. So one that may (the drive server) writes a byte
+           into a pipe every BEAT_S, and its parent replaces it when none comes any more (admin/child.py).
 Ends       status 0: asked to by SIGTERM or SIGINT, or whatever the process returns; 1: a CsvfsError, each logged as
            one line. Any other exception is a bug: its traceback, and the parent starts the next incarnation.
 """
@@ -25,6 +27,8 @@ LEASE_ENVIRONMENT = "CSVFS_NODE_LEASE"
 NODE_INCARNATION_ENVIRONMENT = "CSVFS_NODE_INCARNATION"
 INCARNATION_ENVIRONMENT = "CSVFS_INCARNATION"
 ROLE_ENVIRONMENT = "CSVFS_ROLE"
+BEAT_ENVIRONMENT = "CSVFS_BEAT"  # a descriptor of a pipe
+BEAT_S = 0.5
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,6 +62,22 @@ async def run_until_signalled(run: Callable[[], Awaitable[None]]) -> None:
         await nursery.start(call_when_signalled, nursery.cancel_scope.cancel)
         await run()
         nursery.cancel_scope.cancel()
+
+
+async def beat_forever() -> None:
+    """Show the parent that trio's loop runs, if it looks."""
+    text = os.environ.get(BEAT_ENVIRONMENT, "")
+    if not text.isdecimal():
+        return
+    while True:
+        try:
+            os.write(int(text), b".")
+        except BlockingIOError:
+            pass  # the parent has enough of them, or hangs itself
+        except OSError as error:
+            log.warning("no beats any more: %s", error)
+            return
+        await trio.sleep(BEAT_S)
 
 
 async def call_when_signalled(

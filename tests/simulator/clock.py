@@ -5,7 +5,6 @@ Place      simulator, lowest. trio asks it how long to sleep; it answers "not at
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import trio
@@ -15,12 +14,11 @@ Event = tuple[float, int, Callable[[], None]]
 
 
 class SimClock(trio.abc.Clock):
-    """`next_due` and `wake` are those of the event queue (events.py): it shares the clock with trio's timers."""
+    """`advance(deadline)` is that of the event queue (events.py): it shares the clock with trio's timers."""
 
     def __init__(self) -> None:
         self.now = START_S
-        self.next_due: Callable[[], float] = lambda: math.inf
-        self.wake: Callable[[], None] = lambda: None
+        self.advance: Callable[[float], None] = self._jump
 
     def start_clock(self) -> None:
         """Nothing to start."""
@@ -29,13 +27,10 @@ class SimClock(trio.abc.Clock):
         return self.now
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
-        """No task can run before `deadline`: go there, or to the next event of the queue if that is earlier."""
-        if deadline <= self.now:
-            return 0
-        due = self.next_due()
-        if due <= deadline and due < math.inf:
-            self.now = max(self.now, due)
-            self.wake()
-        elif deadline < math.inf:
-            self.now = deadline
+        """No task can run before `deadline`: go there, or to events of the queue that come earlier."""
+        if deadline > self.now:
+            self.advance(deadline)
         return 0
+
+    def _jump(self, deadline: float) -> None:
+        self.now = deadline

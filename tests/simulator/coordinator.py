@@ -23,11 +23,11 @@ from coordinator.sessions import Session
 from coordinator.slab_book import DataBook, MetadataBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
-from coordinator.takeover import secure_metadata_slabs
+from coordinator.takeover import bring_members_back, secure_metadata_slabs
 from csvfs.block.bus import Bus
 from csvfs.cluster.election import decide, release_ownership, take_ownership
 from csvfs.cluster.membership import View, keep_view_forever
-from csvfs.errors import CsvfsError, Disconnected, Fenced, LeaseLost, NotCoordinator, Unavailable
+from csvfs.errors import Corrupt, CsvfsError, Disconnected, Fenced, LeaseLost, NotCoordinator, Unavailable
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId
 from csvfs.net.calls import CallTable
 from csvfs.net.link import Link
@@ -71,9 +71,16 @@ class Host:
             await self._elect_forever()
 
     async def _watch_liveness_forever(self) -> None:
-        while self.process.may_serve():
-            await self.world.events_queue.sleep(LIVENESS_S)
-            await self.process.gate()
+        lost = trio.Event()
+
+        def look() -> None:
+            if self.process.may_serve() or self.process.paused:
+                self.world.events_queue.after(LIVENESS_S, look)
+            else:
+                lost.set()
+
+        look()
+        await lost.wait()
         raise LeaseLost(f"node {self.process.node} lost its lease")
 
     async def _elect_forever(self) -> None:
@@ -194,7 +201,11 @@ class SimService:
 
     async def _open_journal(self, bus: Bus) -> None:
         slab = self.book.slabs[0]
-        data = bytes(await bus.read(slab, 1, BLOCKS))
+        try:
+            data = bytes(await bus.read(slab, 1, BLOCKS))
+        except Corrupt:  # as serving.py
+            await bring_members_back(self.metadata_changes)
+            data = bytes(await bus.read(slab, 1, BLOCKS))
         blocks = [data[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE] for index in range(BLOCKS)]
         self.journal = Journal(blocks)
         self.world.trace(f"{self.process.name} opened the journal at commit {self.journal.commit}")
@@ -203,7 +214,7 @@ class SimService:
         book = DataBook(self.journal, self.commit, self._wait_durable)  # type: ignore[arg-type]
         self.changes = SlabChanges(book, self.control)
         self.eviction = Eviction(self.changes, self.control, self.facts)
-        for key in self.journal.sessions:
+        for key in sorted(self.journal.sessions):
             self.sessions[key] = Session(0, (NodeName(key[0]), Incarnation(key[1])))
 
     def _begin(self, nursery: trio.Nursery) -> None:

@@ -13,7 +13,7 @@ Not        lost or forged frames within a connection: TCP and frame checksums (t
            Rot in checksum tables, slot tables and superblocks, drives that vanish or are swapped (tests of drive).
            Rot together with what takes copies out of the in-sync set: the rotten one may be the last, and
            an unclean last copy cannot tell rot from a torn write (FORMAT.md, "Torn blocks"). Rot of one block
-           on two drives: then it is lost.
+           on two drives, or of what only one drive has: then it is lost.
            A medium that loses what it said is flushed, a cluster store that forgets: nothing holds without these.
            Kills between two stores into the mapped tables: one store each, so a kill lies before or after a pwrite.
 """
@@ -215,7 +215,9 @@ class Faults:
         pages = [
             page
             for page in sorted(medium.pages)
-            if page * 4096 >= medium.layout.data_offset and not rotten & self._world.twins(medium, page)
+            if page * 4096 >= medium.layout.data_offset
+            and not rotten & self._world.twins(medium, page)
+            and self._world.has_equal(medium, page)
         ]
         for page in self._rng.sample(pages, min(len(pages), self._rng.randrange(1, 4))):
             self._world.trace(f"{medium.path} page {page} rots")

@@ -27,6 +27,10 @@ class Violation(Exception):
     """The system did what it must never do."""
 
 
+class Unhealed(Violation):
+    """It told no lie, but does not come back to order by itself."""
+
+
 @lru_cache(maxsize=4096)
 def content(key: Key, number: int) -> bytes:
     """Of the write with this number of this block; 0: never written."""

@@ -22,7 +22,9 @@ from csvfs.block.served_drives import ServedDrives
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.writer_marks import MarkBook
 from csvfs.errors import LastCopy
+from csvfs.mount.guard import Guard
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_IN_SYNC, SlabDescriptor
+from tests.simulator.process import Process
 
 Patch = tuple[Any, str, Any]
 
@@ -95,14 +97,13 @@ def _I3_active_map_cleared_early() -> list[Patch]:
     """A flush unmarks every chunk of the drive, also those with writes not complete on all members."""
     true = BlockService._after_flush
 
-    def mutant(self: BlockService, drive: Any, covered: Any, error: Any) -> None:
-        true(self, drive, covered, error)
-        if error is not None:
+    def mutant(self: BlockService, served: Any, drive: Any, began: Any, error: Any) -> None:
+        true(self, served, drive, began, error)
+        if error is not None or served.drive is not drive:
             return
         for copy in drive.slabs():
             copy.clear_active(copy.active_chunks())
-        for marks in self.marks._writers.values():
-            marks.marks.clear()
+        self.marks.forget_drive(drive)
 
     return [(BlockService, "_after_flush", mutant)]
 
@@ -143,6 +144,15 @@ def _I5_served_before_judged() -> list[Patch]:
         await install(self, *args, alone=True)
 
     return [(ServedDrives, "copy_in_service", in_service), (BlockService, "install", mutant)]
+
+
+def _I5_serves_when_cut_off() -> list[Patch]:
+    """A node that has lost its lease, or a mount its coordinator, goes on reading from its own drives."""
+
+    def serving(self: Any) -> bool:
+        return True
+
+    return [(Guard, "serving", serving), (Process, "may_serve", serving)]
 
 
 def _I6_fence_without_effect() -> list[Patch]:
@@ -210,6 +220,7 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I3 the active map is cleared early": _I3_active_map_cleared_early,
     "I3 chunks are never marked active": _I3_never_marked,
     "I4 sent again out of order": _I4_sent_again_out_of_order,
+    "I5 a node that is cut off goes on serving": _I5_serves_when_cut_off,
     "I5 served before it is judged": _I5_served_before_judged,
     "I6 a fence closes nothing": _I6_fence_without_effect,
     "I7 in sync without a resync": _I7_resync_skips,
@@ -217,6 +228,8 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I8 a flush is answered early": _I8_flush_answers_early,
     "I9 blocks are not verified": _I9_not_verified,
 }
+# Its copies do not become equal, or the volume cannot be read: seen before anybody is told something wrong.
+SEEN_AS_UNHEALED = {"I5 served before it is judged"}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import trio
 from csvfs.cluster.election import release_host
 from csvfs.cluster.liveness import serve_until_ns
 from csvfs.cluster.membership import item_map
-from csvfs.errors import CsvfsError, NotFound, Unavailable, leaves
+from csvfs.errors import CsvfsError, leaves
 from csvfs.ids import Incarnation, NodeName
 from csvfs.store.interface import Compare, Delete, Put
 from csvfs.wire.control import pack_value
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NODE_LEASE_MS, MARGIN_MS, HEARTBEAT_S = 3000, 500, 0.5
 RESTART_S = 0.3
+GATE_S = 0.05  # what is stopped finds out so long after it goes on
 
 
 class SimEngine:
@@ -93,6 +94,9 @@ class Process:
             return
         self.alive = False
         self.on_killed()
+        if self.role == "server":
+            for medium in self.machine.media:
+                medium.locked_by = None  # the kernel closes what a dead process had open
         links, self.links = list(self.links), {}
         for link in links:
             link.die(quietly=quietly)
@@ -104,7 +108,7 @@ class Process:
     async def gate(self) -> None:
         """Wait while stopped: for what a process does by its own timers."""
         while self.paused:
-            await trio.sleep(0.05)
+            await trio.sleep(GATE_S)
 
 
 class Machine:
@@ -122,7 +126,7 @@ class Machine:
         self.processes: dict[str, Process] = {}
         self.roles: dict[str, Callable[[Process], Awaitable[None]]] = {}
         self._scope = trio.CancelScope()
-        self._down = trio.Event()
+        self._lease_scope = self._scope  # of the time for which the node has its present lease
         self._boot()
 
     def _boot(self) -> None:
@@ -165,10 +169,11 @@ class Machine:
                 agent = Process(self, "agent", 0)
                 self.processes["agent"] = agent
                 with trio.CancelScope() as scope:
+                    self._lease_scope = scope
                     sent = await self._take_lease(agent)
                     self.serve_until = serve_until_ns(sent, NODE_LEASE_MS, MARGIN_MS)
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._heartbeat_forever, agent, scope)
+                        self._heartbeat(agent, scope)
                         for role, main in self.roles.items():
                             nursery.start_soon(self._keep_running, agent, role, main)
                 for process in list(self.processes.values()):
@@ -192,21 +197,29 @@ class Machine:
             except CsvfsError:
                 await trio.sleep(RESTART_S)
 
-    async def _heartbeat_forever(self, agent: Process, scope: trio.CancelScope) -> None:
-        while True:
-            await self.world.events_queue.sleep(HEARTBEAT_S)
-            await agent.gate()
-            sent = self.clock_ns()
-            try:
-                await agent.store.keep_alive(self.lease)
-            except NotFound:
-                self.serve_until = 0
-                self.world.trace(f"{self.name} lost its lease")
-                scope.cancel()
-                return
-            except Unavailable:
-                continue
+    def _heartbeat(self, agent: Process, scope: trio.CancelScope) -> None:
+        """Renew the lease twice a second; events and no task, for there are more of these than of anything else."""
+        if not agent.alive or scope.cancel_called or scope is not self._lease_scope:
+            return
+        events = self.world.events_queue
+        if agent.paused:
+            events.after(GATE_S, lambda: self._heartbeat(agent, scope))
+            return
+        sent = self.clock_ns()
+        agent.store.keep_alive_soon(self.lease, lambda renewed: self._heard(agent, scope, sent, renewed))
+
+    def _heard(self, agent: Process, scope: trio.CancelScope, sent: int, renewed: bool | None) -> None:
+        """renewed: None: the store cannot be reached."""
+        if not agent.alive or scope is not self._lease_scope:
+            return
+        if renewed is False:
+            self.serve_until = 0
+            self.world.trace(f"{self.name} lost its lease")
+            scope.cancel()
+            return
+        if renewed:
             self.serve_until = max(self.serve_until, serve_until_ns(sent, NODE_LEASE_MS, MARGIN_MS))
+        self.world.events_queue.after(HEARTBEAT_S, lambda: self._heartbeat(agent, scope))
 
     async def _keep_running(
         self, agent: Process, role: str, main: Callable[[Process], Awaitable[None]]

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import trio
 import trio._core._run as trio_run
+from trio._core._io_epoll import EpollIOManager
 
 import csvfs.block.block_service
 import csvfs.block.bus_reads
@@ -30,7 +31,9 @@ import csvfs.block.slab_copy
 import csvfs.block.slot_table
 import csvfs.block.slot_tables
 import csvfs.block.superblock
+import csvfs.block.writer_marks
 import csvfs.net.link
+from csvfs.block.writer_marks import REST_S
 from tests.simulator.clock import SimClock
 from tests.simulator.medium import SimMmap, SimOs
 from tests.simulator.network import SimListener
@@ -64,9 +67,20 @@ async def _connect(engine: Any, address: Any, *, timeout_s: float) -> Any:
     return await engine.network.connect(engine, address, timeout_s=timeout_s)
 
 
+_poll = EpollIOManager.get_events
+
+
+def _events(manager: Any, timeout: float) -> Any:
+    """No descriptor is waited for but that by which trio wakes itself."""
+    return _poll(manager, timeout) if trio_run.GLOBAL_RUN_CONTEXT.runner.entry_queue.size() else []
+
+
 @contextmanager
-def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[..., Any]) -> Iterator[None]:
-    """Run with simulated files, sockets and time. `slow_call`: in place of trio.to_thread.run_sync."""
+def installed(
+    clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[..., Any], *, rest_s: float = REST_S
+) -> Iterator[None]:
+    """Run with simulated files, sockets and time. `slow_call`: in place of trio.to_thread.run_sync. `rest_s`: as
+    REST_S of writer_marks.py, which is longer than most runs."""
     time = _Time(clock)
     with ExitStack() as stack:
 
@@ -78,6 +92,7 @@ def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[...
         put(csvfs.block.medium, "_fallocate", sim_os.fallocate)
         put(csvfs.block.open_tables, "mmap", SimMmap(sim_os))
         put(csvfs.block.drive, "open_locked", sim_os.open_locked)
+        put(csvfs.block.drive, "try_lock", lambda fd: True)
         put(csvfs.block.drive, "machine_boot_id", sim_os.boot_id)
         put(csvfs.block.server_links, "connect", _connect)
         put(csvfs.block.pull, "connect", _connect)
@@ -89,7 +104,9 @@ def installed(clock: SimClock, sim_os: SimOs, seed: int, slow_call: Callable[...
         put(csvfs.block.block_service, "perf_counter", time.monotonic)
         put(csvfs.block.block_service, "perf_counter_ns", time.monotonic_ns)
         put(csvfs.net.link, "time", time)
+        put(csvfs.block.writer_marks, "REST_S", rest_s)
         put(trio.to_thread, "run_sync", slow_call)
         put(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         put(trio_run, "_r", random.Random(seed))
+        put(EpollIOManager, "get_events", _events)
         yield

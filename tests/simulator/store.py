@@ -112,7 +112,7 @@ class StoreHandle:
         self._process = process
 
     async def _travel(self) -> None:
-        await self._core.events.sleep(0.0003 + 0.0005 * self._core.rng.random())
+        await self._core.events.sleep(self._delay())
         if self._process.node in self._core.cut:
             await trio.sleep(GIVE_UP_S)
             raise Unavailable("the cluster store cannot be reached")
@@ -153,6 +153,30 @@ class StoreHandle:
         await self._travel()
         self._core.keep_alive(lease)
         await self._travel()
+
+    def keep_alive_soon(self, lease: int, told: Callable[[bool | None], None]) -> None:
+        """As keep_alive, without a task: `told` is called with whether there is such a lease; None: no answer."""
+        core, events, process = self._core, self._core.events, self._process
+
+        def arrive() -> None:
+            if process.node in core.cut:
+                events.after(GIVE_UP_S, lambda: told(None))
+                return
+            renewed = lease in core.leases
+            if renewed:
+                core.keep_alive(lease)
+            answer(renewed)
+
+        def answer(renewed: bool) -> None:
+            if process.paused:
+                events.after(0.05, lambda: answer(renewed))
+            else:
+                events.after(self._delay(), lambda: told(None if process.node in core.cut else renewed))
+
+        events.after(self._delay(), arrive)
+
+    def _delay(self) -> float:
+        return 0.0003 + 0.0005 * self._core.rng.random()
 
     async def revoke_lease(self, lease: int) -> None:
         await self._travel()

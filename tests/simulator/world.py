@@ -23,7 +23,7 @@ from csvfs.block.slab_state import new_slab
 from csvfs.block.slot_table import format_slot_table
 from csvfs.block.superblock import Superblock, write_superblock
 from csvfs.cluster.membership import item_map
-from csvfs.errors import CsvfsError
+from csvfs.errors import CsvfsError, Fenced
 from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, Epoch, NodeName, PoolId, SlabId, Term, VolumeId
 from csvfs.store.interface import Change, Put
 from csvfs.units import MIB
@@ -34,7 +34,7 @@ from tests.simulator.clock import START_S, SimClock
 from tests.simulator.coordinator import Host
 from tests.simulator.events import EventQueue
 from tests.simulator.faults import Faults
-from tests.simulator.history import History, Key, Violation
+from tests.simulator.history import History, Key, Unhealed, Violation
 from tests.simulator.journal import first_block
 from tests.simulator.medium import Medium, SimOs
 from tests.simulator.network import Network
@@ -65,10 +65,13 @@ class Region:
 
 @dataclass(slots=True)
 class Outcome:
-    """`failure`: what went wrong, in one line; None: nothing. `digest`: of all that happened."""
+    """`failure`: what went wrong, in one line; None: nothing. `digest`: of all that happened.
+    `lied`: a history, a copy or an in-sync set is wrong. `unhealed`: it does not come back to order. Neither: a bug."""
 
     seed: int
     failure: str | None = None
+    lied: bool = False
+    unhealed: bool = False
     events: list[str] = field(default_factory=list)
     digest: str = ""
     reads: int = 0
@@ -110,6 +113,7 @@ class World:
         node_count = rng.choice((2, 3, 3, 3, 4))
         self.network.scale = rng.choice((1.0, 1.0, 1.0, 10.0, 40.0))
         self.copies = min(node_count, rng.choice((2, 3, 3)))
+        self.rest_s = Random(f"{self.seed}/rest").choice((0.0, 0.5, 60.0))  # of chunks (writer_marks.py)
         self._slab_count = rng.choice((1, 1, 2, 3))
         self._writer_count = rng.choice((1, 2, 2))
         self.regions: list[Region] = []
@@ -312,6 +316,20 @@ class World:
             if (number * 4096 - medium.layout.data_offset) % SLAB_SIZE // 4096 == within
         }
 
+    def has_equal(self, medium: Medium, page: int) -> bool:
+        """Whether another drive has the same content at the same place of the slab: what only one has must not rot."""
+        content, within = medium.pages[page], self._within_slab(medium, page)
+        return any(
+            data == content and self._within_slab(other, number) == within
+            for other in self._drive_of.values()
+            if other is not medium
+            for number, data in other.pages.items()
+        )
+
+    @staticmethod
+    def _within_slab(medium: Medium, page: int) -> int:
+        return (page * 4096 - medium.layout.data_offset) % SLAB_SIZE // 4096
+
     # -- the run ---------------------------------------------------------------------------------
 
     async def slow_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -349,7 +367,7 @@ class World:
             if not why:
                 return
             if self.clock.now > deadline:
-                raise Violation(f"not healed after {HEAL_S_MAX:g} s: {why}")
+                raise Unhealed(f"not healed after {HEAL_S_MAX:g} s: {why}")
             await trio.sleep(0.5)
 
     def _service(self) -> Any:
@@ -386,7 +404,7 @@ class World:
                 for region in self.regions:
                     await self._read_region(region)
         if scope.cancelled_caught:
-            raise Violation(f"the volume could not be read back within {READ_S_MAX:g} s")
+            raise Unhealed(f"the volume could not be read back within {READ_S_MAX:g} s")
         await self._wait_healed()
 
     async def _read_region(self, region: Region) -> None:
@@ -397,16 +415,22 @@ class World:
             if process is None or writer is None or not process.alive:
                 await trio.sleep(0.2)
                 continue
-            await writer.hold(region.number, region.slab)
+            try:
+                await writer.hold(region.number, region.slab)
+            except Fenced:  # it was stopped for too long
+                await trio.sleep(0.2)
+                continue
             try:
                 for block in region.blocks:
                     key = (region.slab, block)
                     begun = self.history.begin_read(key)
                     try:
                         data = await writer.bus.read(SlabId(region.slab), block, 1)
+                    except Fenced:
+                        break
                     except CsvfsError as error:
                         if process.alive:
-                            raise Violation(f"slab {key[0]} block {key[1]} cannot be read: {error}") from None
+                            raise Unhealed(f"slab {key[0]} block {key[1]} cannot be read: {error}") from None
                         break
                     self.trace_read(process, key, self.history.end_read(key, begun, data))
                 else:
@@ -417,7 +441,7 @@ class World:
     def _compare_copies(self) -> None:
         service = self._service()
         if service is None:
-            raise Violation("the coordinator went away while all was well")
+            raise Unhealed("the coordinator went away while all was well")
         for descriptor in service.journal.slabs():
             blocks = [b for region in self.regions if region.slab == descriptor.slab for b in region.blocks]
             found: dict[str, list[bytes | None]] = {}
@@ -508,12 +532,13 @@ def run_seed(seed: int, operations: int = 12, *, verbose: bool = False) -> Outco
     collecting = gc.isenabled()
     gc.disable()  # collections would come at other places in a replay
     try:
-        with seams.installed(world.clock, world.os, seed, world.slow_call):
+        with seams.installed(world.clock, world.os, seed, world.slow_call, rest_s=world.rest_s):
             world.set_up()
             try:
                 trio.run(world.run, clock=world.clock)
             except BaseException as error:
                 outcome.failure = _first_failure(error)
+                outcome.lied, outcome.unhealed = _has(error, Violation, but=Unhealed), _has(error, Unhealed)
                 if outcome.failure is None:
                     raise
     finally:
@@ -527,6 +552,12 @@ def run_seed(seed: int, operations: int = 12, *, verbose: bool = False) -> Outco
     outcome.flushes = world.history.flushes
     outcome.simulated_s = world.clock.now - START_S
     return outcome
+
+
+def _has(error: BaseException, kind: type[Violation], but: type[Violation] | tuple[()] = ()) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(_has(member, kind, but) for member in error.exceptions)
+    return isinstance(error, kind) and not isinstance(error, but)
 
 
 def _first_failure(error: BaseException) -> str | None:
