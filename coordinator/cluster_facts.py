@@ -84,6 +84,11 @@ class ClusterFacts:
         in_order = value is not None and (value.get("state") or _DRIVE_OK) == _DRIVE_OK
         return in_order and self.usage(drive) is None
 
+    def is_attended(self, drive: DriveId) -> bool:
+        """Somebody is at it: it is not counted as lost, however long it is away."""
+        value = self.view.drives.get(drive)
+        return value is not None and value.get("usage") == _USAGE_MAINTENANCE
+
     def usage(self, drive: DriveId) -> str | None:
         """None: its copies may stay; else why they shall be elsewhere: `retired` or `removing`."""
         value = self.view.drives.get(drive)

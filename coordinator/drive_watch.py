@@ -58,9 +58,9 @@ class DriveWatch:
             del self._away[drive]
 
     def _is_held(self, drive: DriveId) -> bool:
-        """Its node is away on purpose: that time does not count."""
+        """It or its node is away on purpose: that time does not count."""
         node = self._facts.node_of(drive)
-        return node is not None and self._facts.in_maintenance(node)
+        return self._facts.is_attended(drive) or (node is not None and self._facts.in_maintenance(node))
 
     def away_ms(self) -> dict[DriveId, int]:
         """For the record: what each drive that is away has been away for."""

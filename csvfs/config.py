@@ -22,6 +22,8 @@ CONFIG_ENVIRONMENT = "CSVFS_CONFIG"
 CONFIG_PATH_DEFAULT = Path("/etc/csvfs/node.toml")
 CONFIG_SIZE_MAX = 64 * 1024  # bytes; ours have 300
 
+CLAIM_ENTRIES_MAX = 64
+
 # Ports of a node, counted from its port_base.
 DRIVE_SERVER_PORT = 1
 COORDINATOR_PORT = 2
@@ -119,6 +121,11 @@ class Options:
         "a drive that has not recovered by then most often never does",
         "a drive that is slow for this long is retired (0: never)",
     )  # fmt: skip
+    drive_claim_after_s: int = _option(
+        10, "s", 1, 3600,
+        "longer than partitioning a disk takes once it has appeared",
+        "a disk must have been blank for this long, at two looks, before it is claimed by itself",
+    )  # fmt: skip
     restart_backoff_max_ms: int = _option(
         5000, "ms", 0, 600_000,
         "a process that dies at once costs 5 starts a minute, not a core",
@@ -152,6 +159,7 @@ class NodeConfig:
     run_dir: Path  # sockets, logs, the liveness page
     cluster_root: Path
     place: Place  # of a node that has none in the cluster store yet; later csvfs domain set
+    claim: tuple[str, ...]  # paths and patterns of what may become a drive by itself
     options: Options
     path: Path  # of the file it was read from
 
@@ -209,7 +217,9 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
         table = tomllib.loads(text.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadRequest(f"{path} is not TOML: {error}") from None
-    allowed = {"node", "address", "port_base", "store", "run_dir", "cluster_root", "options", *PLACE_LEVELS}
+    allowed = {
+        "node", "address", "port_base", "store", "run_dir", "cluster_root", "drives", "options", *PLACE_LEVELS
+    }  # fmt: skip
     _refuse_unknown(table, allowed, path)
     node = _text(table, "node", path)
     check_name(node, f"{path}: node")
@@ -226,6 +236,7 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
         run_dir=run_dir,
         cluster_root=_absolute(table, "cluster_root", path, "/clusterstorage"),
         place=parse_place({name: table[name] for name in PLACE_LEVELS if name in table}, str(path)),
+        claim=_claim(table.get("drives", {}), path),
         options=_options(table.get("options", {}), path),
         path=path.absolute(),
     )
@@ -249,6 +260,20 @@ def parse_place(table: Any, what: str) -> Place:
         if name:
             check_name(name, f"{what}: {level}")
     return Place(**table)
+
+
+def _claim(table: Any, path: Path) -> tuple[str, ...]:
+    """`claim` of the table [drives]: absolute paths, which may be patterns."""
+    if not isinstance(table, dict):
+        raise BadRequest(f"{path}: drives must be a table, [drives]")
+    _refuse_unknown(table, {"claim"}, path)
+    entries = table.get("claim", [])
+    if not isinstance(entries, list) or len(entries) > CLAIM_ENTRIES_MAX:
+        raise BadRequest(f"{path}: claim must be a list of at most {CLAIM_ENTRIES_MAX} paths")
+    for entry in entries:
+        if not isinstance(entry, str) or not entry.startswith("/") or "**" in entry:
+            raise BadRequest(f"{path}: claim names {entry!r}; use absolute paths, in which * matches within a folder")
+    return tuple(entries)
 
 
 def _options(table: Any, path: Path) -> Options:

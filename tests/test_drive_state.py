@@ -2,6 +2,7 @@
 
 import pytest
 
+from csvfs.admin.drive_space import DriveFill, hot_points, pool_percent
 from csvfs.admin.drive_state import (
     ABNORMAL_LATENCY,
     FAILED_MEDIA,
@@ -18,6 +19,7 @@ from csvfs.admin.drive_state import (
     STALE_METADATA,
     STARTING,
     TRANSIENT_ERROR,
+    TRANSIENT_FOR_S,
     condition_of,
 )
 from csvfs.block import device_facts as facts_module
@@ -79,6 +81,51 @@ def test_what_is_odd_about_a_drive_that_works():
     assert (slow.state, slow.reason) == (ABNORMAL_LATENCY, "flush 812 ms")
     assert condition(reported={**SERVING, "quarantined": [3]}).state == PREDICTIVE_FAILURE
     assert condition(reported={**SERVING, "counters": {"io_errors": 2}}).state == TRANSIENT_ERROR
+
+
+def test_a_drive_that_failed_lately_and_serves_again_had_a_transient_error():
+    back = {**SERVING, "failures": 2, "last_failure": "cannot write: Input/output error", "failed_ago_s": 120.0}
+    found = condition(reported=back)
+    assert (found.state, found.reason) == (
+        TRANSIENT_ERROR, "failed 2 times, last 2 min ago: cannot write: Input/output error",
+    )  # fmt: skip
+    assert "retire" in found.next_step
+    assert condition(reported={**back, "failed_ago_s": TRANSIENT_FOR_S + 1}).state == OK
+
+
+def test_copies_that_missed_writes_are_spoken_of_and_make_no_drive_bad():
+    found = condition(reported={**SERVING, "stale": 3})
+    assert (found.state, found.is_ok) == (OK, True)
+    assert found.reason == "3 of its copies are being brought up to date"
+
+
+def test_a_drive_in_maintenance_says_beside_it_how_it_is():
+    found = condition({"usage": "maintenance"}, node_alive=False)
+    assert (found.state, found.reason) == (IN_MAINTENANCE, "Lost communication: node n1 is down")
+    assert condition({"usage": "maintenance"}).reason == ""
+    assert "maintenance off" in condition({"usage": "maintenance"}).next_step
+
+
+def test_a_drive_that_is_being_emptied_says_what_is_left_and_then_how_to_finish():
+    half = condition({"usage": "removing"}, {**SERVING, "slots": 15, "free_slots": 9})
+    assert (half.state, half.reason) == (REMOVING, "6 slabs are left on it")
+    empty = condition({"usage": "retired", "why": "slow"}, {**SERVING, "slots": 15, "free_slots": 15})
+    assert (empty.state, empty.reason) == (RETIRED, "slow; it is empty")
+    assert "csvfs drive remove" in empty.next_step and "csvfs drive reset" in empty.next_step
+
+
+def test_whoever_has_to_act_is_told_what_to_do():
+    for fault in drive_faults.FAULTS - {drive_faults.NOT_OPENED}:
+        assert condition(reported={"state": "why", "fault": fault}).next_step
+
+
+def test_a_hot_spot_is_fuller_than_the_pool_and_retired_drives_count_for_nothing():
+    fills = [DriveFill(100, 60, True), DriveFill(300, 90, True), DriveFill(100, 100, False)]
+    pool = pool_percent(fills)
+    assert pool == 37.5
+    assert [hot_points(fill, pool) for fill in fills] == [22.5, 0.0, 0.0]
+    assert hot_points(DriveFill(100, 42, True), pool) == 0.0, "level enough"
+    assert (pool_percent([]), DriveFill(0, 0, True).percent) == (0.0, 0.0)
 
 
 def test_the_kind_of_a_device_is_that_of_its_disk(tmp_path, monkeypatch):

@@ -177,6 +177,7 @@ async def test_a_write_error_fails_the_drive_as_a_whole_and_it_comes_back(
     await writer.write()
     await wait_whole(cluster, service)
     assert served(cluster).drive.opens > 1
+    assert served(cluster).failures >= 1 and served(cluster).last_failure.startswith("cannot ")  # Transient error
     await writer.check()
 
 

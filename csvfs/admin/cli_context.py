@@ -61,6 +61,13 @@ def expected_failure(error: BaseException) -> str | None:
     return None
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether somebody pressed Ctrl-C, also in the groups that nurseries make of it."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(KeyboardInterrupt) is not None
+    return isinstance(error, KeyboardInterrupt)
+
+
 class SizeType(click.ParamType):
     """An option like `4G` or `512M`, as bytes."""
 

@@ -1,18 +1,24 @@
 """`csvfs drive`: the disks of the pool."""
 
+import time
+
 import click
 
 from csvfs.admin import drive_life, drive_ops
-from csvfs.admin.cli_context import Here, json_option, run_here, run_with_peers, yes_option
+from csvfs.admin.claim_watch import BY_ITSELF
+from csvfs.admin.cli_claim import claim_command
+from csvfs.admin.cli_context import Here, is_interrupt, json_option, run_here, run_with_peers, yes_option
 from csvfs.admin.cluster_view import USAGE_AUTO, Record, read_cluster_view
 from csvfs.admin.drive_locate import DriveLocation, blink, locate_drive
 from csvfs.admin.drive_names import find_drive
 from csvfs.admin.peers import Peers
-from csvfs.admin.render import note, print_json, print_table, progress, size_or_unknown
+from csvfs.admin.render import format_duration, note, print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import DriveStatus, collect_status
 from csvfs.block.device_facts import KINDS
 from csvfs.errors import BadRequest
 from csvfs.units import format_size
+
+CLAIMED_LATELY_S = 86_400.0  # for so long a drive list says that a drive was claimed by itself
 
 
 @click.group("drive")
@@ -33,26 +39,43 @@ def list_command(as_json: bool) -> None:
         print_json(drives)
         return
     print_table(
-        ("DRIVE", "NODE", "PATH", "KIND", "STATE", ">SIZE", ">FREE", ">BAD BLOCKS", ">HEALED"),
-        [
-            (
-                drive.id[:8],
-                drive.node,
-                drive.path,
-                drive.kind or None,
-                drive.state,
-                format_size(drive.size),
-                size_or_unknown(drive.free),
-                drive.counters.get("checksum_errors"),
-                drive.counters.get("healed"),
-            )
-            for drive in drives
-        ],
+        ("DRIVE", "NODE", "PATH", "KIND", ">SIZE", ">USED", ">SLOTS", ">FULL", "STATE"),
+        [drive_row(drive) for drive in drives],
         empty="no drives yet: csvfs drive add PATH... on each node",
     )
     for drive in drives:
-        if drive.reason:
-            note(f"{drive.id[:8]} on {drive.node}: {drive.reason}")
+        for text in remarks(drive, time.time()):
+            note(f"{drive.id[:8]} on {drive.node}: {text}")
+
+
+def drive_row(drive: DriveStatus) -> tuple[str | None, ...]:
+    used = drive.used_slots is not None
+    return (
+        drive.id[:8],
+        drive.node,
+        drive.path,
+        drive.kind or None,
+        format_size(drive.size),
+        size_or_unknown(drive.used),
+        f"{drive.used_slots}/{drive.slots}" if used else None,
+        f"{drive.percent_used:.0f} %" if drive.percent_used is not None else None,
+        drive.state,
+    )
+
+
+def remarks(drive: DriveStatus, now_s: float) -> list[str]:
+    """What is said of a drive beside the table: why it is as it is, and what to do. `now_s`: seconds since 1970."""
+    found = []
+    if drive.reason or drive.next_step:
+        found.append("; ".join(text for text in (drive.reason or drive.state, drive.next_step) if text))
+    if drive.hot_points:
+        found.append(f"{drive.hot_points:.0f} points fuller than the pool; csvfs pool optimize levels the drives")
+    bad, healed = drive.counters.get("checksum_errors"), drive.counters.get("healed")
+    if bad or healed:
+        found.append(f"{bad or 0} bad blocks, {healed or 0} healed since it was opened")
+    if drive.added_by == BY_ITSELF and now_s - drive.added < CLAIMED_LATELY_S:
+        found.append(f"claimed by itself {format_duration(max(0.0, now_s - drive.added))} ago")
+    return found
 
 
 @drive_group.command("locate")
@@ -129,6 +152,9 @@ def add_command(paths: tuple[str, ...], kind: str | None, dry_run: bool, as_json
         print_json([{"id": drive.name, **drive.value} for drive in added])
 
 
+drive_group.add_command(claim_command)
+
+
 @drive_group.command("retire")
 @click.argument("drive", metavar="ID|PATH")
 @click.option("--undo", is_flag=True, help="Use it again, with what is still on it.")
@@ -154,11 +180,12 @@ def retire_command(drive: str, undo: bool, as_json: bool) -> None:
 @drive_group.command("remove")
 @click.argument("drive", metavar="ID|PATH")
 @yes_option
-def remove_command(drive: str, yes: bool) -> None:
+@click.option("--no-wait", is_flag=True, help="Only begin to empty it.")
+def remove_command(drive: str, yes: bool, no_wait: bool) -> None:
     """Move all slabs off a drive, then take it out of the pool.
 
-    Refused when the other drives cannot hold them. Interrupted, it goes on emptying the drive; run it again
-    to finish, or csvfs drive retire --undo to keep the drive.
+    Refused when the other drives cannot hold them. It says what it waits for. Interrupted (or with --no-wait), the drive
+    goes on being emptied: csvfs job list. Run it again to finish, or csvfs drive retire --undo to keep the drive.
     """
 
     async def check(here: Here, peers: Peers) -> tuple[Record, drive_life.Needs]:
@@ -172,13 +199,15 @@ def remove_command(drive: str, yes: bool) -> None:
     name = f"drive {found.name[:8]} ({found.text('path')} on {found.text('node')})"
     if not yes:
         click.confirm(f"move {needs.count} slabs off {name} and take it out of the pool?", abort=True)
+    if no_wait:
+        run_here(lambda here: drive_life.set_usage(here.store, found, drive_life.REMOVING))
+        click.echo(f"{name} is being emptied: csvfs job list. Run csvfs drive remove again to take it out")
+        return
     said = ""
 
     def left(needs: drive_life.Needs) -> None:
         nonlocal said
-        text = f"{needs.count} slabs left on drive {found.name[:8]}"
-        if needs.unknown:
-            text += f", besides those of {', '.join(needs.unknown)}, which cannot be asked now"
+        text = drive_life.left_text(found, needs)
         if text != said:
             said = text
             note(text)
@@ -188,8 +217,58 @@ def remove_command(drive: str, yes: bool) -> None:
             emptied = await drive_life.evacuate(here.store, peers, found, left)
             await drive_life.take_out(here.store, peers, emptied)
 
-    run_with_peers(work)
+    try:
+        run_with_peers(work)
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
+        note(
+            f"{name} goes on being emptied: csvfs job list. To finish: csvfs drive remove {found.name[:8]}; to keep it: "
+            f"csvfs drive retire --undo {found.name[:8]}"
+        )
+        raise click.Abort from None
     click.echo(f"{name} is out of the pool")
+
+
+@drive_group.command("maintenance")
+@click.argument("switch", type=click.Choice(("on", "off")))
+@click.argument("drive", metavar="ID|PATH")
+@json_option
+def maintenance_command(switch: str, drive: str, as_json: bool) -> None:
+    """Say that somebody is at a drive, or is done. Meanwhile it takes no new slabs, keeps what it has, and is not
+    rebuilt elsewhere however long it is away."""
+
+    async def work(here: Here) -> Record:
+        found = find_drive(await read_cluster_view(here.store), drive, here.config.node)
+        return await drive_life.set_maintenance(here.store, found, switch == "on")
+
+    changed = run_here(work)
+    if as_json:
+        print_json({"id": changed.name, **changed.value})
+    elif switch == "on":
+        click.echo(f"drive {changed.name[:8]} is in maintenance; when done: csvfs drive maintenance off {drive}")
+    else:
+        click.echo(f"drive {changed.name[:8]} is used again")
+
+
+@drive_group.command("set")
+@click.argument("drive", metavar="ID|PATH")
+@click.option(
+    "--kind", type=click.Choice((*KINDS, "detected")), required=True, help="What it is, whatever the machine says."
+)
+@json_option
+def set_command(drive: str, kind: str, as_json: bool) -> None:
+    """Declare the kind of a drive; `detected`: as the machine says (on the drive's own node)."""
+
+    async def work(here: Here) -> Record:
+        found = find_drive(await read_cluster_view(here.store), drive, here.config.node)
+        return await drive_life.set_kind(here.store, here.config.node, found, None if kind == "detected" else kind)
+
+    changed = run_here(work)
+    if as_json:
+        print_json({"id": changed.name, **changed.value})
+    else:
+        click.echo(f"drive {changed.name[:8]} is of kind {changed.text('kind') or 'not known'}")
 
 
 @drive_group.command("reset")

@@ -1,5 +1,6 @@
 """`csvfs node`: running this node, listing all."""
 
+import logging
 from dataclasses import dataclass
 
 import click
@@ -23,6 +24,7 @@ def run_command() -> None:
     """Run this node until it is told to stop: the one service of csvfs (examples/csvfs-node.service)."""
     from csvfs.admin.node_run import run_node  # the service's own imports slow down no other command
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     trio.run(run_node, load_config())
 
 

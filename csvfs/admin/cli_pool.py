@@ -10,7 +10,7 @@ from csvfs.admin.cli_context import SIZE, Here, json_option, run_here, run_with_
 from csvfs.admin.cluster_view import Record, read_cluster_view
 from csvfs.admin.job_ops import control_jobs
 from csvfs.admin.peers import Peers, answer_or_error
-from csvfs.admin.pool_ops import create_pool, require_pool
+from csvfs.admin.pool_ops import create_pool, require_pool, set_auto_claim
 from csvfs.admin.pool_recover import CLUSTER_NAME, Recovery, rebuild, require_empty_store, scan
 from csvfs.admin.render import note, print_json, print_table, size_or_unknown
 from csvfs.admin.status import ClusterStatus, collect_status
@@ -58,6 +58,30 @@ def optimize_command(as_json: bool) -> None:
         print_json(answers)
     else:
         click.echo(f"levelling the drives for {', '.join(sorted(answers)) or 'no volumes'}: csvfs job watch")
+
+
+@pool_group.command("set")
+@click.option(
+    "--auto-claim",
+    type=click.Choice(("on", "off")),
+    required=True,
+    help="Whether nodes take blank drives that their [drives] claim names into the pool by themselves.",
+)
+@json_option
+def set_command(auto_claim: str, as_json: bool) -> None:
+    """Change the pool. With auto-claim on, a node claims what its node.toml names and what is blank: see
+    csvfs drive claim --dry-run on each node first."""
+
+    async def work(here: Here) -> Record:
+        return await set_auto_claim(here.store, auto_claim == "on")
+
+    pool = run_here(work)
+    if as_json:
+        print_json({"name": pool.text("name"), "auto_claim": auto_claim == "on"})
+        return
+    click.echo(f"auto-claim of pool {pool.text('name')} is {auto_claim}")
+    if auto_claim == "on":
+        note("what would be claimed on a node: csvfs drive claim --dry-run")
 
 
 @pool_group.command("scrub")

@@ -3,7 +3,8 @@
 Place      admin floor. The command changes the key `drives/<id>`; the coordinators see it and make the copies
            elsewhere, whatever becomes of the command.
 Usage      auto (or absent), retired (takes no new slabs, its copies move away), removing (as retired, on its
-           way out), removed (no slab needs it: its server closes it, then the key goes).
+           way out), removed (no slab needs it: its server closes it, then the key goes), maintenance (takes no new
+           slabs, keeps what it has, and may be away).
 """
 
 import secrets
@@ -27,6 +28,7 @@ from csvfs.admin.drive_ops import DriveCandidate, label_of, put_drive, slab_size
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.admin.pool_ops import require_cluster, require_pool
 from csvfs.block.capacity import missing_slots
+from csvfs.block.device_facts import device_facts
 from csvfs.block.formatting import reformat_drive
 from csvfs.errors import (
     BadRequest,
@@ -42,7 +44,7 @@ from csvfs.ids import DriveId, NodeName, PoolId
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
 from csvfs.units import format_size
 
-RETIRED, REMOVING, REMOVED = "retired", "removing", "removed"
+RETIRED, REMOVING, REMOVED, MAINTENANCE = "retired", "removing", "removed", "maintenance"
 CHANGE_ATTEMPTS = 10
 POLL_S = 0.5
 RELEASE_TIMEOUT_S = 30.0
@@ -61,18 +63,45 @@ class Needs:
 
 async def set_usage(store: ClusterStore, drive: Record, usage: str) -> Record:
     """Raises NotFound: the drive was removed meanwhile. Conflict, Unavailable."""
+    return await change_drive(store, drive, usage=usage)
+
+
+async def change_drive(store: ClusterStore, drive: Record, **changes: Any) -> Record:
+    """Change fields of a drive's key, whatever else was changed meanwhile. Raises as set_usage."""
     for _ in range(CHANGE_ATTEMPTS):
         view = await read_cluster_view(store)
         known = view.drives.get(drive.name)
         if known is None:
             raise NotFound(f"drive {drive.name[:8]} is not in the pool any more")
-        value = known.packed_with(usage=usage)
+        value = known.packed_with(**changes)
         result = await store.transact(
             [Compare(known.key, known.revision)], [Put(known.key, value, known.lease)]
         )
         if result.succeeded:
-            return Record(known.key, {**known.value, "usage": usage}, result.revision, known.lease)
+            return Record(known.key, {**known.value, **changes}, result.revision, known.lease)
     raise Conflict(f"{DRIVES}{drive.name} is being changed by others all the time; try again")
+
+
+async def set_kind(store: ClusterStore, node: NodeName, drive: Record, kind: str | None) -> Record:
+    """Declare a drive's kind; None: as the machine says. Raises BadRequest: that is known on its own node only."""
+    if kind is None and drive.text("node") != node:
+        raise BadRequest(f"drive {drive.name[:8]} is attached to node {drive.text('node')}: run this command there")
+    known = kind or device_facts(drive.text("path")).kind
+    return await change_drive(store, drive, kind=known, declared=kind is not None)
+
+
+async def set_maintenance(store: ClusterStore, drive: Record, on: bool) -> Record:
+    """Say that somebody is at a drive: it takes no new slabs, and is neither retired for being slow nor counted as
+    lost for being away.
+
+    Raises  Conflict: it is being emptied. NotFound, Unavailable.
+    """
+    usage = drive_usage(drive)
+    if usage not in (USAGE_AUTO, MAINTENANCE):
+        raise Conflict(
+            f"drive {drive.name[:8]} is {usage} and being emptied; csvfs drive retire --undo it first, if it is to stay"
+        )
+    return await set_usage(store, drive, MAINTENANCE if on else USAGE_AUTO)
 
 
 async def needs_of(view: ClusterView, peers: Peers, drive: Record, revision: int = 0) -> Needs:
@@ -150,6 +179,17 @@ async def evacuate(store: ClusterStore, peers: Peers, drive: Record, left: Calla
         if not needs.count and needs.settled:
             return drive
         await trio.sleep(POLL_S)
+
+
+def left_text(drive: Record, needs: Needs) -> str:
+    """One line: what is left on a drive that is being emptied, and what emptying it waits for."""
+    text = f"{needs.count} slabs left on drive {drive.name[:8]}"
+    if needs.unknown:
+        names = ", ".join(needs.unknown)
+        text += f"; waiting for a coordinator of {names}, to hear what they keep there: csvfs volume status"
+    elif not needs.count and not needs.settled:
+        text += "; waiting for slabs that are just being created"
+    return text
 
 
 async def take_out(store: ClusterStore, peers: Peers, drive: Record) -> None:
@@ -239,5 +279,8 @@ async def _rejoin(store: ClusterStore, node: NodeName, drive: Record) -> Record:
         label=label_of(path),
     )
     superblock = await trio.to_thread.run_sync(make)
-    as_before = DriveCandidate(path, superblock.size, drive.text("backing"), drive.text("kind"))
+    as_before = DriveCandidate(
+        path, superblock.size, drive.text("backing"), drive.text("kind"),
+        declared=bool(drive.value.get("declared")), identity=drive.text("identity"), by="csvfs drive reset",
+    )  # fmt: skip
     return await put_drive(store, node, as_before, new_id, superblock.layout.slot_count)

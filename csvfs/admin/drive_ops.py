@@ -8,6 +8,7 @@ Order      first every path is checked, then each is formatted and made known. O
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,14 @@ from csvfs.admin.pool_ops import require_cluster, require_pool
 from csvfs.block.device_facts import device_facts
 from csvfs.block.eligibility import check_drive
 from csvfs.block.formatting import format_drive
+from csvfs.block.whole_disks import disk_facts
 from csvfs.errors import BadRequest, CsvfsError, NotFound
 from csvfs.ids import DriveId, NodeName, PoolId
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.units import SLAB_SIZE_DEFAULT
 from csvfs.wire.control import pack_value
 
+BY_HAND = "csvfs drive add"
 LABEL_SIZE_MAX = 64  # bytes; FORMAT.md, "Superblock"
 
 
@@ -36,6 +39,9 @@ class DriveCandidate:
     size: int  # bytes
     backing: str  # file or block
     kind: str  # nvme, ssd, hdd; empty: not known
+    declared: bool = False  # somebody said the kind: it stands against what the machine says
+    identity: str = ""  # block/whole_disks.py
+    by: str = BY_HAND
 
 
 async def check_candidates(
@@ -89,7 +95,12 @@ def _look_at(given: str, kind: str | None) -> DriveCandidate:
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise BadRequest(f"{given} is neither a file nor a block device")
         backing = "block" if stat.S_ISBLK(mode) else "file"
-        return DriveCandidate(path, os.lseek(fd, 0, os.SEEK_END), backing, kind or device_facts(path).kind)
+        status = os.fstat(fd)
+        facts = disk_facts(f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}") if backing == "block" else None
+        return DriveCandidate(
+            path, os.lseek(fd, 0, os.SEEK_END), backing, kind or device_facts(path).kind,
+            declared=kind is not None, identity=facts.identity if facts is not None else "",
+        )  # fmt: skip
     finally:
         os.close(fd)
 
@@ -107,10 +118,13 @@ async def add_drives(
     Cancel  a drive that is being formatted is finished and stays unknown; it can be blanked and added again.
     """
     for candidate in await check_candidates(store, paths, kind):
-        announce(await _add_drive(store, node, candidate))
+        announce(await make_drive(store, node, candidate))
 
 
-async def _add_drive(store: ClusterStore, node: NodeName, candidate: DriveCandidate) -> Record:
+async def make_drive(
+    store: ClusterStore, node: NodeName, candidate: DriveCandidate, *, must_be_empty: bool = False
+) -> Record:
+    """Format and make known. Raises DriveRefused, DriveFailed; CsvfsError: formatted, but not made known."""
     cluster = await require_cluster(store)
     pool = await require_pool(store)
     drive = DriveId(secrets.token_bytes(16))
@@ -123,6 +137,7 @@ async def _add_drive(store: ClusterStore, node: NodeName, candidate: DriveCandid
         node=node,
         slab_size=slab_size_of(pool),
         label=label_of(candidate.path),
+        must_be_empty=must_be_empty,
     )
     superblock = await trio.to_thread.run_sync(make)
     return await put_drive(store, node, candidate, drive, superblock.layout.slot_count)
@@ -140,6 +155,10 @@ async def put_drive(
         "backing": candidate.backing,
         "state": DRIVE_OK,
         "slots": slots,
+        "declared": candidate.declared,
+        "identity": candidate.identity,
+        "added_by": candidate.by,
+        "added": int(time.time()),  # for people
     }
     key = DRIVES + drive.hex()
     try:

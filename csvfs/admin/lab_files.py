@@ -182,4 +182,5 @@ def _node_toml(plan: LabPlan, files: LabFiles, node: LabNode) -> str:
         f"port_base = {PORT_BASE}\n"
         f'store = "{store}"\n'
         f'run_dir = "{node.run_dir}"\n'
+        f'[drives]\nclaim = ["{node.directory}/drives/*"]\n'  # never the disks of this machine
     )

@@ -28,6 +28,7 @@ from pathlib import Path
 import trio
 
 from csvfs.admin.child import Child, ChildPlan, bound_log
+from csvfs.admin.claim_watch import claim_forever
 from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.mount_points import unmount_lazily
 from csvfs.admin.store_member import store_member
@@ -129,6 +130,7 @@ class _NodeLease:
                 nursery.start_soon(
                     self._run_child, ROLE_COORDINATOR, self._commands.coordinator, self._host_died
                 )
+                nursery.start_soon(claim_forever, self._config, self._store, self._view, self._lease)
                 with trio.CancelScope() as mounting:
                     nursery.start_soon(_cancel_when, stopping, mounting)
                     await self._keep_mounts_forever(nursery)

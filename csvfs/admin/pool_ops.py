@@ -8,7 +8,7 @@ import time
 
 from csvfs.admin.cluster_view import CLUSTER_KEY, POOL_KEY, Record, read_record
 from csvfs.config import check_name
-from csvfs.errors import BadRequest, Exists, NotFound
+from csvfs.errors import BadRequest, Conflict, Exists, NotFound
 from csvfs.ids import PoolId
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.units import SLAB_SIZE_DEFAULT, SLAB_SIZE_MAX, SLAB_SIZE_MIN, format_size
@@ -49,6 +49,16 @@ async def create_pool(store: ClusterStore, name: str, slab_size: int) -> Record:
             "add drives with csvfs drive add"
         )
     return Record(POOL_KEY, value, 0)
+
+
+async def set_auto_claim(store: ClusterStore, on: bool) -> Record:
+    """Whether nodes claim eligible drives by themselves. Raises NotFound (no pool), Conflict, Unavailable."""
+    pool = await require_pool(store)
+    put = Put(POOL_KEY, pool.packed_with(auto_claim=on), pool.lease)
+    result = await store.transact([Compare(POOL_KEY, pool.revision)], [put])
+    if not result.succeeded:
+        raise Conflict("the pool was changed by somebody else meanwhile; try again")
+    return Record(POOL_KEY, {**pool.value, "auto_claim": on}, result.revision)
 
 
 async def require_cluster(store: ClusterStore) -> Record:

@@ -7,6 +7,7 @@ Words      health as in S2D: Healthy, Degraded (copies missing or stale), No red
            of something that should have more, or none), Unknown.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ from csvfs.admin.cluster_view import (
     VOLUME_ONLINE,
     ClusterView,
     Record,
+    drive_usage,
     read_cluster_view,
 )
+from csvfs.admin.drive_space import DriveFill, hot_points, pool_percent
 from csvfs.admin.node_life import node_state
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
@@ -47,6 +50,17 @@ class DriveStatus:
     kind: str = ""  # nvme, ssd, hdd; empty: not known
     usage: str = "auto"  # or retired, removing, removed, maintenance
     latency: dict[str, Any] = field(default_factory=dict)  # milliseconds by kind of operation
+    next_step: str = ""  # what an administrator can do about the state
+    slots: int = 0
+    used_slots: int | None = None
+    used: int | None = None  # bytes of the slots in use
+    percent_used: float | None = None
+    hot_points: float = 0.0  # how many points fuller than the pool, when that makes it a hot spot
+    kind_declared: bool = False  # somebody said the kind; else it is as the machine says
+    added: int = 0  # seconds since 1970; 0: not known
+    added_by: str = ""  # auto-claim, or the command
+    failures: int = 0  # since its drive server started
+    last_failure: str = ""
 
 
 @dataclass(slots=True)
@@ -172,7 +186,10 @@ async def collect_status(
             volume_status(view, record, volumes.get(name), figures.get(name), volume_errors.get(name, ""))
             for name, record in sorted(view.volumes.items())
         ],
-        jobs=[job for name in sorted(volumes) for job in job_statuses(name, volumes[name])],
+        jobs=[
+            *(job for name in sorted(volumes) for job in job_statuses(name, volumes[name])),
+            *(jobs_not_asked(view, volume_errors.keys() - volumes.keys())),
+        ],
     )
 
 
@@ -209,9 +226,32 @@ def drive_statuses(view: ClusterView, servers: dict[str, Any]) -> list[DriveStat
                 kind=record.text("kind"),
                 usage=drive_state.usage_of(record.value),
                 latency=reported.get("latency", {}) if reported is not None else {},
+                next_step=condition.next_step,
+                slots=record.number("slots"),
+                kind_declared=record.value.get("declared") is True,
+                added=record.number("added"),
+                added_by=record.text("added_by"),
+                failures=_number(reported, "failures") or 0,
+                last_failure=str((reported or {}).get("last_failure") or ""),
             )
         )
+    _add_fill(found, slab_size)
     return found
+
+
+def _add_fill(drives: list[DriveStatus], slab_size: int) -> None:
+    """How full each is, as far as its server was asked, and which are hot spots."""
+    fills: list[tuple[DriveStatus, DriveFill]] = []
+    for drive in drives:
+        if drive.free is not None and drive.slots:
+            drive.used_slots = max(0, drive.slots - drive.free // slab_size)
+            drive.used = drive.used_slots * slab_size
+            fill = DriveFill(drive.slots, drive.used_slots, drive.usage == "auto")
+            drive.percent_used = fill.percent
+            fills.append((drive, fill))
+    pool = pool_percent(fill for _, fill in fills)
+    for drive, fill in fills:
+        drive.hot_points = hot_points(fill, pool)
 
 
 def _reported_drive(reply: Any, hex_id: str) -> dict[str, Any] | None:
@@ -360,6 +400,21 @@ def job_statuses(volume: str, reply: Any) -> list[JobStatus]:
             eta_told=_number(row, "eta"),
         )
         for row in _maps(reply, "jobs")
+    ]
+
+
+def jobs_not_asked(view: ClusterView, volumes: Iterable[str]) -> list[JobStatus]:
+    """Drives that are to be emptied, and volumes that cannot say what they keep there: these jobs wait."""
+    leaving = [drive for drive in view.drives.values() if drive_usage(drive) in ("retired", "removing")]
+    return [
+        JobStatus(
+            volume=volume,
+            what=f"evacuation of drive {drive.name[:8]} on {drive.text('node')}",
+            waiting_for=f"a coordinator of volume {volume}: csvfs volume status {volume}",
+            kind="evacuate",
+        )
+        for volume in sorted(volumes)
+        for drive in leaving
     ]
 
 

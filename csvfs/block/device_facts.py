@@ -39,16 +39,17 @@ def device_facts(path: str) -> DeviceFacts:
         return DeviceFacts("", "", "", "", ())
     place = here.resolve()
     disk = place if (place / "queue").is_dir() else place.parent  # a partition has the facts of its disk
-    serial = _read(disk / "device" / "serial") or _read(disk / "serial") or _read(disk / "device" / "wwid")
+    serial = read_text(disk / "device" / "serial") or read_text(disk / "serial") or read_text(disk / "device" / "wwid")
     return DeviceFacts(
-        _kind(disk), f"/dev/{place.name}", _read(disk / "device" / "model"), serial, _links(place.name)
+        kind_of_disk(disk), f"/dev/{place.name}", read_text(disk / "device" / "model"), serial, _links(place.name)
     )
 
 
-def _kind(disk: Path) -> str:
+def kind_of_disk(disk: Path) -> str:
+    """Of a disk's directory in /sys: nvme, ssd or hdd; empty: not known."""
     if disk.name.startswith("nvme"):
         return NVME
-    return {"0": SSD, "1": HDD}.get(_read(disk / "queue" / "rotational"), "")
+    return {"0": SSD, "1": HDD}.get(read_text(disk / "queue" / "rotational"), "")
 
 
 def _links(name: str) -> tuple[str, ...]:
@@ -59,7 +60,8 @@ def _links(name: str) -> tuple[str, ...]:
     return tuple(str(entry) for entry in entries if os.path.basename(os.path.realpath(entry)) == name)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file of /sys; empty: it is not there or cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

@@ -382,7 +382,11 @@ class DriveCalls:
                     failure=drive.failure,
                     repairs=drive.repairs,
                     quarantined=drive.quarantined,
+                    stale=served.stale_count,
                 )
+            if served.failed_at is not None:
+                ago_s = trio.current_time() - served.failed_at
+                row.update(failures=served.failures, last_failure=served.last_failure, failed_ago_s=ago_s)
             rows.append(row)
         pulls = [
             {

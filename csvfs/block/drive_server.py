@@ -44,6 +44,7 @@ SWEEP_INTERVAL_S = 2.0
 # this many (256 MiB), or at the latest after SWEEPS_TO_FLUSH sweeps.
 MARKS_MAX = 4_096
 SWEEPS_TO_FLUSH = 5
+USAGE_MAINTENANCE = "maintenance"
 OPEN_LOOK_S = 0.01
 OPEN_WAIT_S = 5.0  # for the drives, before the server says that it is there
 USAGE_REMOVED = "removed"  # of a drive's key: no slab needs it any more, the key is about to go
@@ -142,6 +143,9 @@ class DriveServer:
             items = {item.key: item for item in await self.store.list("drives/")}
             values = {key: unpack_value(item.value) for key, item in items.items()}
             key = f"drives/{served.drive_id.hex()}"
+            if key in values and values[key].get("usage") == USAGE_MAINTENANCE:
+                log.error("drive %s is slow for long, and in maintenance: not retired", served.path)
+                return False
             if key not in values or any(value.get("usage") == "retired" for value in values.values()):
                 log.error("drive %s is slow for long, but another one is retired already", served.path)
                 return False

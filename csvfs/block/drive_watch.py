@@ -177,6 +177,8 @@ class DriveWatch:
         assert drive is not None and drive.failure is not None
         log.error("drive %s has failed (%s): %s", served.path, drive.fault, drive.failure)
         self._service.give_up(served, drive)
+        served.failures += 1
+        served.last_failure, served.failed_at = drive.failure, trio.current_time()
         await self._in_thread(drive.end_failed)
         self._service.end_flusher(served)
         try:

@@ -10,6 +10,7 @@ import os
 import stat
 import time
 
+from csvfs.block.blankness import find_data
 from csvfs.block.eligibility import check_content, check_drive
 from csvfs.block.in_use import open_locked
 from csvfs.block.layout import TAIL_SIZE, Layout, layout_of
@@ -31,11 +32,12 @@ def format_drive(
     node: NodeName,
     slab_size: int = SLAB_SIZE_DEFAULT,
     label: str = "",
+    must_be_empty: bool = False,
 ) -> Superblock:
     """Make `path` an empty, cleanly closed drive.
 
     Args    drive_id, pool_id, cluster_id: 16 bytes each. slab_size: bytes. label: for people, at most 64
-            bytes.
+            bytes. must_be_empty: refuse data anywhere that blankness.py looks, not only at the beginning.
     Raises  DriveRefused: see check_drive; nothing was written. BadRequest: odd ids, texts or slab size;
             nothing was written. DriveFailed: I/O error, or no room for the metadata; the path is no drive,
             and may not be blank.
@@ -52,6 +54,8 @@ def format_drive(
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         check_content(path, fd, medium_size(fd), pool_id, cluster_id)  # another format may have been quicker
+        if must_be_empty and (offset := find_data(fd, medium_size(fd))) is not None:
+            raise DriveRefused(f"{path}: not blank: data near byte {offset}")
         return _make_drive(path, fd, drive_id, pool_id, cluster_id, node, slab_size, label)
     except BlockingIOError:
         raise DriveRefused(f"{path}: in use by another process") from None

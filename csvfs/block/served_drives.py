@@ -21,6 +21,7 @@ from csvfs.block.latency import DriveLatency
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.errors import CsvfsError, DriveFailed, DriveRefused, NotFound, Unavailable
 from csvfs.ids import DriveId, PoolId, SlabId, VolumeId
+from csvfs.wire.block_messages import ROLE_IN_SYNC
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class ServedDrive:
 
     told_ms what the others were told of its latency, by kind.
     slow    its latency is an outlier (latency.py), and has been for long enough.
+    failures, last_failure, failed_at   how often it failed in the life of this process, why last, and when
     waits   of those who wait for its medium in a thread: cancelled when it is given up.
     """
 
@@ -48,6 +50,9 @@ class ServedDrive:
     told_ms: dict[str, int] = field(default_factory=dict)
     slow: bool = False
     slow_since: float | None = None  # seconds of the trio clock; since when it is an outlier
+    failures: int = 0
+    last_failure: str = ""
+    failed_at: float | None = None  # seconds of the trio clock
     opening_since: float | None = None  # likewise, while a thread opens it
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREADS_MAX))
     waits: set[trio.CancelScope] = field(default_factory=set)
@@ -58,6 +63,12 @@ class ServedDrive:
         if self.drive is not None and self.drive.failure is not None:
             return f"failed: {self.drive.failure}", self.drive.fault
         return self.state, self.fault
+
+    @property
+    def stale_count(self) -> int:
+        """Copies that are being resynced, or wait for their coordinator to say whether they are in sync."""
+        copies = self.drive.slabs() if self.drive is not None else []
+        return sum(copy not in self.in_service or copy.role != ROLE_IN_SYNC for copy in copies)
 
     @property
     def all_judged(self) -> bool:
