@@ -1,6 +1,7 @@
 """Cluster facts: what a coordinator asks of the membership view, by name instead of by key.
 
 Place      coordinator floor, over cluster/membership.py. Reads only; a fact may be a moment old.
+Domains    are those of a volume's level, as the store says it now: what is changed there counts at once.
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from coordinator.repair_plan import REMOVING, RETIRED
 from csvfs.block.server_links import ServerAddress
 from csvfs.cluster.membership import View
+from csvfs.fault_domains import Level, Place, domain_at, level_of, place_of
 from csvfs.ids import DriveId, Incarnation, NodeName
 
 _DRIVE_OK = "ok"
@@ -16,10 +18,16 @@ _USAGE_MAINTENANCE = "maintenance"  # takes no new slabs, but is not emptied eit
 
 
 class ClusterFacts:
-    """Nodes, drives and drive servers as last heard."""
+    """Nodes, drives and drive servers as last heard. `volume`: whose fault domains are meant; empty: nodes."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, volume: str = "") -> None:
         self.view = view
+        self._volume = volume
+        self._domains: dict[NodeName, tuple[object, Level, str]] = {}  # with what they follow from
+
+    def of_volume(self, volume: str) -> "ClusterFacts":
+        """The same, with the fault domains of this volume's level."""
+        return ClusterFacts(self.view, volume)
 
     def server(self, node: NodeName) -> ServerAddress | None:
         """Where the node's drive server listens; None: it runs none now."""
@@ -116,6 +124,17 @@ class ClusterFacts:
 
     def domain_of(self, node: NodeName) -> str:
         """The fault domain: two copies of a slab never share one."""
-        value = self.view.nodes.get(node)
-        domain = value.get("domain") if value is not None else None
-        return domain if isinstance(domain, str) and domain else node
+        value, level = self.view.nodes.get(node), self.level
+        known = self._domains.get(node)  # a look at all slabs asks for every member
+        if known is None or known[0] is not value or known[1] != level:
+            known = value, level, domain_at(level, node, self.place_of(node))
+            self._domains[node] = known
+        return known[2]
+
+    @property
+    def level(self) -> Level:
+        """At which the volume keeps its copies apart."""
+        return level_of(self.view.volumes.get(self._volume))
+
+    def place_of(self, node: NodeName) -> Place:
+        return place_of((self.view.nodes.get(node) or {}).get("place"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.repair_plan import AWAY_TOO_LONG, STAYS, UNKNOWN, Standing
 from csvfs.block.placement import DriveSpace
-from csvfs.ids import DriveId
+from csvfs.ids import DriveId, NodeName
 from csvfs.wire.block_messages import Member
 
 
@@ -115,7 +115,7 @@ class DriveWatch:
             if self._facts.takes_slabs(drive) and not self._facts.in_maintenance(space.node)
         ]
 
-    def domains_that_stay(self) -> set[str]:
-        """Fault domains with a drive whose copies are to stay, up or down."""
-        nodes = {self._facts.node_of(d) for d in self._facts.view.drives if self._facts.stays(d)}
-        return {self._facts.domain_of(node) for node in nodes if node is not None}
+    def nodes_that_stay(self) -> set[NodeName]:
+        """Nodes with a drive whose copies are to stay, up or down."""
+        nodes = (self._facts.node_of(d) for d in self._facts.view.drives if self._facts.stays(d))
+        return {node for node in nodes if node is not None}

@@ -92,6 +92,8 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
         return service.repair_now
     if name == "drive_members":
         return partial(service.healing.drive_members, DriveId(field(args, "drive", bytes)))
+    if name == "misplaced":
+        return partial(service.healing.misplaced, args)
     if name == "without_node":
         return partial(service.healing.without_node, NodeName(field(args, "node", str)))
     if name == "scrub":

@@ -13,11 +13,13 @@ from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.drive_watch import DriveWatch
 from coordinator.job_record import JobRecord
+from coordinator.misplacement import PlacesAsked, count_misplaced
 from coordinator.repair import SLABS_PER_TURN, Repair
 from coordinator.resync import Resync
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
 from coordinator.storage_jobs import StorageJobs
+from csvfs.block.placement import DomainOf
 from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, NodeName
 from csvfs.wire.block_messages import ROLE_IN_SYNC, ROLE_JOINING, Member, SlabDescriptor
 
@@ -59,12 +61,15 @@ class Healing:
         )
         control.speed = lambda: record.speed
 
-    def wanted(self, descriptor: SlabDescriptor) -> int:
-        """How many copies a slab shall have: those of metadata never fewer than they are on."""
+    def wanted(self, descriptor: SlabDescriptor, domain_of: DomainOf | None = None) -> int:
+        """How many copies a slab shall have: of metadata one in each fault domain, three at most, but never fewer
+        than the data, nor in fewer domains than they are. `domain_of`: as if it were like that."""
         if descriptor.slab < METADATA_SLAB_ID_MIN:
             return self.copies
-        has = {self._facts.domain_of(member.node) for member in descriptor.members}
-        return min(METADATA_COPIES, max(len(has), len(self._watch.domains_that_stay())))
+        domain_of = domain_of or self._facts.domain_of
+        has = {domain_of(member.node) for member in descriptor.members}
+        there_are = {domain_of(node) for node in self._watch.nodes_that_stay()}
+        return min(METADATA_COPIES, max(self.copies, len(has), len(there_are)))
 
     async def run_forever(self) -> None:
         """Raises Fenced, NotCoordinator: another coordinator is at work."""
@@ -113,8 +118,8 @@ class Healing:
     async def drive_members(self, drive: DriveId) -> dict[str, Any]:
         """The call `drive_members`: which slabs have a copy on a drive, and where the others of each are.
 
-        `groups`: [[fault domains of the other members], count]. `creating`: slabs being created right now,
-        which are not counted yet. `revision`: of the cluster store, as this coordinator knows it.
+        `groups`: [[nodes of the other members], count]. `creating`: slabs being created right now, which are
+        not counted yet. `revision`: of the cluster store, as this coordinator knows it.
         """
         groups: Counter[tuple[str, ...]] = Counter()
         revision, creating = self._facts.view.revision, len(self._slabs.creating)
@@ -124,10 +129,16 @@ class Healing:
                     await trio.lowlevel.checkpoint()
                 if any(member.drive == drive for member in descriptor.members):
                     others = (m.node for m in descriptor.members if m.drive != drive)
-                    groups[tuple(sorted({self._facts.domain_of(node) for node in others}))] += 1
+                    groups[tuple(sorted(set(others)))] += 1
         return {
             "count": sum(groups.values()),
-            "groups": [[list(domains), count] for domains, count in sorted(groups.items())],
+            "groups": [[list(nodes), count] for nodes, count in sorted(groups.items())],
             "creating": creating,
             "revision": revision,
         }
+
+    async def misplaced(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The call `misplaced`: see coordinator/misplacement.py. Raises BadRequest."""
+        asked = PlacesAsked.from_args(args, self._facts)
+        books = [changes.book for changes in self._books]
+        return await count_misplaced(books, lambda d: self.wanted(d, asked.domain_of), asked.domain_of)

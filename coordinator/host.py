@@ -327,7 +327,7 @@ class Host:
             setup,
             engine=self.engine,
             store=self._store,
-            facts=self.facts,
+            facts=self.facts.of_volume(setup.name),
             cluster=self._cluster,
             may_serve=self._may_serve,
             write_timeout_ms=self._write_timeout_ms,
@@ -342,7 +342,7 @@ class Host:
                 setup,
                 engine=self.engine,
                 store=self._store,
-                facts=self.facts,
+                facts=self.facts.of_volume(setup.name),
                 cluster=self._cluster,
                 rng=self._rng,
             )

@@ -303,7 +303,7 @@ class Repair:
                 return False
         except NoSpace:
             domains = ", ".join(sorted(step.taken)) or "any"
-            reason = f"a drive with room in another fault domain than {domains}; see csvfs drive add"
+            reason = f"a drive with room in another fault domain than {domains}; see csvfs drive add, domain list"
             self._jobs.waits(task.key, reason)
             return False
         await self._make_copy(task, descriptor, place.drive, place.node)

@@ -8,6 +8,7 @@ Rules      A copy *counts* when it is in sync, on a drive that serves and is to 
            A member that is away is waited for: it comes back by a resync, which is cheaper than a new copy.
            Once its drive is lost (away too long), retired or removing, a copy is made elsewhere; should the
            drive come back before that is done, whichever copy is in sync first is kept.
+           Two copies in one fault domain (the domains were changed): one is made elsewhere, then one leaves.
 """
 
 from collections.abc import Callable

@@ -161,7 +161,7 @@ class Service:
             setup.name, setup.volume, metadata, self.changes, control, facts, book.store
         )
         self.lost.on_accepted = self.members.look_into
-        self._health = Health([book, data_book], self.healing.wanted)
+        self._health = Health([book, data_book], self.healing.wanted, facts.domain_of)
         self._settings = settings
         settings.on_change = self._follow_settings
         self._follow_settings()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from csvfs.errors import AccessDenied, BadRequest, NotFound
+from csvfs.fault_domains import PLACE_LEVELS, Place
 from csvfs.ids import NodeName
 
 CONFIG_ENVIRONMENT = "CSVFS_CONFIG"
@@ -157,7 +158,7 @@ class NodeConfig:
     store: str  # URL, see store/opening.py
     run_dir: Path  # sockets, logs, the liveness page
     cluster_root: Path
-    domain: str  # fault domain: two copies of a slab never share one
+    place: Place  # of a node that has none in the cluster store yet; later csvfs domain set
     claim: tuple[str, ...]  # paths and patterns of what may become a drive by itself
     options: Options
     path: Path  # of the file it was read from
@@ -217,7 +218,7 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadRequest(f"{path} is not TOML: {error}") from None
     allowed = {
-        "node", "address", "port_base", "store", "run_dir", "cluster_root", "domain", "drives", "options"
+        "node", "address", "port_base", "store", "run_dir", "cluster_root", "drives", "options", *PLACE_LEVELS
     }  # fmt: skip
     _refuse_unknown(table, allowed, path)
     node = _text(table, "node", path)
@@ -234,7 +235,7 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
         store=_text(table, "store", path),
         run_dir=run_dir,
         cluster_root=_absolute(table, "cluster_root", path, "/clusterstorage"),
-        domain=_text(table, "domain", path, default=node),
+        place=parse_place({name: table[name] for name in PLACE_LEVELS if name in table}, str(path)),
         claim=_claim(table.get("drives", {}), path),
         options=_options(table.get("options", {}), path),
         path=path.absolute(),
@@ -242,9 +243,23 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
 
 
 def check_name(name: str, what: str) -> None:
-    """Raises BadRequest unless `name` can be a node's or a volume's: it becomes a file name and a key."""
+    """Raises BadRequest unless `name` can be a node's, a volume's or a rack's: it becomes a file name and a key."""
     if _NAME.fullmatch(name) is None:
         raise BadRequest(f"{what} {name!r}: use 1 to 32 letters, digits, '-', '_', '.', ends alphanumeric")
+
+
+def parse_place(table: Any, what: str) -> Place:
+    """What a table of names says of a node's place. BadRequest: `what` says something else."""
+    if not isinstance(table, dict):
+        raise BadRequest(f"{what} is no table of {', '.join(PLACE_LEVELS)}")
+    for level, name in table.items():
+        if level not in PLACE_LEVELS:
+            raise BadRequest(f"{what}: unknown name {level!r}; known are {', '.join(PLACE_LEVELS)}")
+        if not isinstance(name, str):
+            raise BadRequest(f'{what}: {level} is not text; write {level} = "..."')
+        if name:
+            check_name(name, f"{what}: {level}")
+    return Place(**table)
 
 
 def _claim(table: Any, path: Path) -> tuple[str, ...]:

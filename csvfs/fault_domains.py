@@ -77,6 +77,10 @@ def counted(count: int, level: Level) -> str:
     return f"{count} {level}" if count == 1 or level == "chassis" else f"{count} {level}s"
 
 
+def verb(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
 def misplaced_copies(domains: Iterable[str], wanted: int) -> int:
     """How many of a slab's copies should be in another domain, for `wanted` copies; copies beyond that may be
     anywhere."""

@@ -60,7 +60,7 @@ class TestCluster:
         await self.store.put("cluster", pack_value({"id": CLUSTER, "name": "test"}))
         await self.store.put("pool", pack_value({"id": POOL, "name": "pool", "slab_size": SLAB_SIZE}))
         for name, server in self.servers.items():
-            await self.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1", "domain": name}))
+            await self.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1"}))
             await self._make_drive(name, server.drive_id, server.path, self.drive_size)
             await self.start_node(name)
             await self.start_server(name)

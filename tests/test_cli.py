@@ -80,7 +80,7 @@ class Cluster:
         return None if item is None else unpack_value(item.value)
 
     def add_node(self, name: str, *, alive: bool = True, drives: int = 1, state: str = "ok") -> None:
-        self.put(f"nodes/{name}", address="127.0.0.1", domain=name)
+        self.put(f"nodes/{name}", address="127.0.0.1")
         # n1 is where the commands run: up, but with no mounts to wait for unless a test wants them
         if alive:
             self.put(f"alive/{name}", incarnation=1, address="127.0.0.1", started=0)
@@ -481,9 +481,10 @@ def test_nodes_that_are_down_or_have_only_bad_drives_do_not_count(cluster: Clust
 
 def test_two_nodes_in_one_rack_are_one_fault_domain(three_nodes: Cluster) -> None:
     for node in ("n2", "n3"):
-        three_nodes.put(f"nodes/{node}", address="127.0.0.1", domain="rack-b")
-    message = three_nodes.fails("volume", "create", "Volume1")
-    assert message.startswith("a 3-way mirror needs 3 fault domains with drives, there are 2")
+        three_nodes.put(f"nodes/{node}", address="127.0.0.1", place={"rack": "b"})
+    message = three_nodes.fails("volume", "create", "Volume1", "--fault-domain", "rack")
+    assert message.startswith("a 3-way mirror needs 3 racks with drives, there are 2 (n1, rack b): add a node")
+    assert "use --copies 2 or use --fault-domain chassis" in message
 
 
 @pytest.mark.parametrize("name", ["", "-x", "_x", "a b", "a/b", "..", "ä", "x" * 33])

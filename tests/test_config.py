@@ -6,6 +6,7 @@ import pytest
 
 from csvfs.config import CONFIG_SIZE_MAX, Options, load_config, option_rows, parse_config
 from csvfs.errors import BadRequest, NotFound
+from csvfs.fault_domains import NOWHERE, Place
 
 MINIMAL = 'node = "n1"\naddress = "10.77.0.1"\nstore = "embedded:/var/lib/csvfs/store.db"\n'
 HERE = Path("/etc/csvfs/node.toml")
@@ -13,11 +14,19 @@ HERE = Path("/etc/csvfs/node.toml")
 
 def test_three_lines_are_enough() -> None:
     config = parse_config(MINIMAL.encode(), HERE)
-    assert (config.node, config.domain, config.address) == ("n1", "n1", "10.77.0.1")
+    assert (config.node, config.place, config.address) == ("n1", NOWHERE, "10.77.0.1")
     assert (config.drive_server_port, config.coordinator_port) == (7001, 7002)
     assert config.cluster_root == Path("/clusterstorage")
     assert config.liveness_path == Path("/run/csvfs/liveness")
     assert config.options == Options()
+
+
+def test_the_file_may_say_where_the_node_stands() -> None:
+    config = parse_config((MINIMAL + 'site = "dc1"\nrack = "r-7"\nchassis = ""\n').encode(), HERE)
+    assert config.place == Place("dc1", "r-7")
+    for wrong in ('rack = 7', 'rack = "a/b"', 'rack = "-"', 'domain = "r1"'):
+        with pytest.raises(BadRequest, match=r"rack|domain"):
+            parse_config((MINIMAL + wrong + "\n").encode(), HERE)
 
 
 def test_the_file_is_found_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,14 +145,14 @@ async def test_i1_a_ruined_term_is_never_taken_for_zero(store: ClusterStore) -> 
 
 async def test_a_view_starts_from_what_is_there_and_follows_what_changes(store: ClusterStore) -> None:
     drive = bytes(range(16))
-    await store.put("nodes/n1", pack_value({"address": "10.77.0.1", "domain": "n1"}))
+    await store.put("nodes/n1", pack_value({"address": "10.77.0.1", "place": {"rack": "r1"}}))
     await store.put("pool", pack_value({"name": "p"}))
     view = View()
     calls = []
     view.on_change(lambda: calls.append(view.revision))
     async with trio.open_nursery() as nursery:
         await nursery.start(keep_view_forever, store, view)
-        assert view.nodes[N1]["domain"] == "n1" and view.pool == {"name": "p"}
+        assert view.nodes[N1]["place"] == {"rack": "r1"} and view.pool == {"name": "p"}
         await store.put(f"drives/{drive.hex()}", pack_value({"node": "n1"}))
         await take(store, N1)
         await view.wait_until(lambda: "v" in view.owners and drive in view.drives, timeout_s=60)

@@ -55,7 +55,7 @@ class Node:
         self.url = f"embedded:{directory}/store.db"
         self.config.write_text(
             f'node = "n1"\naddress = "127.0.0.1"\nstore = "{self.url}?gate={directory}/gate"\n'
-            f'run_dir = "{directory}/run"\ncluster_root = "{directory}/root"\n'
+            f'run_dir = "{directory}/run"\ncluster_root = "{directory}/root"\nrack = "r1"\n'
             f"[options]\nnode_lease_ms = {lease_ms}\nheartbeat_ms = 100\nmargin_ms = {margin_ms}\n"
         )
         self.process: subprocess.Popen[bytes] | None = None
@@ -143,7 +143,8 @@ async def test_a_node_registers_starts_its_children_and_may_serve(node: Node, st
     lease = await lease_of(store)
     await until(lambda: node.last_pid("drives") and node.last_pid("coordinator"))
     alive, registered = item_map(await store.get("alive/n1")), item_map(await store.get("nodes/n1"))
-    assert alive["address"] == "127.0.0.1" and registered == {"address": "127.0.0.1", "domain": "n1"}
+    assert alive["address"] == "127.0.0.1" and registered["address"] == "127.0.0.1"
+    assert registered["place"] == {"rack": "r1"}
     page = Liveness(node.directory / "run/liveness", alive["incarnation"])
     assert page.may_serve() and page.remaining_ms <= 19_800
     assert next(node.seen.glob("drives.*")).read_text().split()[1] == str(lease)
@@ -330,3 +331,17 @@ def test_a_mount_point_without_its_mount_takes_no_files(tmp_path: Path) -> None:
     finally:
         root.close()
     assert mounted_paths().count(os.fsencode(root.path)) == 0
+
+
+@pytest.mark.parametrize("said", [{"rack": "r2"}, {}])
+async def test_a_place_in_the_cluster_store_outlives_a_start_with_another_in_the_configuration(
+    node: Node, store: ClusterStore, said: dict[str, str]
+) -> None:
+    lease = await lease_of(store)
+    await store.put("nodes/n1", pack_value({"address": "10.0.0.9", "place": said}))
+    node.end(signal.SIGTERM)
+    node.start()
+    with trio.fail_after(60):
+        while await lease_of(store) == lease:
+            await trio.sleep(0.01)
+    assert item_map(await store.get("nodes/n1")) == {"address": "127.0.0.1", "place": said}

@@ -5,6 +5,7 @@ import os
 import pytest
 import trio
 
+from coordinator.volume_facts import description_of
 from csvfs.admin import pool_recover
 from csvfs.admin.pool_recover import rebuild, scan
 from csvfs.block.drive import Drive
@@ -75,7 +76,7 @@ async def test_a_volume_is_found_again_with_its_name_its_size_and_every_byte(clu
 
     cluster.lease = await cluster.store.grant_lease(600_000)
     for name in cluster.servers:
-        await cluster.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1", "domain": name}))
+        await cluster.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1"}))
         await cluster.start_node(name)
         await cluster.start_server(name)
     await cluster.start_host("n3")
@@ -89,7 +90,12 @@ async def test_a_volume_is_found_again_with_its_name_its_size_and_every_byte(clu
 
 async def test_what_cannot_be_recovered_is_said(cluster, tmp_path):
     service = await cluster.wait_serving()
-    await described(service)
+    value = {**await cluster.volume(), "fault_domain": "rack"}
+    await cluster.store.put(f"volumes/{NAME}", pack_value(value))
+    with trio.fail_after(30):
+        while description_of(service._metadata).get("fault_domain") != "rack":
+            await trio.sleep(0.01)
+    await service.log.flush()
     await stop_all(cluster)
     broken = tmp_path / "no-drive"
     broken.write_bytes(bytes(1 << 20))
@@ -99,6 +105,8 @@ async def test_what_cannot_be_recovered_is_said(cluster, tmp_path):
     assert len(found.volumes) == 1  # one in-sync copy of everything is enough
     assert any("no-drive" in problem for problem in found.problems)
     assert any("missing" in problem for problem in found.problems)
+    assert any("where nodes stand is on no drive" in problem for problem in found.problems)
+    assert found.volumes[0].value["fault_domain"] == "rack"
 
 
 async def test_a_copy_of_an_older_epoch_is_not_taken_for_in_sync(cluster, tmp_path):

@@ -47,9 +47,9 @@ def good(cluster: TestCluster, descriptor: SlabDescriptor) -> list[DriveId]:
 @asynccontextmanager
 async def pool_of(
     path: Path, monkeypatch: Any, *, nodes: int = 3, hosts: tuple[str, ...] = ("n1",), retire_ms: int = 900_000,
-    copies: int = 3, second_drives: tuple[str, ...] = (),
+    copies: int = 3, second_drives: tuple[str, ...] = (), create: bool = True,
 ) -> AsyncIterator[TestCluster]:  # fmt: skip
-    """A volume on a cluster; `second_drives`: nodes with two drives."""
+    """A volume on a cluster; `second_drives`: nodes with two drives. `create` False: without the volume."""
     monkeypatch.setattr("coordinator.repair.TICK_S", 0.05)
     monkeypatch.setattr("coordinator.repair.RETRY_S", 0.2)
     monkeypatch.setattr("coordinator.health.CACHED_S", 0.0)
@@ -62,8 +62,9 @@ async def pool_of(
             await cluster.add_drive(node)
         for host in hosts:
             await cluster.start_host(host)
-        await cluster.create_volume(copies)
-        await cluster.wait_serving()
+        if create:
+            await cluster.create_volume(copies)
+            await cluster.wait_serving()
         yield cluster
         nursery.cancel_scope.cancel()
 

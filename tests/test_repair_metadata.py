@@ -4,7 +4,7 @@ from csvfs.ids import METADATA_SLAB_ID_MIN
 from csvfs.store.interface import Item
 from csvfs.wire.block_messages import SlabDescriptor
 from csvfs.wire.control import pack_value
-from tests.coordinator_cluster import TestCluster
+from tests.coordinator_cluster import NAME, TestCluster
 from tests.test_repair import good, pool_of, wait_slabs, write_file
 
 
@@ -29,7 +29,7 @@ async def take_away(cluster: TestCluster, node: str) -> Item:
 
 async def bring(cluster: TestCluster, node: str, item: Item) -> None:
     await cluster.store.put(item.key, item.value)
-    await cluster.store.put(f"nodes/{node}", pack_value({"address": "127.0.0.1", "domain": node}))
+    await cluster.store.put(f"nodes/{node}", pack_value({"address": "127.0.0.1"}))
     await cluster.start_node(node)
     await cluster.start_server(node)
 
@@ -61,8 +61,10 @@ async def test_metadata_in_fault_domains_that_became_one_moves_apart(tmp_path, m
     async with pool_of(tmp_path, monkeypatch, nodes=4, copies=2) as cluster:
         await wait_slabs(cluster, lambda d: not is_metadata(d) or len(good(cluster, d)) == 3)
         together = sorted(m.node for m in (await cluster.metadata_slabs())[0].members)[:2]
+        volume = {**await cluster.volume(), "fault_domain": "rack"}
+        await cluster.store.put(f"volumes/{NAME}", pack_value(volume))
         for node in together:
-            value = {"address": "127.0.0.1", "domain": "one rack"}
+            value = {"address": "127.0.0.1", "place": {"rack": "one"}}
             await cluster.store.put(f"nodes/{node}", pack_value(value))
 
         def is_apart(descriptor: SlabDescriptor) -> bool:

@@ -45,6 +45,12 @@ def test_warnings_at_70_80_and_90_percent_of_what_may_be_used():
     assert "writes fail" in warning_of(percent_used(1000, 200, 200))
 
 
+def test_in_racks_of_two_nodes_a_lost_drive_can_be_rebuilt_beside_it():
+    in_racks = [DriveSlots(f"n{number}", f"rack r{number // 2}", 30) for number in range(6)]
+    assert reserve_slots(in_racks, copies=3) == 45, "at the level of nodes as well as of racks"
+    assert reserve_slots(in_racks[::2], copies=3) == 0
+
+
 @pytest.fixture
 async def cluster(tmp_path, nursery, monkeypatch):
     monkeypatch.setattr(slab_manager, "TRIM_INTERVAL_S", 0.02)

@@ -39,7 +39,7 @@ async def fill_store(store: ClusterStore, ports: dict[str, int], *, down: tuple[
     await put("cluster", id=bytes(16), name="lab", created=0)
     await put("pool", id=bytes(16), name="pool", slab_size=SLAB)
     for node, drives in DRIVES.items():
-        await put(f"nodes/{node}", address="127.0.0.1", domain=node)
+        await put(f"nodes/{node}", address="127.0.0.1")
         if node not in down:
             await put(f"alive/{node}", incarnation=1, address="127.0.0.1", started=0)
             await put(f"servers/{node}", address="127.0.0.1", port=ports[node], path="", incarnation=1)
@@ -300,4 +300,4 @@ def test_durations_are_told_in_units_of_people(seconds: float | None, text: str)
 def test_a_node_known_only_by_its_drives_is_listed() -> None:
     view = ClusterView(drives={"00": Record("drives/00", {"node": "n9", "path": "/d"}, 1)})
     assert view.node_names == ["n9"]
-    assert view.domains_with_drives == set()
+    assert view.domains_with_drives("node") == set()

@@ -256,7 +256,7 @@ async def add_node(cluster: TestCluster, name: str, path: Any, size: int) -> Non
     drive = DriveId(name.encode().ljust(16, b"-"))
     cluster.servers[name] = Server(name, path / f"drive-{name}", drive)
     cluster.serving[name] = True
-    await cluster.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1", "domain": name}))
+    await cluster.store.put(f"nodes/{name}", pack_value({"address": "127.0.0.1"}))
     await cluster._make_drive(name, drive, cluster.servers[name].path, size)
     await cluster.start_node(name)
     await cluster.start_server(name)

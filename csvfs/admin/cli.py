@@ -7,6 +7,7 @@ import click
 
 from csvfs.admin.cli_cluster import cluster_group
 from csvfs.admin.cli_context import OneLineErrors
+from csvfs.admin.cli_domain import domain_group
 from csvfs.admin.cli_drive import drive_group
 from csvfs.admin.cli_job import job_group
 from csvfs.admin.cli_lab import lab_group
@@ -30,6 +31,7 @@ for command in (
     cluster_group,
     node_group,
     drive_group,
+    domain_group,
     pool_group,
     volume_group,
     job_group,

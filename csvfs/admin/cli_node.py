@@ -41,9 +41,9 @@ def list_command(as_json: bool) -> None:
         print_json(rows)
         return
     print_table(
-        ("NODE", "STATE", "ADDRESS", "DOMAIN", ">DRIVES", "COORDINATES"),
+        ("NODE", "STATE", "ADDRESS", "PLACE", ">DRIVES", "COORDINATES"),
         [
-            (row.name, row.state, row.address, row.domain, row.drives, ", ".join(row.coordinates))
+            (row.name, row.state, row.address, "/".join(row.place.values()) or "-", row.drives, ", ".join(row.coordinates))
             for row in rows
         ],
         empty="no nodes yet: start one with csvfs node run",
@@ -128,7 +128,7 @@ class NodeRow:
     name: str
     state: str  # up, down, draining, paused
     address: str
-    domain: str
+    place: dict[str, str]  # site, rack, chassis, as far as they are said
     drives: int
     coordinates: list[str]  # volumes
 
@@ -142,7 +142,7 @@ def node_rows(view: ClusterView) -> list[NodeRow]:
                 name=name,
                 state=node_life.node_state(view, name),
                 address=record.text("address") if record else "",
-                domain=view.domain_of(name),
+                place=view.place_of(name).to_map(),
                 drives=len(view.drives_of(name)),
                 coordinates=sorted(
                     volume for volume, owner in view.owners.items() if owner.text("node") == name

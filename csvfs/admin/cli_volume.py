@@ -5,15 +5,17 @@ from typing import Any
 
 import click
 
-from csvfs.admin import volume_ops
+from csvfs.admin import domain_ops, volume_ops
 from csvfs.admin.cli_context import SIZE, Here, json_option, run_with_peers, yes_option
 from csvfs.admin.cli_status import job_line, job_map, resiliency_text, volume_row
 from csvfs.admin.cluster_view import ALIVE, read_cluster_view
+from csvfs.admin.domain_ops import Change, Effect
 from csvfs.admin.lost_ranges import LostReport, accept_loss, lost_report
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status, job_statuses
 from csvfs.errors import Unavailable
+from csvfs.fault_domains import LEVEL_DEFAULT, LEVELS, Level
 from csvfs.units import format_size
 
 ONLINE_TIMEOUT_S = 60.0
@@ -40,7 +42,14 @@ def volume_group() -> None:
     "--copies",
     type=int,
     default=None,
-    help="Copies of a mirror, each on a node of its own: 2 or 3 (default).",
+    help="Copies of a mirror, each in a fault domain of its own: 2 or 3 (default).",
+)
+@click.option(
+    "--fault-domain",
+    type=click.Choice(LEVELS),
+    default=LEVEL_DEFAULT,
+    show_default=True,
+    help="No two copies in one node, chassis, rack or site (csvfs domain list).",
 )
 @click.option(
     "--size", type=SIZE, default=0, show_default="as large as the pool", help="At least 64M, like 500G."
@@ -60,6 +69,7 @@ def create_command(
     copies: int | None,
     size: int,
     min_copies: int,
+    fault_domain: Level,
     timeout_s: float,
     as_json: bool,
 ) -> None:
@@ -67,8 +77,9 @@ def create_command(
 
     async def work(here: Here, peers: Peers) -> str:
         volume = await volume_ops.create_volume(
-            here.store, name, resiliency=resiliency, copies=copies, size=size, min_copies=min_copies
-        )
+            here.store, name, resiliency=resiliency, copies=copies, size=size, min_copies=min_copies,
+            fault_domain=fault_domain,
+        )  # fmt: skip
         path = here.config.cluster_root / name
         with progress(f"creating volume {name}"):
             await volume_ops.wait_volume_online(here.store, name, timeout_s)
@@ -130,17 +141,31 @@ def resize_command(name: str, size: int, as_json: bool) -> None:
     default=None,
     help="Writes wait while fewer copies are in sync, and fail after the io_timeout.",
 )
+@click.option(
+    "--fault-domain", type=click.Choice(LEVELS), default=None, help="No two copies in one; given alone."
+)
+@click.option("--force", is_flag=True, help="With --fault-domain: also where there are too few, or too little room.")
 @json_option
-def set_command(name: str, copies: int | None, min_copies: int | None, as_json: bool) -> None:
+def set_command(
+    name: str, copies: int | None, min_copies: int | None, fault_domain: Level | None, force: bool, as_json: bool
+) -> None:
     """Change volume NAME while it is in use.
 
     With --copies new data has so many copies at once; what is there already follows as a storage job
-    (csvfs job list, watch, pause): copies are made before any is given up.
+    (csvfs job list, watch, pause): copies are made before any is given up. Likewise with --fault-domain: copies
+    that then share one are moved apart.
     """
+    if fault_domain is not None:
+        if copies is not None or min_copies is not None:
+            raise click.UsageError("give --fault-domain alone: it is another step than --copies and --min-copies")
+        _set_fault_domain(name, fault_domain, force, as_json)
+        return
+    if force:
+        raise click.UsageError("--force goes with --fault-domain only")
     wanted = {"copies": copies, "min_copies": min_copies}
     given = {what: number for what, number in wanted.items() if number is not None}
     if not given:
-        raise click.UsageError("say what to change: --copies, --min-copies; its size: csvfs volume resize")
+        raise click.UsageError("say what to change: --copies, --min-copies, --fault-domain; its size: csvfs volume resize")
     answer = _set(name, **given)
     if as_json:
         print_json(answer)
@@ -150,6 +175,19 @@ def set_command(name: str, copies: int | None, min_copies: int | None, as_json: 
         if answer[what]:
             parts.append(f"{format_size(answer[what])} {verb}: csvfs job watch --volume {name}")
     click.echo(f"volume {name}: {'; '.join(parts)}")
+
+
+def _set_fault_domain(name: str, level: Level, force: bool, as_json: bool) -> None:
+    async def work(here: Here, peers: Peers) -> list[Effect]:
+        return await domain_ops.apply(here.store, peers, Change({}, {name: level}), force=force)
+
+    found = run_with_peers(work)
+    if as_json:
+        print_json({"volume": name, "fault_domain": level, "effects": found})
+        return
+    click.echo(f"volume {name}: no two copies in one {level}")
+    for effect in found:
+        click.echo(effect.text)
 
 
 def _set(name: str, **wanted: int) -> dict[str, Any]:
@@ -260,6 +298,7 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
     lines = {
         "volume": volume.name,
         "resiliency": resiliency_text(volume.resiliency, volume.copies),
+        "domains": f"no two copies in one {volume.fault_domain}",
         "state": volume.state,
         "health": volume.health,
         "coordinator": volume.coordinator or "none at the moment",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from csvfs.errors import Corrupt, NotFound, ProtocolError
+from csvfs.fault_domains import Level, Place, domain_at, level_of, place_of
 from csvfs.store.interface import ClusterStore, Item
 from csvfs.wire.control import pack_value, unpack_value
 
@@ -99,18 +100,27 @@ class ClusterView:
     def drives_of(self, node: str) -> list[Record]:
         return [drive for drive in self.drives.values() if drive.text("node") == node]
 
-    @property
-    def domains_with_drives(self) -> set[str]:
-        """Fault domains where copies may be placed now: a node is up there and has a drive in order."""
-        return {
-            self.domain_of(node)
+    def nodes_with_drives(self, *, up: bool = True) -> list[str]:
+        """Nodes with a drive that takes slabs. `up`: only those that are up, where copies may be placed now."""
+        return [
+            node
             for node in self.node_names
-            if node in self.alive and any(takes_slabs(drive) for drive in self.drives_of(node))
-        }
+            if (node in self.alive or not up) and any(takes_slabs(drive) for drive in self.drives_of(node))
+        ]
 
-    def domain_of(self, node: str) -> str:
+    def domains_with_drives(self, level: Level, *, up: bool = True) -> set[str]:
+        return {self.domain_of(node, level) for node in self.nodes_with_drives(up=up)}
+
+    def domain_of(self, node: str, level: Level) -> str:
+        return domain_at(level, node, self.place_of(node))
+
+    def place_of(self, node: str) -> Place:
         record = self.nodes.get(node)
-        return (record.text("domain") if record else "") or node
+        return place_of(record.value.get("place") if record else None)
+
+    def level_of(self, volume: str) -> Level:
+        """At which a volume keeps its copies apart."""
+        return level_of(self.volumes[volume].value)
 
     def volume(self, name: str) -> Record:
         """Raises NotFound, naming the volumes that there are."""

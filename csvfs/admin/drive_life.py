@@ -52,8 +52,8 @@ RELEASE_TIMEOUT_S = 30.0
 
 @dataclass(slots=True, frozen=True)
 class Needs:
-    """What slabs need of one drive. `unknown`: volumes that could not be asked; `settled`: nothing is on its
-    way."""
+    """What slabs need of one drive. `groups`: copies, with the nodes where there is no place for them. `unknown`:
+    volumes that could not be asked; `settled`: nothing is on its way."""
 
     count: int
     groups: list[tuple[frozenset[str], int]]
@@ -115,13 +115,20 @@ async def needs_of(view: ClusterView, peers: Peers, drive: Record, revision: int
             nursery.start_soon(answer_or_error, call, name, answers, errors)
     count, groups, settled = 0, [], not errors
     try:
-        for answer in answers.values():
+        for name, answer in answers.items():
             count += int(answer["count"])
-            groups += [(frozenset(map(str, domains)), int(number)) for domains, number in answer["groups"]]
+            groups += [(_ruled_out(view, name, nodes), int(number)) for nodes, number in answer["groups"]]
             settled = settled and not answer["creating"] and int(answer["revision"]) >= revision
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"a coordinator answered drive_members with nonsense: {error!r}") from None
     return Needs(count, groups, sorted(errors), settled)
+
+
+def _ruled_out(view: ClusterView, volume: str, nodes: list[Any]) -> frozenset[str]:
+    """The nodes that share a fault domain of the volume's level with one of `nodes`, which have a copy."""
+    level = view.level_of(volume)
+    taken = {view.domain_of(str(node), level) for node in nodes}
+    return frozenset(node for node in view.node_names if view.domain_of(node, level) in taken)
 
 
 async def check_room(view: ClusterView, peers: Peers, drive: Record, needs: Needs) -> None:
@@ -132,7 +139,7 @@ async def check_room(view: ClusterView, peers: Peers, drive: Record, needs: Need
             f"volumes {', '.join(needs.unknown)} have no coordinator at the moment, so it is not known what "
             f"they keep on drive {drive.name[:8]}; try again, see csvfs volume list"
         )
-    free = await _free_slots(view, peers, drive)
+    free = await free_slots(view, peers, besides=drive.name)
     missing = missing_slots(needs.groups, free)
     if missing:
         size = slab_size_of(view.pool) if view.pool else 0
@@ -143,8 +150,8 @@ async def check_room(view: ClusterView, peers: Peers, drive: Record, needs: Need
         )
 
 
-async def _free_slots(view: ClusterView, peers: Peers, drive: Record) -> dict[str, int]:
-    """By fault domain, on drives that take slabs, this one aside."""
+async def free_slots(view: ClusterView, peers: Peers, *, besides: str = "") -> dict[str, int]:
+    """By node, on drives that take slabs; the drive `besides` (id in hex) does not count."""
     answers: dict[str, Any] = {}
     async with trio.open_nursery() as nursery:
         for node in view.servers:
@@ -154,9 +161,8 @@ async def _free_slots(view: ClusterView, peers: Peers, drive: Record) -> dict[st
         rows = answer.get("drives", []) if isinstance(answer, dict) else []
         for row in rows:
             record = view.drives.get(bytes(row.get("id") or b"").hex())
-            if record is not None and record.name != drive.name and takes_slabs(record):
-                domain = view.domain_of(node)
-                free[domain] = free.get(domain, 0) + int(row.get("free_slots") or 0)
+            if record is not None and record.name != besides and takes_slabs(record):
+                free[node] = free.get(node, 0) + int(row.get("free_slots") or 0)
     return free
 
 

@@ -45,7 +45,7 @@ from csvfs.cluster.node_process import (
 from csvfs.config import CONFIG_ENVIRONMENT, NodeConfig, check_name, load_config
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, Unavailable
 from csvfs.ids import Incarnation
-from csvfs.store.interface import ClusterStore, Compare, Delete, Put
+from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
 from csvfs.store.opening import open_store
 from csvfs.wire.control import pack_value
 
@@ -151,18 +151,24 @@ class _NodeLease:
                 incarnation = await next_incarnation(self._store, self._config.node)
                 sent_ns = monotonic_ns()
                 lease = await self._store.grant_lease(self._config.options.node_lease_ms)
-                address, domain = self._config.address, self._config.domain
+                address = self._config.address
                 alive = {"incarnation": incarnation, "address": address, "started": int(time.time())}
-                changes: list[Put | Delete] = [
-                    Put(f"nodes/{self._config.node}", pack_value({"address": address, "domain": domain})),
-                    Put(key, pack_value(alive), lease),
-                ]
+                known = await self._store.get(f"nodes/{self._config.node}")
+                node = Put(f"nodes/{self._config.node}", pack_value(self._node_value(known)))
+                changes: list[Put | Delete] = [node, Put(key, pack_value(alive), lease)]
+                compares = [Compare(key, 0), Compare(node.key, known.revision if known else 0)]
                 with contextlib.suppress(NotFound):  # so slow that the lease has ended already
-                    if (await self._store.transact([Compare(key, 0)], changes)).succeeded:
+                    if (await self._store.transact(compares, changes)).succeeded:
                         self._lease, self._incarnation = lease, incarnation
                         logger.info("node %s is alive, incarnation %d", self._config.node, incarnation)
                         return sent_ns
             await trio.sleep(RETRY_S)
+
+    def _node_value(self, known: Item | None) -> dict[str, object]:
+        """Its place is what csvfs domain said last; the configuration's counts while nothing was said."""
+        value = item_map(known) if known else {}
+        place = self._config.place.to_map()
+        return {**({"place": place} if place else {}), **value, "address": self._config.address}
 
     async def _end_earlier_lease(self, key: str, *, give_up: bool) -> None:
         """End what an earlier `node run` of this node left: its children are dead, as they die with it."""

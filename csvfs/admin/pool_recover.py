@@ -21,6 +21,7 @@ from csvfs.admin.cluster_view import CLUSTER_KEY, DRIVE_OK, DRIVES, POOL_KEY, TE
 from csvfs.block.device_facts import device_facts
 from csvfs.block.offline import OfflineDrive
 from csvfs.errors import Conflict, Corrupt, CsvfsError, NotEmpty, NotFound
+from csvfs.fault_domains import LEVEL_DEFAULT, level_of
 from csvfs.ids import METADATA_SLAB_ID_MIN, Epoch, NodeName, SlabId, VolumeId
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
 from csvfs.units import BLOCK_SIZE
@@ -178,6 +179,11 @@ def _ask_facts(recovery: Recovery, volume: FoundVolume) -> None:
     volume.name = str(description["name"])
     description.setdefault("resiliency", "mirror" if description.get("copies", 1) > 1 else "simple")
     volume.value = {**description, "id": volume.volume, "state": VOLUME_ONLINE}
+    if (level := level_of(description)) != LEVEL_DEFAULT:
+        recovery.problems.append(
+            f"volume {volume.name} keeps no two copies in one {level}, but where nodes stand is on no drive: csvfs "
+            "domain load FILE, or node.toml, before anything is written"
+        )
 
 
 def _copies_guessed(volume: FoundVolume) -> int:

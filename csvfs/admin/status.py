@@ -25,6 +25,7 @@ from csvfs.admin.drive_space import DriveFill, hot_points, pool_percent
 from csvfs.admin.node_life import node_state
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
+from csvfs.fault_domains import LEVEL_DEFAULT, Level, counted, verb
 from csvfs.store.interface import ClusterStore
 from csvfs.units import SLAB_SIZE_DEFAULT
 
@@ -131,6 +132,8 @@ class VolumeStatus:
     free: int | None
     note: str = ""
     slabs: dict[str, Any] = field(default_factory=dict)  # counts by state, as the coordinator says
+    fault_domain: str = LEVEL_DEFAULT  # no two copies in one
+    misplaced: int = 0  # slabs that have two copies in one all the same
     slabs_by_copies: dict[str, Any] = field(default_factory=dict)  # of data, by how many copies are in sync
     open_files: dict[str, int] = field(default_factory=dict)  # by node, as its mount said within the last second
     min_copies: int = 1
@@ -297,11 +300,14 @@ def pool_status(view: ClusterView, drives: list[DriveStatus]) -> PoolStatus | No
     known = [drive for drive in drives if drive.free is not None]
     slab_size = view.pool.number("slab_size", SLAB_SIZE_DEFAULT)
     size, free = sum(drive.size for drive in known), sum(drive.free or 0 for drive in known)
-    copies = max((volume.number("copies", 1) for volume in view.volumes.values()), default=COPIES_USUAL)
-    counted = [
-        DriveSlots(d.node, view.domain_of(d.node), d.size // slab_size) for d in known if d.usage == "auto"
-    ]
-    reserve = reserve_slots(counted, copies) * slab_size
+    in_use = [drive for drive in known if drive.usage == "auto"]
+    kept = (
+        reserve_slots(
+            [DriveSlots(d.node, view.domain_of(d.node, level), d.size // slab_size) for d in in_use], copies
+        )
+        for copies, level in _apart(view)
+    )
+    reserve = min(kept) * slab_size
     percent = percent_used(size, free, reserve)
     return PoolStatus(
         name=view.pool.text("name"),
@@ -315,6 +321,12 @@ def pool_status(view: ClusterView, drives: list[DriveStatus]) -> PoolStatus | No
     )
 
 
+def _apart(view: ClusterView) -> set[tuple[int, Level]]:
+    """How many copies the volumes have, at which level apart: what each keeps free follows from that."""
+    found = {(volume.number("copies", 1), view.level_of(name)) for name, volume in view.volumes.items()}
+    return found or {(COPIES_USUAL, LEVEL_DEFAULT)}
+
+
 def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, error: str) -> VolumeStatus:
     """What the coordinator answered, or why it did not."""
     reply = reply if isinstance(reply, dict) else {}
@@ -324,6 +336,8 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         health = UNKNOWN
     if record.text("state") != VOLUME_ONLINE and not record.text("error"):
         note = ""  # being created or deleted: it need not have a coordinator
+    if record.text("state") == VOLUME_ONLINE:
+        note = "; ".join(filter(None, (note, domains_note(view, record, reply))))
     slabs, by_copies, scrub = reply.get("slabs"), reply.get("slabs_by_copies"), reply.get("scrub")
     return VolumeStatus(
         name=record.name,
@@ -336,6 +350,8 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         free=_number(figures, "free"),
         note=note,
         slabs=slabs if isinstance(slabs, dict) else {},
+        fault_domain=view.level_of(record.name),
+        misplaced=_number(reply, "misplaced") or 0,
         open_files={
             str(row["node"]): row["open_files"]
             for row in _maps(reply, "sessions")
@@ -346,6 +362,26 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
         size_limit=record.number("size"),
         scrub=scrub if isinstance(scrub, dict) else {},
     )
+
+
+def domains_note(view: ClusterView, record: Record, reply: Any) -> str:
+    """What is wrong with where the volume's copies are; empty: nothing."""
+    level, copies = view.level_of(record.name), record.number("copies", 1)
+    there_are = len(view.domains_with_drives(level, up=False))
+    said = []
+    if 0 < there_are < copies:
+        said.append(
+            f"{copies} copies need {counted(copies, level)} with drives, there {verb(there_are)} "
+            f"{there_are}, so it cannot grow; see csvfs domain list"
+        )
+    misplaced = _number(reply, "misplaced")
+    if misplaced:
+        waits = [job.waiting_for for job in job_statuses(record.name, reply) if job.kind == "repair"]
+        why = next(filter(None, waits), "")
+        slabs = "1 slab has" if misplaced == 1 else f"{misplaced} slabs have"
+        what = f"waiting for {why}" if why else "they are being moved apart"
+        said.append(f"{slabs} two copies in one {level}: {what}")
+    return "; ".join(said)
 
 
 def job_statuses(volume: str, reply: Any) -> list[JobStatus]:

@@ -40,6 +40,7 @@ from csvfs.errors import (
     TimedOut,
     Unavailable,
 )
+from csvfs.fault_domains import LEVEL_DEFAULT, LEVELS, Level, counted, verb
 from csvfs.store.interface import ClusterStore, Compare, Item, Put
 from csvfs.units import MIB, format_size
 from csvfs.wire.control import pack_value
@@ -107,22 +108,26 @@ async def set_volume(store: ClusterStore, peers: Peers, name: str, **wanted: int
     return answer
 
 
-def check_domains(view: ClusterView, copies: int) -> None:
+def check_domains(view: ClusterView, copies: int, level: Level = LEVEL_DEFAULT) -> None:
     """Every copy needs a fault domain of its own. BadRequest: how many there are, and what would do."""
-    domains = view.domains_with_drives
+    domains = view.domains_with_drives(level)
     count = len(domains)
     if count >= copies:
         return
-    what = "node" if domains <= set(view.node_names) else "fault domain"  # by default each node is one
     wanted = "a simple volume" if copies == 1 else f"a {copies}-way mirror"
-    needed = f"{copies} {what}" if copies == 1 else f"{copies} {what}s"
+    needed = counted(copies, level)
     if not view.drives:
         raise BadRequest(f"{wanted} needs {needed} with drives, there are none: csvfs drive add PATH...")
-    there = "there is 1" if count == 1 else f"there are {count}"
+    there = f"there {verb(count)} {count}"
+    if level != "node":
+        there += f" ({', '.join(sorted(domains))})" if domains else ""
     down = [node for node in view.node_names if node not in view.alive]
     hint = f" (down: {', '.join(down)})" if down else ""
     instead = {0: "", 1: " or use --resiliency simple", 2: " or use --copies 2"}[count]
-    raise BadRequest(f"{wanted} needs {needed} with drives, {there}{hint}: add a node{instead}")
+    if level != "node" and len(view.nodes_with_drives()) >= copies:
+        instead += f" or use --fault-domain {LEVELS[LEVELS.index(level) - 1]}"
+    where = "" if level == "node" else f" in another {level}, or say where they are (csvfs domain set)"
+    raise BadRequest(f"{wanted} needs {needed} with drives, {there}{hint}: add a node{where}{instead}")
 
 
 # -- changes -----------------------------------------------------------------------------------------
@@ -136,6 +141,7 @@ async def create_volume(
     copies: int | None,
     size: int,
     min_copies: int = 1,
+    fault_domain: Level = LEVEL_DEFAULT,
 ) -> Record:
     """Ask the cluster for a volume; it is there once `wait_volume_online` returns.
 
@@ -151,7 +157,7 @@ async def create_volume(
     view = await read_cluster_view(store)
     if name in view.volumes:
         raise Exists(_exists(view.volumes[name]))
-    check_domains(view, copies)
+    check_domains(view, copies, fault_domain)
     value = {
         "id": secrets.token_bytes(16),
         "name": name,
@@ -159,6 +165,7 @@ async def create_volume(
         "copies": copies,
         "size": size,
         "min_copies": min_copies,
+        "fault_domain": fault_domain,
         "state": VOLUME_CREATING,
         "created": time.time_ns(),
     }

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 def missing_slots(groups: Sequence[tuple[frozenset[str], int]], free: Mapping[str, int]) -> int:
     """How many copies would find no place; 0: all do.
 
-    Args    groups: (fault domains that are taken by the other copies, how many such copies). free: slots, by
-            fault domain. A largest flow from groups to domains, found by augmenting paths.
+    Args    groups: (nodes where there is no place for them: other copies are in their fault domains; how many
+            such copies). free: slots, by node. A largest flow from groups to nodes, found by augmenting paths.
     """
     left = [count for _, count in groups]
     room = dict(free)

@@ -3,7 +3,7 @@
 Place      block floor. Pure.
 Rule       The largest drive of each node, of at most NODES_MAX nodes; but at most a quarter of the pool, so that a pool
            of few drives can be used at all (three nodes of two drives each would keep half of it free). Nothing where
-           nothing could be rebuilt anyway: one drive per node, and as many copies as fault domains.
+           nothing could be rebuilt anyway: one drive per fault domain, and as many copies as domains.
 Guard      New data slabs are refused when they would eat into it. Metadata slabs and repairs may use it.
 """
 
@@ -25,12 +25,12 @@ class DriveSlots:
 def reserve_slots(drives: Iterable[DriveSlots], copies: int) -> int:
     """Slots to keep free. `copies`: the most that a volume of the pool has."""
     by_node: dict[str, list[int]] = {}
-    domains = set()
+    by_domain: dict[str, int] = {}
     for drive in drives:
         by_node.setdefault(drive.node, []).append(drive.slots)
-        domains.add(drive.domain)
-    one_each = all(len(slots) == 1 for slots in by_node.values())
-    if one_each and len(domains) <= copies:
+        by_domain[drive.domain] = by_domain.get(drive.domain, 0) + 1
+    one_each = all(count == 1 for count in by_domain.values())
+    if one_each and len(by_domain) <= copies:
         return 0
     largest = sorted((max(slots) for slots in by_node.values()), reverse=True)
     total = sum(sum(slots) for slots in by_node.values())

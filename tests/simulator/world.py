@@ -201,7 +201,7 @@ class World:
             f"volumes/{NAME}": {"id": VOLUME, "copies": self.copies, "size": 0, "state": "online"},
         }
         for name in names:
-            values[f"nodes/{name}"] = {"address": name, "domain": name}
+            values[f"nodes/{name}"] = {"address": name}
             for drive in drives[name]:
                 path = self._drive_of[drive].path
                 values[f"drives/{drive.hex()}"] = {"node": name, "path": path, "state": "ok"}
