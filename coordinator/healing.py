@@ -93,11 +93,11 @@ class Healing:
 
         `slabs`: those with a copy there. `stuck`: of these, those that would wait for it, because too few
         in-sync copies are left on nodes that serve. `joining`: of the stuck ones, those with a copy elsewhere
-        that is being brought in sync. `revision`: as of drive_members.
+        that is being brought in sync. `creating`, `revision`: as of drive_members.
         """
         told = self._facts.view.volumes.get(self._volume_name, {}).get(MIN_COPIES)
         min_copies = max(1, told) if isinstance(told, int) else 1
-        revision, slabs, stuck, joining = self._facts.view.revision, 0, 0, 0
+        revision, creating, slabs, stuck, joining = self._facts.view.revision, len(self._slabs.creating), 0, 0, 0
         for changes in self._books:
             for number, descriptor in enumerate(changes.book.all()):
                 if number % SLABS_PER_TURN == 0:
@@ -110,7 +110,9 @@ class Healing:
                 if in_sync < (1 if descriptor.slab >= METADATA_SLAB_ID_MIN else min_copies):
                     stuck += 1
                     joining += any(member.role == ROLE_JOINING for member in others)
-        return {"slabs": slabs, "stuck": stuck, "joining": joining, "revision": revision}
+        return {
+            "slabs": slabs, "stuck": stuck, "joining": joining, "creating": creating, "revision": revision
+        }  # fmt: skip
 
     def _serves(self, member: Member) -> bool:
         return self._facts.server(member.node) is not None and not self._facts.in_maintenance(member.node)

@@ -239,14 +239,9 @@ class SlabManager:
             raise NoSpace("the pool is full but for the reserve that repairs need; delete files or add drives")
 
     def _nodes_away(self) -> list[NodeName]:
-        """Nodes that get no new copies now and will again: down, silent, or in maintenance."""
-        return [
-            node
-            for node in self._facts.drive_nodes()
-            if self._facts.server(node) is None
-            or node in self._silent
-            or self._facts.in_maintenance(node)
-        ]
+        """Nodes that cannot be given copies now."""
+        nodes = self._facts.drive_nodes()
+        return [node for node in nodes if self._facts.server(node) is None or node in self._silent]
 
     def _live_domains(self) -> set[str]:
         return {self._facts.domain_of(space.node) for space in self.pool_spaces if space.free_slots > 0}
@@ -285,11 +280,8 @@ class SlabManager:
         failed: set[DriveId] = set()
         error: CsvfsError = NoSpace("no drive has room")
         for _ in range(CREATE_TRIES):
-            candidates = [
-                space
-                for space in self.pool_spaces
-                if space.drive not in failed and self._takes(space)  # it may be retired since
-            ]
+            usable = self._placeable(self.pool_spaces, copies)  # some may be retired since
+            candidates = [space for space in usable if space.drive not in failed]
             places = choose_drives(candidates, copies, self._rng, domain_of=self._facts.domain_of)
             for place in places:  # no await since the choice: slabs made at once see each other
                 self.note_copy(place.drive, 1)
@@ -318,8 +310,15 @@ class SlabManager:
                 if space.drive == drive:
                     spaces[index] = replace(space, free_slots=max(0, space.free_slots - change))
 
-    def _takes(self, space: DriveSpace) -> bool:
-        return self._facts.takes_slabs(space.drive) and not self._facts.in_maintenance(space.node)
+    def _placeable(self, spaces: list[DriveSpace], copies: int) -> list[DriveSpace]:
+        """Those that the copies of a new slab may be put onto: of nodes in maintenance only where the others do not suffice.
+
+        Such a node is about to be switched off; but as long as it serves, its copy is one more than none.
+        """
+        taking = [space for space in spaces if self._facts.takes_slabs(space.drive)]
+        staying = [space for space in taking if not self._facts.in_maintenance(space.node)]
+        domains = {self._facts.domain_of(space.node) for space in staying if space.free_slots > 0}
+        return staying if len(domains) >= copies else taking
 
     async def delete_copy(self, slab: SlabId, node: NodeName, drive: DriveId) -> None:
         """As far as it can be reached: what stays is found as a stray later. Raises Fenced."""
@@ -346,7 +345,7 @@ class SlabManager:
                 silent.add(node)
                 return
             served.extend(found)
-            spaces.extend(filter(self._takes, found))
+            spaces.extend(space for space in found if self._facts.takes_slabs(space.drive))
 
         async with trio.open_nursery() as nursery:
             for node in self._facts.drive_nodes():
@@ -357,6 +356,7 @@ class SlabManager:
                 self.pool_spaces, self._silent = spaces, silent
         if number > self._told:
             self._told = number
+            spaces = self._placeable(spaces, self.copies)
             self.pool_spaces, self.served_spaces, self._silent = spaces, served, silent
         self._spaces_known.set()
 

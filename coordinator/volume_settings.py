@@ -92,12 +92,13 @@ class VolumeSettings:
                 the time. Unavailable: it may have been done; `follow_forever` finds out.
         """
         async with self._changing:
+            asked_before = self._size_asked  # of a change that may have been done: only `load` ends that
             try:
                 return await self._change(change)
             except Unavailable:
                 raise  # whether it was done is not known: V1 holds on
             except CsvfsError:
-                self._size_asked = 0
+                self._size_asked = asked_before
                 self.on_change()
                 raise
 
@@ -122,7 +123,7 @@ class VolumeSettings:
 
     def bound_size(self, size: int) -> None:
         """Grant nothing beyond `size` bytes from now on (V1); to be called by the `change` that asks for it."""
-        self._size_asked = size
+        self._size_asked = min(size, self._size_asked or size)
         self.on_change()
 
     def _learn(self, settings: Settings, revision: int) -> None:

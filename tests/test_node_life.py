@@ -50,6 +50,10 @@ def test_a_volume_that_cannot_be_asked_is_an_objection_and_is_waited_for():
     assert "no coordinator" in Drain([], [silent]).waits_for()[0]
 
 
+def test_a_drain_waits_for_slabs_that_are_being_created_since_they_may_come_onto_the_node():
+    assert Drain([], [VolumeWithout("V", 4, 0, 0, creating=2)]).waits_for() == ["2 slabs of volume V to be created"]
+
+
 def test_a_drain_waits_for_volumes_to_be_coordinated_elsewhere():
     assert Drain(["V"]).waits_for() == ["volume V to be coordinated elsewhere"]
 

@@ -32,7 +32,7 @@ async def test_the_only_host_goes_on_coordinating_though_it_is_in_maintenance(tm
         assert NAME in cluster.hosts["n1"].owned
 
 
-async def test_a_volume_grows_while_a_node_is_in_maintenance_and_keeps_the_place_there(tmp_path, monkeypatch):
+async def test_a_volume_that_needs_a_node_in_maintenance_has_all_copies_while_that_serves(tmp_path, monkeypatch):
     async with pool_of(tmp_path, monkeypatch) as cluster:
         await put_into_maintenance(cluster, "n3")
         service = await cluster.wait_serving()
@@ -43,9 +43,23 @@ async def test_a_volume_grows_while_a_node_is_in_maintenance_and_keeps_the_place
         await mount.write(ino, data)
         assert service.slabs.next_slab_id > before
         for descriptor in await descriptors(cluster):
-            assert {member.node for member in descriptor.members} == {"n1", "n2", "n3"}
+            assert {member.node for member in descriptor.in_sync} == {"n1", "n2", "n3"}
         without = await service.healing.without_node("n3")
         assert without["slabs"] > 0 and without["stuck"] == 0
+
+
+async def test_new_slabs_leave_out_a_node_in_maintenance_where_the_others_suffice(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, copies=2) as cluster:
+        await put_into_maintenance(cluster, "n3")
+        service = await cluster.wait_serving()
+        before = service.slabs.next_slab_id
+        mount = await cluster.mount("n1")
+        data = bytes(range(256)) * (BLOCK_SIZE // 256) * 1500  # more than a slab of 4 MiB
+        await mount.write(await mount.make(b"large"), data)
+        new = [d for d in await descriptors(cluster) if before <= d.slab < 1 << 62]
+        assert new
+        for descriptor in new:
+            assert {member.node for member in descriptor.members} == {"n1", "n2"}
 
 
 async def test_what_a_node_in_maintenance_has_is_not_rebuilt_elsewhere_until_it_is_taken_back(

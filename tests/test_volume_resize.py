@@ -190,6 +190,23 @@ def smaller(settings: VolumeSettings, size: int) -> Any:
     return change
 
 
+async def test_V1_a_later_change_that_is_refused_does_not_end_a_bound_that_may_be_in_the_store(store):
+    settings = await settings_of(store)
+    store.loses = "question"
+    with pytest.raises(Unavailable):
+        await settings.change(smaller(settings, 100 * MIB))
+    store.loses = ""
+
+    def refuse(known: Settings) -> Settings:
+        raise NoSpace("its files use more")
+
+    with pytest.raises(NoSpace):
+        await settings.change(refuse)
+    assert settings.size_bound == 100 * MIB
+    await settings.load()
+    assert settings.size_bound == settings.facts.size
+
+
 @pytest.mark.parametrize("loses", ["answer", "question"])
 async def test_V1_a_smaller_size_of_which_nobody_knows_whether_the_store_has_it_holds_until_that_is_known(
     store, nursery, monkeypatch, loses

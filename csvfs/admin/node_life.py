@@ -29,7 +29,7 @@ from csvfs.wire.control import pack_value
 DRAINING, PAUSED = "draining", "paused"
 CHANGE_ATTEMPTS = 10
 POLL_S = 0.5
-_COUNTS = ("slabs", "stuck", "joining", "revision")  # of an answer to without_node
+_COUNTS = ("slabs", "stuck", "joining", "creating", "revision")  # of an answer to without_node
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,6 +40,7 @@ class VolumeWithout:
     slabs: int  # with a copy on the node
     stuck: int  # of these, with too few in-sync copies elsewhere
     joining: int  # of the stuck ones, with a copy elsewhere that is being brought in sync
+    creating: int = 0  # slabs that are being created, which may get a copy on the node yet
     revision: int = 0  # of the cluster store, as the coordinator knew it
     error: str = ""  # why it could not be asked; then all numbers are 0
 
@@ -59,6 +60,8 @@ class Drain:
                 lines.append(f"the coordinator of volume {volume.volume}: {volume.error}")
             elif volume.stuck:
                 lines.append(f"{volume.stuck} slabs of volume {volume.volume} to be in sync elsewhere")
+            elif volume.creating:
+                lines.append(f"{volume.creating} slabs of volume {volume.volume} to be created")
         return lines
 
 
@@ -103,10 +106,10 @@ def _volume_without(name: str, answer: Any, error: str) -> VolumeWithout:
     if error:
         return VolumeWithout(name, 0, 0, 0, error=error)
     try:
-        slabs, stuck, joining, revision = (int(answer[key]) for key in _COUNTS)
+        slabs, stuck, joining, creating, revision = (int(answer[key]) for key in _COUNTS)
     except (KeyError, TypeError, ValueError) as problem:
         raise ProtocolError(f"the coordinator of volume {name} answered with nonsense: {problem!r}") from None
-    return VolumeWithout(name, slabs, stuck, joining, revision)
+    return VolumeWithout(name, slabs, stuck, joining, creating, revision)
 
 
 async def check_drain(store: ClusterStore, peers: Peers, node: str) -> list[str]:

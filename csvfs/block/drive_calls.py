@@ -278,8 +278,8 @@ class DriveCalls:
         try:
             await pull.run()
             await self._service.flush(served)
-            marked = self._service.marks.of_writer(volume, None)
-            copy.clear_active([chunk for chunk in pull.settled_chunks() if (copy, chunk) not in marked])
+            marks = self._service.marks
+            copy.clear_active([chunk for chunk in pull.settled_chunks() if not marks.is_marked((copy, chunk))])
         finally:
             if served.drive is not None:
                 served.drive.counters.pulled += pull.bytes_done

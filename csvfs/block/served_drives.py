@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 THREADS_MAX = 16  # per drive: deep enough a queue for flash, and a node of 24 drives that all hang has 384
 
 
-
 @dataclass(slots=True)
 class ServedDrive:
     """`drive` None: it could not be opened, or has failed: `state` says why in one line, `fault` in one word.

@@ -101,7 +101,7 @@ class MarkBook:
         resting = self._resting.setdefault(drive, {})
         unmark: dict[Any, list[int]] = {}
         for chunk in covered:
-            if not self._is_marked(chunk):
+            if not self.is_marked(chunk):
                 resting.pop(chunk, None)
                 if len(covered) <= RESTING_COVERED_MAX:
                     resting[chunk] = now_s
@@ -123,10 +123,10 @@ class MarkBook:
             if len(resting) <= RESTING_MAX and now_s - since_s < REST_S:
                 break
             del resting[chunk]
-            if not self._is_marked(chunk):
+            if not self.is_marked(chunk):
                 unmark.setdefault(chunk[0], []).append(chunk[1])
 
-    def _is_marked(self, chunk: Chunk) -> bool:
+    def is_marked(self, chunk: Chunk) -> bool:
         """Some write to it is not known to be complete, or not flushed yet."""
         return any(chunk in marks.marks for marks in self._writers.values()) or chunk in self._awaiting_flush.get(
             chunk[0].drive, ()
@@ -134,7 +134,7 @@ class MarkBook:
 
     def is_resting(self, chunk: Chunk) -> bool:
         """It is active on the drive only because it rests: all its writes are complete and flushed."""
-        return chunk in self._resting.get(chunk[0].drive, ()) and not self._is_marked(chunk)
+        return chunk in self._resting.get(chunk[0].drive, ()) and not self.is_marked(chunk)
 
     def forget_drive(self, drive: Any) -> None:
         """The drive has failed: its copies are others when it is opened again, all marked on the drive itself."""
