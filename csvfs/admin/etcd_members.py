@@ -1,16 +1,26 @@
-"""The members of an etcd cluster as they see themselves: listed, promoted.
+"""The members of an etcd cluster as they see themselves: listed, added, promoted, removed.
 
-Place      admin floor. Calls to etcd's cluster API by store/etcd_client.py.
+Place      admin floor. Calls to etcd's cluster API by store/etcd_client.py; the rules are pure.
+Growth     The first MEMBERS machines get one. One is added as a learner, which does not vote, so while it is added, and
+           for as long as it takes to start it, no majority becomes larger. When it has been copied everything it
+           is promoted, by itself (store_member.py) or by whoever wants to add the next one: 1, 2, 3 votes.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-from csvfs.errors import ProtocolError
-from csvfs.store.etcd_client import EtcdClient
+import trio
+
+from csvfs.errors import Conflict, CsvfsError, ProtocolError
+from csvfs.store.etcd_client import AnswerLost, EtcdClient
 from csvfs.store.etcd_http import Endpoint
-from csvfs.store.etcd_messages import number, objects
-from csvfs.store.etcd_place import parse_endpoint
+from csvfs.store.etcd_messages import CODE_NOT_FOUND, Refused, number, objects
+from csvfs.store.etcd_place import EtcdPlace, parse_endpoint
+
+MEMBERS = 3  # more make every change slower; three survive the loss of any one
+ANSWER_S = 2.0
+LEARNER_WAIT_S = 20.0  # for an earlier learner to be copied everything; the store has a few hundred KiB
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,6 +37,115 @@ class StoreMember:
     def endpoints(self) -> list[Endpoint]:
         """Raises BadRequest: etcd says nonsense."""
         return [parse_endpoint(url.rpartition("://")[2], "etcd's list of members") for url in self.client_urls]
+
+
+def gets_member(members: list[StoreMember], peer_url: str, *, is_witness: bool) -> bool:
+    """Whether a new machine is to run a member. Raises Conflict: a witness, where nobody needs one."""
+    if any(peer_url in member.peer_urls for member in members):
+        return True  # it has been added by an earlier try
+    if len(members) < MEMBERS:
+        return True
+    if is_witness:
+        raise Conflict(f"the cluster store has {len(members)} members already; a witness is for two nodes")
+    return False
+
+
+def removal_objection(members: list[StoreMember], answering: set[int], node: str) -> str:
+    """Why the store cannot do without `node`'s member; empty: it can, or it has none.
+
+    answering: ids of the members that serve at the moment.
+    """
+    leaving = [member for member in members if member.name == node]
+    if not leaving or leaving[0].is_learner:
+        return ""
+    voting = [member for member in members if not member.is_learner and member is not leaving[0]]
+    up = [member for member in voting if member.id in answering]
+    needed = len(voting) // 2 + 1
+    if not voting:
+        return f"node {node} runs the only member of the cluster store: nothing would be left of it"
+    if len(up) < needed:
+        away = ", ".join(member.name for member in voting if member.id not in answering)
+        return (
+            f"without node {node} the cluster store would have {len(up)} of {len(voting)} members up, and needs {needed}:"
+            f" bring {away} back first"
+        )
+    return ""
+
+
+def absence_objection(members: list[StoreMember], answering: set[int], node: str) -> str:
+    """Why `node` cannot be switched off for a while, as its member still counts meanwhile; empty: it can."""
+    voting = [member for member in members if not member.is_learner]
+    if node not in {member.name for member in voting}:
+        return ""
+    up = [member for member in voting if member.id in answering and member.name != node]
+    needed = len(voting) // 2 + 1
+    if len(up) >= needed:
+        return ""
+    how = "bring the others back, or add a third node or a witness (csvfs cluster token)"
+    return (
+        f"the cluster store would be without a majority: {len(voting)} members, {len(up)} up without node {node},"
+        f" {needed} needed; {how}"
+    )
+
+
+async def answering_members(place: EtcdPlace, members: list[StoreMember]) -> set[int]:
+    """Ids of the members that say that they have a leader. Cancel safe."""
+    found: set[int] = set()
+
+    async def ask(member: StoreMember) -> None:
+        for endpoint in member.endpoints[:1]:
+            client = EtcdClient(place, [endpoint])
+            try:
+                status = await client.call(
+                    lambda connection: connection.post("/v3/maintenance/status", {}), deadline_s=ANSWER_S
+                )
+                if number(status, "leader"):
+                    found.add(member.id)
+            except CsvfsError:
+                pass  # it does not answer: that is what is asked
+            finally:
+                client.close()
+
+    async with trio.open_nursery() as nursery:
+        for member in members:
+            nursery.start_soon(ask, member)
+    return found
+
+
+async def add_learner(client: EtcdClient, peer_url: str) -> None:
+    """Add a member that does not vote yet; one with that URL that is there already stays as it is.
+
+    Raises   Conflict: the one added before it has not been copied everything yet. Refused, Unavailable.
+    """
+    request = {"peerURLs": [peer_url], "isLearner": True}
+    deadline = trio.current_time() + LEARNER_WAIT_S
+    while True:
+        members = await list_members(client)
+        if any(peer_url in member.peer_urls for member in members):
+            return
+        learner = next((member for member in members if member.is_learner), None)
+        if learner is None:
+            with contextlib.suppress(AnswerLost):  # then the next look says whether it was done
+                await client.call(lambda connection: connection.post("/v3/cluster/member/add", request), once=True)
+        else:
+            with contextlib.suppress(Refused):
+                await promote(client, learner)
+        if learner is not None and trio.current_time() > deadline:
+            name = learner.name or " ".join(learner.peer_urls)
+            raise Conflict(
+                f"the cluster store's member on {name} was added before and has not caught up; start that node, or"
+                " csvfs node evict it, then join again with the same token"
+            )
+        await trio.sleep(0.2)
+
+
+async def remove_member(client: EtcdClient, member: StoreMember) -> None:
+    """Raises Refused: the others would lose their majority. Unavailable."""
+    try:
+        await client.call(lambda connection: connection.post("/v3/cluster/member/remove", {"ID": str(member.id)}))
+    except Refused as error:
+        if error.code != CODE_NOT_FOUND:  # it has been removed by an earlier try, whose answer was lost
+            raise
 
 
 async def list_members(client: EtcdClient) -> list[StoreMember]:
