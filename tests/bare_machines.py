@@ -45,6 +45,7 @@ class Machine:
         self.name = node.name
         self.address = node.address
         self.directory = node.directory
+        self.netns = node.netns
         self._files = files
         self._node = node
         self._service: subprocess.Popen[bytes] | None = None

@@ -20,7 +20,7 @@ import trio
 
 from csvfs.admin.child import spawn, wait_dead
 from csvfs.admin.cluster_ca import issue, key_digest_of, make_authority, serial_of, write_certificates
-from csvfs.admin.cluster_view import CLUSTER_KEY, NODES, read_record
+from csvfs.admin.cluster_view import CERTIFICATES, CLUSTER_KEY, NODES, read_record
 from csvfs.admin.etcd_member import (
     etcd_program,
     member_argv,
@@ -29,7 +29,6 @@ from csvfs.admin.etcd_member import (
     write_member,
     write_revoked,
 )
-from csvfs.admin.join_admission import CERTIFICATES
 from csvfs.admin.node_setup import (
     NodePlan,
     Wish,

@@ -33,6 +33,11 @@ class StoreMember:
     client_urls: tuple[str, ...]
     is_learner: bool  # it is copied everything and does not vote yet
 
+    def is_of(self, node: str, address: str) -> bool:
+        """Whether it is that node's; one that was never started has no name yet."""
+        hosts = [parse_endpoint(url.rpartition("://")[2], "etcd's list of members").host for url in self.peer_urls]
+        return self.name == node or (not self.name and address in hosts)
+
     @property
     def endpoints(self) -> list[Endpoint]:
         """Raises BadRequest: etcd says nonsense."""
@@ -50,24 +55,23 @@ def gets_member(members: list[StoreMember], peer_url: str, *, is_witness: bool) 
     return False
 
 
-def removal_objection(members: list[StoreMember], answering: set[int], node: str) -> str:
-    """Why the store cannot do without `node`'s member; empty: it can, or it has none.
+def removal_objection(members: list[StoreMember], answering: set[int], leaving: StoreMember) -> str:
+    """Why the store cannot do without `leaving`; empty: it can.
 
     answering: ids of the members that serve at the moment.
     """
-    leaving = [member for member in members if member.name == node]
-    if not leaving or leaving[0].is_learner:
+    if leaving.is_learner:
         return ""
-    voting = [member for member in members if not member.is_learner and member is not leaving[0]]
+    voting = [member for member in members if not member.is_learner and member is not leaving]
     up = [member for member in voting if member.id in answering]
     needed = len(voting) // 2 + 1
     if not voting:
-        return f"node {node} runs the only member of the cluster store: nothing would be left of it"
+        return f"node {leaving.name} runs the only member of the cluster store: nothing would be left of it"
     if len(up) < needed:
         away = ", ".join(member.name for member in voting if member.id not in answering)
         return (
-            f"without node {node} the cluster store would have {len(up)} of {len(voting)} members up, and needs {needed}:"
-            f" bring {away} back first"
+            f"without node {leaving.name} the cluster store would have {len(up)} of {len(voting)} members up, and needs"
+            f" {needed}: bring {away} back first"
         )
     return ""
 

@@ -33,7 +33,18 @@ from csvfs.admin.cluster_ca import (
     serial_of,
     sign_request,
 )
-from csvfs.admin.cluster_view import ALIVE, CLUSTER_KEY, NODES, Record, read_record, record_of
+from csvfs.admin.cluster_view import (
+    ALIVE,
+    CERTIFICATES,
+    CLUSTER_KEY,
+    EVICTED,
+    NODES,
+    REVOKED,
+    WITNESSES,
+    Record,
+    read_record,
+    record_of,
+)
 from csvfs.admin.etcd_member import member_token, url
 from csvfs.admin.etcd_members import StoreMember, add_learner, gets_member, list_members
 from csvfs.admin.join_messages import JoinAnswer, JoinRequest
@@ -45,10 +56,7 @@ from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
 from csvfs.wire.control import pack_value
 
-TOKENS, CERTIFICATES, WITNESSES = "tokens/", "certificates/", "witnesses/"
-EVICTED, REVOKED = "evicted/", "revoked/"
-TOKEN_VALID_S = 3600
-TOKEN_VALID_S_MAX = 86_400
+TOKENS = "tokens/"
 ADMIT_ATTEMPTS = 10
 
 
@@ -57,10 +65,10 @@ def desk_of(store_endpoint: Endpoint) -> Endpoint:
     return Endpoint(store_endpoint.host, store_endpoint.port - STORE_PORT + JOIN_PORT)
 
 
-async def make_token(store: ClusterStore, place: EtcdPlace, node: str, valid_s: int = TOKEN_VALID_S) -> str:
+async def make_token(store: ClusterStore, place: EtcdPlace, node: str, valid_s: int) -> str:
     """A token that lets one machine in. Raises BadRequest, NotFound: no cluster. Unavailable."""
-    if not 1 <= valid_s <= TOKEN_VALID_S_MAX:
-        raise BadRequest(f"a token is valid for 1 to {TOKEN_VALID_S_MAX} seconds, not for {valid_s}")
+    if not 1 <= valid_s <= join_token.VALID_S_MAX:
+        raise BadRequest(f"a token is valid for 1 to {join_token.VALID_S_MAX} seconds, not for {valid_s}")
     if await read_record(store, CLUSTER_KEY) is None:
         raise NotFound("there is no cluster in this cluster store yet: csvfs cluster create NAME")
     desks = tuple(desk_of(endpoint) for endpoint in place.endpoints()[: join_token.DESKS_MAX])

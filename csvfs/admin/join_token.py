@@ -28,6 +28,8 @@ ID_SIZE = 8
 SECRET_SIZE = 32
 TEXT_LENGTH_MAX = 2048
 DESKS_MAX = 8
+VALID_S = 3600
+VALID_S_MAX = 86_400
 
 
 @dataclass(slots=True, frozen=True)

@@ -28,6 +28,7 @@ import trio
 from csvfs.admin.child import Child, ChildPlan, bound_log
 from csvfs.admin.claim_watch import claim_forever
 from csvfs.admin.cluster_root import ClusterRoot
+from csvfs.admin.evicted_watch import raise_when_evicted
 from csvfs.admin.mount_points import unmount_lazily
 from csvfs.admin.run_lock import run_dir_lock
 from csvfs.admin.store_member import store_member
@@ -68,7 +69,7 @@ class Commands:
 async def run_node(config: NodeConfig, commands: Commands | None = None) -> None:
     """Run this node until SIGTERM or SIGINT, then stop it in order: mounts, coordinator, drives, lease.
 
-    Raises   Conflict: another `node run` has this run_dir, or this node name. BadRequest: the store's URL.
+    Raises   Conflict: another `node run` has this run_dir, or this node name. Evicted. BadRequest: the store's URL.
     Cancel   kills the children and leaves the keys to the lease's end.
     """
     config.log_dir.mkdir(parents=True, exist_ok=True)
@@ -84,18 +85,28 @@ async def run_node(config: NodeConfig, commands: Commands | None = None) -> None
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_stop_on_signal, signals, stopping)
                 if config.witness:
-                    logger.info("node %s is a witness: it runs a member of the cluster store alone", config.node)
-                    await stopping.wait()
+                    await _be_witness(config, store, stopping)
                     nursery.cancel_scope.cancel()
+                    return
                 nursery.start_soon(_bound_logs_forever, config)
                 view = View()
                 nursery.start_soon(keep_view_forever, store, view)
+                nursery.start_soon(raise_when_evicted, config, store, view)
                 root = ClusterRoot(config.cluster_root)
                 root.open()
                 while not stopping.is_set():
                     await _NodeLease(config, store, view, commands or Commands(), root).run(stopping)
                 root.close()
                 nursery.cancel_scope.cancel()
+
+
+async def _be_witness(config: NodeConfig, store: ClusterStore, stopping: trio.Event) -> None:
+    """Run the member of the cluster store and nothing else, until `stopping`. Raises Evicted."""
+    logger.info("node %s is a witness: it runs a member of the cluster store alone", config.node)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raise_when_evicted, config, store, View())
+        await stopping.wait()
+        nursery.cancel_scope.cancel()
 
 
 class _NodeLease:
@@ -163,6 +174,7 @@ class _NodeLease:
                 node = Put(f"nodes/{self._config.node}", pack_value(self._node_value(known)))
                 changes: list[Put | Delete] = [node, Put(key, pack_value(alive), lease)]
                 compares = [Compare(key, 0), Compare(node.key, known.revision if known else 0)]
+                compares.append(Compare(f"evicted/{self._config.node}", 0))  # raise_when_evicted ends us then
                 with contextlib.suppress(NotFound):  # so slow that the lease has ended already
                     if (await self._store.transact(compares, changes)).succeeded:
                         self._lease, self._incarnation = lease, incarnation
