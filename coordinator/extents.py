@@ -21,6 +21,7 @@ FILE_BLOCKS_MAX = FILE_SIZE_MAX // BLOCK_SIZE
 AHEAD_BLOCKS_MIN = BLOCKS_PER_CHUNK
 AHEAD_BLOCKS_MAX = 16 * MIB // BLOCK_SIZE
 PIECES_PER_CALL_MAX = 1024  # new extents of one `allocate`: bounds the transaction
+SEEK_EXTENTS_MAX = 4096  # looked at for one `seek`
 LAYOUT_EXTENTS_MAX = 16_384  # of one reply, which may have 1 MiB
 
 _NO_EXTENT_BEHIND = FILE_BLOCKS_MAX
@@ -86,6 +87,20 @@ class Extents:
         extents = self._read(ino, block, block + count, limit + 1)
         return [extent for extent in extents if extent.end > block][:limit]
 
+    def seek(self, ino: int, block: int, *, hole: bool) -> tuple[int, bool]:
+        """The first block from `block` on that has space (hole: that has none), and True; or a block, and
+        False: none before that one, look again from there. Raises NotFound, IsADirectory, Conflict."""
+        self._inodes.file(ino)
+        extents = self._read(ino, block, FILE_BLOCKS_MAX, SEEK_EXTENTS_MAX if hole else 2)
+        extents = [extent for extent in extents if extent.end > block]
+        if not hole:
+            return (max(block, extents[0].block), True) if extents else (FILE_BLOCKS_MAX, True)
+        for extent in extents:
+            if extent.block > block:
+                return block, True
+            block = extent.end
+        return block, len(extents) < SEEK_EXTENTS_MAX - 1  # one may have ended before `block`
+
     def allocate(self, ino: int, block: int, count: int, size: int, mtime_ns: int, now_ns: int) -> Allocation:
         """Fill the holes of a range of blocks, and raise the file's size to `size` bytes if that is larger.
 
@@ -126,17 +141,23 @@ class Extents:
         return Allocation(inode.attr(), [e for e in extents if e.end > block], 0, reached)
 
     def free_from(self, inode: Inode, block: int) -> int:
-        """Give up the blocks from `block` on, the last first; returns the block it got to.
+        """Give up the blocks from `block` on: free_range to the end of the file and of what was given ahead."""
+        return self.free_range(inode, block, FILE_BLOCKS_MAX)
+
+    def free_range(self, inode: Inode, block: int, end: int) -> int:
+        """Give up the blocks `block` to `end`, the last first; returns the block it got to.
 
         More than `block`: there are too many extents for one transaction; call again in the next.
         """
-        if inode.blocks == 0:
+        if inode.blocks == 0 or block >= end:
             return block
         limit = self.free_extents_max
+        if end < FILE_BLOCKS_MAX:
+            self._split(inode.ino, end)
         rows = self._database.rows(
-            "SELECT block, count, slab, slab_block FROM extents WHERE ino = ? AND block >= ?"
+            "SELECT block, count, slab, slab_block FROM extents WHERE ino = ? AND block >= ? AND block < ?"
             " ORDER BY block DESC LIMIT ?",
-            (inode.ino, block, limit + 1),
+            (inode.ino, block, end, limit + 1),
         )
         reached = block
         if len(rows) > limit:
@@ -144,7 +165,9 @@ class Extents:
             reached = rows[-1][0]
         freed = [Piece(slab, slab_block, count) for _, count, slab, slab_block in rows]
         if rows:
-            self._database.run("DELETE FROM extents WHERE ino = ? AND block >= ?", (inode.ino, reached))
+            self._database.run(
+                "DELETE FROM extents WHERE ino = ? AND block >= ? AND block < ?", (inode.ino, reached, end)
+            )
         if reached == block:
             freed += self._shorten(inode.ino, block)
         blocks = sum(piece.count for piece in freed)
@@ -155,29 +178,57 @@ class Extents:
             self._inodes.changed(inode)
         return reached
 
+    def _split(self, ino: int, block: int) -> None:
+        """Make two of the extent that starts before `block` and reaches over it."""
+        for extent in self._last_before(ino, block):
+            if extent.end > block:
+                keep = block - extent.block
+                self._set_count(ino, extent, keep)
+                self._insert(ino, Extent(block, extent.count - keep, extent.slab, extent.slab_block + keep))
+
+    def _shorten(self, ino: int, end: int) -> list[Piece]:
+        """Cut the extent that starts before `end` and reaches over it; returns what it had behind."""
+        for extent in self._last_before(ino, end):
+            if extent.end > end:
+                keep = end - extent.block
+                self._set_count(ino, extent, keep)
+                return [Piece(extent.slab, extent.slab_block + keep, extent.count - keep)]
+        return []
+
+    def _last_before(self, ino: int, block: int) -> list[Extent]:
+        """The last extent that starts before `block`, if there is one."""
+        query = (
+            "SELECT block, count, slab, slab_block FROM extents WHERE ino = ? AND block < ?"
+            " ORDER BY block DESC LIMIT 1"
+        )
+        return [Extent(*row) for row in self._database.rows(query, (ino, block))]
+
+    def _set_count(self, ino: int, extent: Extent, count: int) -> None:
+        self._database.run("UPDATE extents SET count = ? WHERE ino = ? AND block = ?", (count, ino, extent.block))
+
+    def _insert(self, ino: int, extent: Extent) -> None:
+        self._database.run(
+            "INSERT INTO extents(ino, block, slab, slab_block, count) VALUES(?,?,?,?,?)",
+            (ino, extent.block, extent.slab, extent.slab_block, extent.count),
+        )
+
+    def punch(self, ino: int, block: int, count: int, now_ns: int) -> tuple[list[int], int]:
+        """Make a hole of a range of blocks; returns the attr and the block it got to (see free_range).
+
+        Raises   NotFound, IsADirectory, Conflict: no regular file. BadRequest, FileTooBig: no such range.
+        """
+        inode = self._inodes.file(ino)
+        _check_range(block, count)
+        reached = self.free_range(inode, block, block + count)
+        inode.ctime = now_ns
+        self._inodes.changed(inode)
+        return inode.attr(), reached
+
     def trim_allocation_ahead(self, ino: int) -> bool:
         """Give up blocks behind the end of a file that nobody writes. False: call again (see free_from)."""
         inode = self._inodes.file(ino)
         end = -(-inode.size // BLOCK_SIZE)
         return self.free_from(inode, end) == end
-
-    def _shorten(self, ino: int, end: int) -> list[Piece]:
-        """Cut the extent that starts before `end` and reaches over it."""
-        rows = self._database.rows(
-            "SELECT block, count, slab, slab_block FROM extents WHERE ino = ? AND block < ?"
-            " ORDER BY block DESC LIMIT 1",
-            (ino, end),
-        )
-        if not rows:
-            return []
-        extent = Extent(*rows[0])
-        keep = end - extent.block
-        if keep >= extent.count:
-            return []
-        self._database.run(
-            "UPDATE extents SET count = ? WHERE ino = ? AND block = ?", (keep, ino, extent.block)
-        )
-        return [Piece(extent.slab, extent.slab_block + keep, extent.count - keep)]
 
     def _read(self, ino: int, block: int, end: int, limit: int) -> list[Extent]:
         """The last extent that starts at or before `block`, wherever it ends, and those behind it."""
@@ -241,15 +292,10 @@ class Extents:
         )
         if joins and previous is not None:
             extent = Extent(previous.block, previous.count + piece.count, piece.slab, previous.slab_block)
-            self._database.run(
-                "UPDATE extents SET count = ? WHERE ino = ? AND block = ?", (extent.count, ino, extent.block)
-            )
+            self._set_count(ino, extent, extent.count)
             return extent
         extent = Extent(block, piece.count, piece.slab, piece.block)
-        self._database.run(
-            "INSERT INTO extents(ino, block, slab, slab_block, count) VALUES(?,?,?,?,?)",
-            (ino, block, piece.slab, piece.block, piece.count),
-        )
+        self._insert(ino, extent)
         return extent
 
 

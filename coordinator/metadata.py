@@ -73,6 +73,8 @@ class Metadata:
 
         self.layout = extents.layout
         self.allocate = extents.allocate
+        self.punch = extents.punch
+        self.seek = extents.seek
         self.trim_allocation_ahead = extents.trim_allocation_ahead
 
         self.new_slab_id = space.new_slab_id

@@ -75,6 +75,7 @@ class Operations:
             "setxattr": self._setxattr,
             "removexattr": self._removexattr,
             "commit": self._commit,
+            "punch": self._punch,
         }
 
     # -- attributes ------------------------------------------------------------------------------
@@ -136,6 +137,19 @@ class Operations:
 
         # The session's own lease is all it takes: this must work while somebody waits for that lease.
         return Operation(needs=dict, apply=apply)
+
+    def _punch(self, session: SessionKey, args: Args) -> Operation:
+        """Blocks that the holder of the write lease does not want any more."""
+        ino, block = arguments.inode(args), arguments.number(args, "block")
+        count = arguments.number(args, "count", 1)
+
+        def apply() -> Value:
+            self.check_holds(session, ino, WRITE)
+            attr, reached = self._metadata.punch(ino, block, count, self.now_ns())
+            return {"attr": attr, "reached": reached}
+
+        # As `commit`: a recall of this lease waits for the answer.
+        return Operation(needs=dict, apply=apply, again=lambda reply: reply["reached"] > block)
 
     def check_holds(self, session: SessionKey, ino: InodeNo, kind: int) -> None:
         """Raises Conflict unless the session holds at least `kind` on `ino`."""

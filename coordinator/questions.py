@@ -11,6 +11,7 @@ from typing import Any
 
 from coordinator import arguments
 from coordinator.arguments import Args
+from coordinator.extents import FILE_BLOCKS_MAX
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
 from coordinator.sessions import Session
@@ -48,6 +49,7 @@ class Questions:
             "readdir": self._readdir,
             "getxattr": self._getxattr,
             "listxattr": self._listxattr,
+            "seek": self._seek,
         }
 
     def _lookup(self, session: Session, args: Args) -> Reply:
@@ -91,3 +93,8 @@ class Questions:
 
     def _listxattr(self, session: Session, args: Args) -> Reply:
         return Reply({"names": self._metadata.listxattr(arguments.inode(args))})
+
+    def _seek(self, session: Session, args: Args) -> Reply:
+        ino, block = arguments.inode(args), arguments.number(args, "block", 0, FILE_BLOCKS_MAX)
+        at, found = self._metadata.seek(ino, block, hole=arguments.flag(args, "hole"))
+        return Reply({"block": at, "found": found})

@@ -26,6 +26,7 @@ class Drives:
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[int, int], bytes] = {}
+        self.given_away: set[tuple[int, int]] = set()
 
     def read(self, slab: int, block: int, count: int) -> bytes:
         zeros = bytes(BLOCK_SIZE)
@@ -34,7 +35,13 @@ class Drives:
     def write(self, slab: int, block: int, data: bytes) -> None:
         assert len(data) % BLOCK_SIZE == 0 and data
         for i in range(len(data) // BLOCK_SIZE):
+            assert (slab, block + i) not in self.given_away, "a write into another file's block"
             self.blocks[slab, block + i] = bytes(data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
+
+    def give_away(self, slab: int, block: int) -> None:
+        """To another file, which has written there."""
+        self.blocks[slab, block] = b"not yours" + bytes(BLOCK_SIZE - 9)
+        self.given_away.add((slab, block))
 
     def trim(self, slab: int, block: int, count: int) -> None:
         for i in range(count):

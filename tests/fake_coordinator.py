@@ -182,6 +182,20 @@ class FakeCoordinator:
         self._changed(file)
         return {}
 
+    async def _punch(self, session: SessionKey, ino: int, block: int, count: int) -> dict:
+        self._check_writer(session, ino)
+        file = self._file(ino)
+        for at in [at for at in file.blocks if block <= at < block + count]:
+            self.drives.give_away(*file.blocks.pop(at))
+        self._changed(file)
+        return {"attr": file.attr(), "reached": block}
+
+    async def _seek(self, session: SessionKey, ino: int, block: int, hole: bool) -> dict:
+        file = self._file(ino)
+        while block <= max(file.blocks, default=-1) and (block in file.blocks) == hole:
+            block += 1
+        return {"block": block if hole or block in file.blocks else 1 << 32, "found": True}
+
     async def _setattr(self, session: SessionKey, ino: int, **changes: Any) -> dict:
         size = changes.get("size")
         ticket = await self.take(session, ino, Need.ATTRIBUTES if size is None else Need.WRITE)

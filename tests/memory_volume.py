@@ -1,5 +1,6 @@
 """A complete little volume in dictionaries: file table and session in one, to test the mount with."""
 
+import os
 import stat
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from csvfs.errors import (
     NotADirectory,
     NotEmpty,
     NotFound,
+    NotSupported,
 )
 from csvfs.mount.channel import WRITE_APPEND
+from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from csvfs.units import GIB
 
 READ_LEASE, WRITE_LEASE = 2, 3
@@ -205,6 +208,23 @@ class MemoryVolume:
             "size": 8 * GIB, "free": 8 * GIB - used,
             "files": len(self.inodes), "files_free": 1000, "name_max": 255,
         }  # fmt: skip
+
+    async def fallocate(self, ino: int, offset: int, length: int, mode: int) -> None:
+        data = self._inode(ino).data
+        if mode & ~(KEEP_SIZE | PUNCH_HOLE | ZERO_RANGE):
+            raise NotSupported(f"mode {mode}")
+        if not mode & KEEP_SIZE:
+            data.extend(bytes(max(0, offset + length - len(data))))
+        if mode & (PUNCH_HOLE | ZERO_RANGE):
+            end = min(offset + length, len(data))
+            data[offset:end] = bytes(max(0, end - offset))
+
+    async def seek(self, ino: int, offset: int, whence: int) -> int | None:
+        """All of it is data."""
+        size = len(self._inode(ino).data)
+        if offset >= size:
+            return None
+        return offset if whence == os.SEEK_DATA else size
 
     # ---- session
 

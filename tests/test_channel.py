@@ -287,10 +287,13 @@ async def test_when_too_many_requests_wait_the_kernels_queue_waits(
 
 
 async def test_what_the_file_system_has_not_is_refused_in_the_kernels_words(setting: Setting) -> None:
-    assert await setting.ask(abi.FALLOCATE, FILE, bytes(32)) == errno.EOPNOTSUPP
+    unknown_mode = abi.FALLOCATE_IN.pack(0, 0, 4096, 0x40, 0)
+    assert await setting.ask(abi.FALLOCATE, FILE, unknown_mode) == errno.EOPNOTSUPP
+    assert await setting.ask(abi.FALLOCATE, FILE, bytes(31)) == errno.EIO
+    assert await setting.ask(abi.LSEEK, FILE, bytes(23)) == errno.EIO
+    assert await setting.ask(abi.LSEEK, FILE, abi.LSEEK_IN.pack(0, 1 << 40, os.SEEK_DATA, 0)) == errno.ENXIO
     assert await setting.ask(abi.IOCTL, FILE, bytes(32)) == errno.ENOTTY
     for opcode in (
-        abi.LSEEK,
         abi.COPY_FILE_RANGE,
         abi.POLL,
         abi.GETLK,

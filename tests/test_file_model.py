@@ -1,9 +1,12 @@
 """Random histories of two nodes against a bytearray."""
 
+import os
+
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from tests.mount_nodes import Node, cluster
 
 BLOCK = 4096
@@ -16,6 +19,10 @@ operations = st.lists(
         st.tuples(st.just("write"), st.integers(0, 1), offsets, sizes),
         st.tuples(st.just("read"), st.integers(0, 1), offsets, sizes),
         st.tuples(st.just("truncate"), st.integers(0, 1), sizes),
+        st.tuples(
+            st.just("fallocate"), st.integers(0, 1), offsets, sizes, st.sampled_from([0, 1, 3, 16, 17])
+        ),
+        st.tuples(st.just("seek"), st.integers(0, 1), offsets),
         st.tuples(st.just("fsync"), st.integers(0, 1)),
         st.tuples(st.just("getattr"), st.integers(0, 1)),
         st.tuples(st.just("release"), st.integers(0, 1)),
@@ -60,6 +67,23 @@ async def play_step(node: Node, model: bytearray, step: int, name: str, args: li
         await node.table.truncate(FILE, {"size": size, "mtime_ns": step + 1})
         del model[size:]
         model.extend(bytes(size - len(model)))
+    elif name == "fallocate":
+        offset, size, mode = args
+        if size:
+            await node.table.fallocate(FILE, offset, size, mode)
+            if not mode & KEEP_SIZE:
+                model.extend(bytes(max(0, offset + size - len(model))))
+            if mode & (PUNCH_HOLE | ZERO_RANGE):
+                end = min(offset + size, len(model))
+                model[offset:end] = bytes(max(0, end - offset))
+    elif name == "seek":
+        (offset,) = args
+        hole = await node.table.seek(FILE, offset, os.SEEK_HOLE)
+        data = await node.table.seek(FILE, offset, os.SEEK_DATA)
+        assert (hole is None) == (offset >= len(model))
+        if hole is not None:
+            assert offset in (hole, data) and hole <= len(model)
+            assert not any(model[offset : len(model) if data is None else data])
     elif name == "fsync":
         await node.table.fsync(FILE)
         for state in node.table.leases.states.values():

@@ -22,6 +22,7 @@ from csvfs.errors import Corrupt
 from csvfs.mount import device
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
+from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from csvfs.mount.notify import KernelNotifier
 from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.relay import PYFUSE3_TASKS_MAX, Relay
@@ -165,6 +166,30 @@ async def test_truncate_extends_with_zeros_and_cuts(mount: Mount) -> None:
         assert file.stat().st_size == 0
 
     await mount.do(program)
+
+
+async def test_space_is_reserved_punched_zeroed_and_looked_for(mount: Mount) -> None:
+    def program() -> None:
+        path = mount.path / "f"
+        path.write_bytes(b"x" * 10_000)
+        for mode, offset, length in (((0), 9_000, 3_000), (KEEP_SIZE, 0, 99_999), (PUNCH_HOLE | KEEP_SIZE, 100, 200),
+                                     (ZERO_RANGE, 11_000, 5_000)):  # fmt: skip
+            subprocess.run(["fallocate", "-o", str(offset), "-l", str(length), *_flags(mode), path], check=True)
+        want = bytearray(b"x" * 10_000 + bytes(6_000))
+        want[100:300] = bytes(200)
+        with path.open("rb") as file:
+            assert os.lseek(file.fileno(), 5, os.SEEK_DATA) == 5
+            assert os.lseek(file.fileno(), 5, os.SEEK_HOLE) == 16_000
+            with pytest.raises(OSError, match="No such device or address"):
+                os.lseek(file.fileno(), 16_000, os.SEEK_DATA)
+        assert path.read_bytes() == want
+
+    await mount.do(program)
+
+
+def _flags(mode: int) -> list[str]:
+    names = {KEEP_SIZE: "--keep-size", PUNCH_HOLE: "--punch-hole", ZERO_RANGE: "--zero-range"}
+    return [name for bit, name in names.items() if mode & bit]
 
 
 async def test_names_are_made_renamed_linked_exchanged_and_removed(mount: Mount) -> None:

@@ -10,7 +10,7 @@ from csvfs.errors import BadRequest, CsvfsError, Exists, IsADirectory, NotADirec
 from tests.metadata_members import TestVolume
 
 FILE, DIRECTORY = 0o100644, 0o040755
-INO, NLINK, SIZE = 0, 2, 6
+INO, NLINK, SIZE, BLOCKS = 0, 2, 6, 7
 
 
 class Node:
@@ -184,6 +184,21 @@ class FileSystemModel(RuleBasedStateMachine):
         assert given.reached == block + count
         assert needed <= now.keys() and known.items() <= now.items()
         node.granted |= needed
+
+    @rule(file=PICK, block=st.integers(0, 120), count=st.integers(1, 60))
+    def punch(self, file, block, count):
+        files = self.nodes(False)
+        if not files:
+            return
+        node = files[file % len(files)]
+        known = self.layout(node)
+        gone = set(range(block, block + count))
+        (attr, reached), error = self.attempt(self.metadata.punch, node.ino, block, count)
+        assert error is None and reached == block
+        left = {at: place for at, place in known.items() if at not in gone}
+        assert self.layout(node) == left
+        assert (attr[SIZE], attr[BLOCKS]) == (node.size, len(left) * 8)
+        node.granted -= gone
 
     @rule(file=PICK)
     def close(self, file):

@@ -59,6 +59,8 @@ class Files(Leases, Protocol):
     def closed(self, ino: int, writing: bool) -> None: ...
     def forget(self, ino: int) -> None: ...
     async def statfs(self) -> dict[str, int]: ...
+    async def fallocate(self, ino: int, offset: int, length: int, mode: int) -> None: ...
+    async def seek(self, ino: int, offset: int, whence: int) -> int | None: ...
 
 
 class Names(Protocol):
@@ -205,13 +207,14 @@ class Channel:
             abi.SETXATTR: self._on_setxattr,
             abi.GETXATTR: self._on_getxattr,
             abi.DESTROY: lambda unique, _n, _: self._reply_errno(unique, 0),
-            abi.FALLOCATE: refuse(errno.EOPNOTSUPP),
+            abi.FALLOCATE: self._on_fallocate,
+            abi.LSEEK: self._on_lseek,
             abi.IOCTL: refuse(errno.ENOTTY),
             abi.NOTIFY_REPLY: lambda _u, _n, _: None,  # expects no answer, and we never ask
             # ENOSYS: the kernel does it in its own way from then on, without asking again. INTERRUPT too: a
             # request that waits for the cluster goes on waiting, its caller's signal is seen afterwards.
             **{opcode: refuse(errno.ENOSYS) for opcode in (
-                abi.INTERRUPT, abi.LSEEK, abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP,
+                abi.INTERRUPT, abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP,
                 abi.ACCESS, abi.GETLK, abi.SETLK, abi.SETLKW, *range(abi.COPY_FILE_RANGE + 1, 64),
             )},
         }  # fmt: skip
@@ -369,6 +372,21 @@ class Channel:
     def _on_release_directory(self, unique: int, _node: int, body: memoryview) -> None:
         self._names.close_directory(abi.RELEASE_IN.unpack_from(body)[0])
         self._reply_errno(unique, 0)
+
+    def _on_fallocate(self, unique: int, node: int, body: memoryview) -> None:
+        _, offset, length, mode, _ = abi.FALLOCATE_IN.unpack_from(body)
+        self._start(unique, self._then_ok, self._files.fallocate, node, offset, length, mode)
+
+    def _on_lseek(self, unique: int, node: int, body: memoryview) -> None:
+        _, offset, whence, _ = abi.LSEEK_IN.unpack_from(body)
+        self._start(unique, self._seek, node, offset, whence)
+
+    async def _seek(self, unique: int, node: int, offset: int, whence: int) -> None:
+        found = await self._files.seek(node, offset, whence)
+        if found is None:
+            self._reply_errno(unique, errno.ENXIO)
+        else:
+            self._reply(unique, (abi.pack_lseek_reply(unique, found),))
 
     def _on_setxattr(self, unique: int, node: int, body: memoryview) -> None:
         # pyfuse3 makes XATTR_CREATE and XATTR_REPLACE of two calls, which another node may come between.

@@ -1,6 +1,6 @@
 """The file table: what stands between the FUSE channel and the coordinator and drives of the volume.
 
-Place      mount floor; gathers leases.py, read_path.py, write_path.py, truncation.py and recall.py.
+Place      mount floor; gathers leases.py, read_path.py, write_path.py, truncation.py, holes.py and recall.py.
 Tasks      `run_forever`: every second it reports times of files written to, gives back what nobody uses any
            more, and watches whether this node may serve. Recalls run in the session's nursery.
 Limits     INODES_MAX inodes that are not open are remembered; the longest known go first.
@@ -26,9 +26,11 @@ from csvfs.mount.file_state import (
     FileState,
 )
 from csvfs.mount.guard import Guard
+from csvfs.mount.holes import Holes
 from csvfs.mount.leases import Coordinator, Leases
 from csvfs.mount.read_path import ReadPath
 from csvfs.mount.recall import KernelNotifier, Recaller
+from csvfs.mount.reports import Reports
 from csvfs.mount.truncation import Truncation
 from csvfs.mount.write_path import WritePath
 from csvfs.volume.file_io import BlockBus, Data, WriteDone
@@ -75,16 +77,22 @@ class FileTable:
         self.leases = Leases(coordinator, bus)
         self._recaller = Recaller(self.leases, notifier, nursery, self._lowered)
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
+        self._reports = Reports(self.leases, coordinator, self._timed)
         self._writes = WritePath(
-            self.leases, bus, coordinator, notifier, guard, nursery, self._timed, io_timeout_s
+            self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s
         )
         self._truncation = Truncation(self.leases, coordinator, self._writes, self._give_up, io_timeout_s)
+        self._holes = Holes(
+            self.leases, coordinator, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
+        )
         # Bound once: the channel calls them for every request.
         self.read_nowait = self._reads.read_nowait
         self.write_nowait = self._writes.write_nowait
         self.read = self._reads.read
         self.write = self._writes.write
         self.truncate = self._truncation.truncate
+        self.fallocate = self._holes.fallocate
+        self.seek = self._holes.seek
         self.stamp = self.leases.stamp
         self.recalled_since = self.leases.recalled_since
         self.changed_since = self.leases.changed_since
@@ -289,7 +297,7 @@ class FileTable:
         if self.flush_is_due(ino):
             state = self.leases.states[ino]
             await state.wait_writes()
-            await self._writes.commit_times(state)
+            await self._reports.commit_times(state)
 
     def _lowered(self, state: FileState) -> None:
         """A write lease went: the next holder's fsync speaks for our writes too, so get them onto the
@@ -345,7 +353,7 @@ class FileTable:
         self._timed.clear()
         for state in states:
             try:
-                await self._writes.commit_times(state)
+                await self._reports.commit_times(state)
             except Fenced:
                 return
             except CsvfsError as error:
@@ -375,7 +383,7 @@ class FileTable:
     async def _let_go(self, state: FileState, cached: bool) -> bool:
         """Forget one inode, if nothing is under way; True: the coordinator must be told."""
         try:
-            await self._writes.commit_times(state)
+            await self._reports.commit_times(state)
         except CsvfsError as error:
             log.info("time of inode %d not reported: %s", state.ino, error)
         if not await self._settle(state) or state.is_busy() or state.dirty_slabs:

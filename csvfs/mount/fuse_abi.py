@@ -48,6 +48,9 @@ RENAME2_IN = struct.Struct("=QII")  # new directory, flags, padding; then both n
 RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 FSYNC_IN = struct.Struct("=QII")  # fh, fsync_flags, padding
 SETXATTR_IN = struct.Struct("=II")  # size, flags; then name, NUL, value (FUSE_SETXATTR_EXT is not negotiated)
+FALLOCATE_IN = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
+LSEEK_IN = struct.Struct("=QQII")  # fh, offset, whence, padding
+assert (FALLOCATE_IN.size, LSEEK_IN.size) == (32, 24)
 GETXATTR_IN = struct.Struct("=II")  # size, padding; then name, NUL
 assert (RELEASE_IN.size, FSYNC_IN.size, SETXATTR_IN.size, GETXATTR_IN.size) == (24, 16, 8, 8)
 READDIR_SIZE_OFFSET = IN_HEADER.size + 16  # `size` of a fuse_read_in
@@ -144,6 +147,10 @@ def pack_init_reply(
 def pack_error_reply(unique: int, errno_value: int) -> bytes:
     """A reply without a body; `errno_value` 0: success, else a positive errno."""
     return OUT_HEADER.pack(OUT_HEADER.size, -errno_value, unique)
+
+
+def pack_lseek_reply(unique: int, offset: int) -> bytes:
+    return OUT_HEADER.pack(OUT_HEADER.size + 8, 0, unique) + NODEID.pack(offset)
 
 
 def pack_write_reply(unique: int, size: int) -> bytes:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # PROTOCOL.md, "Calls to a coordinator": those with a star.
 NUMBERED_CALLS = frozenset(
-    ("setattr", "make", "link", "unlink", "rename", "setxattr", "removexattr", "allocate", "commit")
+    ("setattr", "make", "link", "unlink", "rename", "setxattr", "removexattr", "allocate", "commit", "punch")
 )
 _LEASES_IN_REPLIES = ("lease", "dir_lease", "new_dir_lease")
 

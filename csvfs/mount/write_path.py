@@ -24,12 +24,13 @@ from typing import Any
 
 import trio
 
-from csvfs.errors import Conflict, CsvfsError, LeaseLost, NoSpace, TimedOut
+from csvfs.errors import CsvfsError, LeaseLost, TimedOut
 from csvfs.mount import fuse_abi
-from csvfs.mount.file_state import BLOCKS, LEASE_WRITE, MTIME, WHOLE_FILE, FileState, InFlight
+from csvfs.mount.file_state import LEASE_WRITE, WHOLE_FILE, FileState, InFlight
 from csvfs.mount.guard import Guard
-from csvfs.mount.leases import Coordinator, Leases
+from csvfs.mount.leases import Leases
 from csvfs.mount.recall import KernelNotifier
+from csvfs.mount.reports import Reports
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume import file_io
 from csvfs.volume.extents import Piece
@@ -75,24 +76,22 @@ class WritePath:
         self,
         leases: Leases,
         bus: BlockBus,
-        coordinator: Coordinator,
+        reports: Reports,
         notifier: KernelNotifier,
         guard: Guard,
         nursery: trio.Nursery,
-        timed: dict[FileState, None],
         io_timeout_s: float,
     ) -> None:
-        """timed: collects the states whose mtime has to be reported some time."""
         self._leases = leases
         self._states = leases.states
         self._bus = bus
         self._bus_write = bus.write
-        self._coordinator = coordinator
+        self._reports = reports
+        self._set_time = reports.set_time
         self._notifier = notifier
         self._guard = guard
         self._serving = guard.serving
         self._nursery = nursery
-        self._timed = timed
         self._io_timeout_s = io_timeout_s
 
     # -- hot -------------------------------------------------------------------------------------
@@ -152,14 +151,8 @@ class WritePath:
         """Set the time of the last write, as one that writes nothing does. False: not without waiting."""
         if not state.writable or not self._serving():
             return False
-        self._set_time(state, mtime_ns)
+        self._reports.set_time(state, mtime_ns)
         return True
-
-    def _set_time(self, state: FileState, mtime_ns: int) -> None:
-        state.mtime_ns = mtime_ns
-        if not state.times_dirty:
-            state.times_dirty = True
-            self._timed[state] = None
 
     def _touched(self, state: FileState, offset: int, size: int, write_flags: int) -> None:
         self._set_time(state, _time_ns())
@@ -200,7 +193,7 @@ class WritePath:
             await self._prepare(request)
             if request.append or (not request.cached and request.end > state.size):
                 break
-            if await self._counted(state, self._overwrite(state, request.offset, request.within())):
+            if await self.counted(state, self._overwrite(state, request.offset, request.within())):
                 return
         # The lock comes before lease and count: who waits for it keeps neither a recall nor a truncation
         # waiting.
@@ -212,7 +205,7 @@ class WritePath:
                     work = self._overwrite(state, at, request.data)
                 else:
                     work = self._extend(state, at, request.data, request.offset)
-                if await self._counted(state, work, retries=not request.append):
+                if await self.counted(state, work, retries=not request.append):
                     return
 
     async def _prepare(self, request: "_Request") -> None:
@@ -230,7 +223,7 @@ class WritePath:
                 return
             await self._leases.acquire(state, LEASE_WRITE, *missing)
 
-    async def _counted(self, state: FileState, work: Coroutine[Any, Any, None], retries: bool = True) -> bool:
+    async def counted(self, state: FileState, work: Coroutine[Any, Any, None], retries: bool = True) -> bool:
         """Do it while recalls and truncations wait for it. False: the lease was lost, try again."""
         state.writers += 1
         try:
@@ -295,7 +288,7 @@ class WritePath:
             blocks = await self._whole_blocks(state, offset, data)
             # Write-back counts as filling its pages, too: a pass may have left them out while it was stuck.
             self._touched(state, offset, len(data), 0)
-            await self._allocate(state, first, last, 0)
+            await self._reports.allocate(state, first, last, 0)
             error = await self._deliver(state, first, last, blocks).wait()
             self._mark_dirty(state, first, last)
             if error is not None:
@@ -316,13 +309,13 @@ class WritePath:
         try:
             blocks = await self._whole_blocks(state, offset, data)
             self._touched(state, offset, len(data), 0)
-            await self._allocate(state, first, last, end)
+            await self._reports.allocate(state, first, last, end)
             state.allocated_upto = max(state.allocated_upto, last)  # until the size says so, these are W2
             delivery = self._deliver(state, first, last, blocks)
             failure: CsvfsError | None = None
             try:
                 if state.committed < end:
-                    await self._commit(state, end)
+                    await self._reports.commit(state, end)
             except CsvfsError as error:
                 failure = error
             failure = await delivery.wait() or failure
@@ -369,6 +362,24 @@ class WritePath:
         for _, _, slab, _ in state.extents.allocated(first, last - first):
             state.dirty_slabs[slab] = None
 
+    async def zero(self, state: FileState, offset: int, end: int) -> None:
+        """Make bytes `offset..end` of one block zeros, as far as they lie within the file and in no hole.
+
+        Raises, Cancel   as write.
+        """
+        deadline = time.monotonic() + self._io_timeout_s
+        zeros = memoryview(bytes(end - offset))
+        request = _Request(state, object(), offset, zeros, cached=False, append=False, deadline=deadline)
+        try:
+            while True:
+                await self._prepare(request)
+                if not state.extents.allocated(offset >> _BLOCK_SHIFT, 1):
+                    return
+                if await self.counted(state, self._overwrite(state, offset, request.within())):
+                    return
+        finally:
+            state.stuck.pop(request.token, None)
+
     # -- the end of the file ---------------------------------------------------------------------
 
     async def zero_tail(self, state: FileState) -> None:
@@ -396,68 +407,6 @@ class WritePath:
         pieces = state.extents.allocated(end, last - end) if end < last else []
         if pieces:
             await self._bus.trim([(slab, block, count) for _, count, slab, block in pieces])
-
-    # -- the coordinator -------------------------------------------------------------------------
-
-    async def _allocate(self, state: FileState, first: int, last: int, size: int) -> None:
-        """Fill the holes of blocks `first..last`; commits `size` (0: none) along with it. No holes: no
-        call."""
-        hole = state.extents.first_hole(first, last - first)
-        while hole is not None:
-            mtime_ns = state.mtime_ns
-            args = {"ino": state.ino, "block": hole, "count": last - hole, "size": size, "mtime_ns": mtime_ns}
-            reply = await self._ask_under_lease(state, "allocate", args)
-            if state.lease < LEASE_WRITE:
-                raise LeaseLost(f"the write lease of inode {state.ino} was lost while space was asked for")
-            self._leases.take_layout(state, hole, last - hole, reply)
-            state.metadata_dirty = True
-            self._reported(state, mtime_ns)
-            state.committed = max(state.committed, size)
-            attr = reply.get("attr")
-            if state.attr is not None and isinstance(attr, list):
-                state.attr[BLOCKS] = attr[BLOCKS]
-            before, hole = hole, state.extents.first_hole(first, last - first)
-            if hole is not None and hole <= before:
-                raise NoSpace(f"inode {state.ino}: no space came for block {hole}; see `csvfs status`")
-
-    async def _commit(self, state: FileState, size: int) -> None:
-        mtime_ns = state.mtime_ns
-        args = {"ino": state.ino, "size": size, "mtime_ns": mtime_ns, "atime_ns": None}
-        await self._ask_under_lease(state, "commit", args)
-        state.metadata_dirty = True
-        state.committed = max(state.committed, size)
-        self._reported(state, mtime_ns)
-
-    async def _ask_under_lease(self, state: FileState, name: str, args: dict[str, Any]) -> Any:
-        """Raises LeaseLost where the lease is gone, or the answer may be no only because it went on the way."""
-        losses = state.losses
-        if state.lease < LEASE_WRITE:
-            raise LeaseLost(f"the write lease of inode {state.ino} was lost before {name!r} was asked for")
-        try:
-            return await self._coordinator.call(name, args)
-        except Conflict:
-            if state.losses == losses:
-                raise
-            raise LeaseLost(f"the write lease of inode {state.ino} was lost before {name!r} was answered") from None
-
-    async def commit_times(self, state: FileState) -> None:
-        """Tell the coordinator when the file was written last, if it does not know."""
-        if not state.times_dirty or state.lease < LEASE_WRITE:
-            return
-        mtime_ns = state.mtime_ns
-        args = {"ino": state.ino, "size": state.committed, "mtime_ns": mtime_ns, "atime_ns": None}
-        try:
-            await self._ask_under_lease(state, "commit", args)
-        except LeaseLost:
-            return  # the time went with the lease
-        self._reported(state, mtime_ns)
-
-    def _reported(self, state: FileState, mtime_ns: int) -> None:
-        """The coordinator has our time now; a newer one stays to be reported."""
-        if state.mtime_ns == mtime_ns:
-            state.times_dirty = False
-        if state.attr is not None:
-            state.attr[MTIME] = mtime_ns
 
 
 def _pieces(state: FileState, block: int, count: int) -> list[Piece]:
