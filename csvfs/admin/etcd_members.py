@@ -20,6 +20,7 @@ from csvfs.store.etcd_place import EtcdPlace, parse_endpoint
 
 MEMBERS = 3  # more make every change slower; three survive the loss of any one
 ANSWER_S = 2.0
+LEARNER_POLL_S = 0.2
 LEARNER_WAIT_S = 20.0  # for an earlier learner to be copied everything; the store has a few hundred KiB
 
 
@@ -121,26 +122,36 @@ async def add_learner(client: EtcdClient, peer_url: str) -> None:
 
     Raises   Conflict: the one added before it has not been copied everything yet. Refused, Unavailable.
     """
-    request = {"peerURLs": [peer_url], "isLearner": True}
     deadline = trio.current_time() + LEARNER_WAIT_S
     while True:
         members = await list_members(client)
         if any(peer_url in member.peer_urls for member in members):
             return
         learner = next((member for member in members if member.is_learner), None)
-        if learner is None:
-            with contextlib.suppress(AnswerLost):  # then the next look says whether it was done
-                await client.call(lambda connection: connection.post("/v3/cluster/member/add", request), once=True)
-        else:
-            with contextlib.suppress(Refused):
+        try:
+            if learner is not None:
                 await promote(client, learner)
-        if learner is not None and trio.current_time() > deadline:
-            name = learner.name or " ".join(learner.peer_urls)
-            raise Conflict(
-                f"the cluster store's member on {name} was added before and has not caught up; start that node, or"
-                " csvfs node evict it, then join again with the same token"
-            )
-        await trio.sleep(0.2)
+            else:
+                await _add(client, peer_url)
+        except Refused as error:
+            if trio.current_time() > deadline:
+                raise (_held_up(learner) if learner is not None else error) from None
+        await trio.sleep(LEARNER_POLL_S)
+
+
+async def _add(client: EtcdClient, peer_url: str) -> None:
+    """Raises Refused, also for a second after a member with that URL was removed: etcd makes the same id again."""
+    request = {"peerURLs": [peer_url], "isLearner": True}
+    with contextlib.suppress(AnswerLost):  # then the next look says whether it was done
+        await client.call(lambda connection: connection.post("/v3/cluster/member/add", request), once=True)
+
+
+def _held_up(learner: StoreMember) -> Conflict:
+    name = learner.name or " ".join(learner.peer_urls)
+    return Conflict(
+        f"the cluster store's member on {name} was added before and has not caught up; start that node, or"
+        " csvfs node evict it, then join again with the same token"
+    )
 
 
 async def remove_member(client: EtcdClient, member: StoreMember) -> None:

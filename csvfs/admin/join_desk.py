@@ -66,11 +66,12 @@ class JoinDesk:
         if self.open_count >= CONNECTIONS_MAX:
             return
         self.open_count += 1
+        who = "a connection"
         try:
             who = transport.socket.getpeername()[0]
             await self._talk(trio.SSLStream(transport, self._tls, server_side=True), who)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, OSError, ProtocolError) as error:
-            self._note_refusal("a connection", error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, CsvfsError) as error:
+            self._note_refusal(who, error)
         finally:
             self.open_count -= 1
             await trio.aclose_forcefully(transport)
@@ -80,7 +81,7 @@ class JoinDesk:
             await stream.do_handshake()
             question = await receive_message(stream)
         if talking.cancelled_caught:
-            raise ProtocolError(f"{who} asked nothing within {TALK_S:.0f} s")
+            raise ProtocolError(f"it asked nothing within {TALK_S:.0f} s")
         with trio.move_on_after(ANSWER_S):
             try:
                 answer = await self._answer(question, who)
@@ -107,7 +108,7 @@ class JoinDesk:
 
     def _note_refusal(self, who: str, error: BaseException) -> None:
         self.refused += 1
-        log.warning("refused (%d so far) %s: %s", self.refused, who, error)
+        log.warning("refused (%d so far) %s: %s", self.refused, who, str(error) or "it speaks no TLS of ours")
 
 
 def desk_tls(place: EtcdPlace) -> ssl.SSLContext:

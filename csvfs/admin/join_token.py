@@ -47,7 +47,7 @@ def format_token(token: Token) -> str:
     desks = [[desk.host, desk.port] for desk in token.desks[:DESKS_MAX]]
     packed = pack_value([VERSION, desks, token.fingerprint, token.id, token.secret])
     packed += zlib.crc32(packed).to_bytes(4, "little")
-    return PREFIX + base64.urlsafe_b64encode(packed).decode().rstrip("=")
+    return PREFIX + _text(packed)
 
 
 def parse_token(text: str) -> Token:
@@ -60,7 +60,8 @@ def parse_token(text: str) -> Token:
         packed = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
         packed = b""
-    if len(packed) < 4 or zlib.crc32(packed[:-4]) != int.from_bytes(packed[-4:], "little"):
+    is_all = len(packed) >= 4 and zlib.crc32(packed[:-4]) == int.from_bytes(packed[-4:], "little")
+    if not is_all or _text(packed) != body:  # base64 can write some bytes in two ways
         raise BadRequest("the join token is damaged, or not all of it was copied; copy the whole line")
     try:
         version, *rest = unpack_value(packed[:-4])
@@ -90,6 +91,10 @@ def proof(verifier: bytes, asked: bytes) -> bytes:
 def is_proof(given: bytes, verifier: bytes, asked: bytes) -> bool:
     """In a time that says nothing of how much is right."""
     return hmac.compare_digest(given, proof(verifier, asked))
+
+
+def _text(packed: bytes) -> str:
+    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
 
 def _desks(rows: Any) -> tuple[Endpoint, ...]:
