@@ -199,9 +199,10 @@ class Host:
         ]
 
     def _candidates(self) -> list[NodeName]:
-        """Hosts that may take volumes: those of nodes in maintenance only when there are no others."""
+        """Hosts that may take volumes: those of nodes in maintenance or quarantine only when there are no others."""
         alive = [node for node in self.view.coordinators if node in self.view.alive]
-        return [node for node in alive if node not in self.view.maintenance] or alive
+        aside = self.view.maintenance.keys() | self.view.quarantine.keys()
+        return [node for node in alive if node not in aside] or alive
 
     async def _try_to_take(self, name: str, nursery: trio.Nursery) -> None:
         if name in self.owned or not self._may_serve():

@@ -15,6 +15,7 @@ import trio
 
 from csvfs.admin.cluster_view import (
     MAINTENANCE,
+    QUARANTINE,
     VOLUME_ONLINE,
     ClusterView,
     Record,
@@ -23,8 +24,9 @@ from csvfs.admin.cluster_view import (
 )
 from csvfs.admin.etcd_members import absence_objection, answering_members, list_members
 from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.cluster.reach import Report, why_isolated
 from csvfs.config import NodeConfig
-from csvfs.errors import Conflict, NotFound, ProtocolError, Unavailable
+from csvfs.errors import Conflict, Corrupt, NotFound, ProtocolError, Unavailable
 from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
@@ -32,6 +34,7 @@ from csvfs.store.opening import etcd_place, is_etcd
 from csvfs.wire.control import pack_value
 
 DRAINING, PAUSED = "draining", "paused"
+ISOLATED, QUARANTINED = "isolated", "quarantined"
 CHANGE_ATTEMPTS = 10
 POLL_S = 0.5
 _COUNTS = ("slabs", "stuck", "joining", "creating", "revision")  # of an answer to without_node
@@ -182,22 +185,51 @@ async def _set_state(store: ClusterStore, node: str, state: str, *, only_from: s
 
 
 async def resume(store: ClusterStore, node: str) -> bool:
-    """Take a node back. False: it was in no maintenance. Raises NotFound, Unavailable, Conflict."""
+    """Take a node back, from maintenance or quarantine. False: it was in neither. Raises NotFound, Unavailable, Conflict."""
     view = await read_cluster_view(store)
     if node not in view.node_names:
         raise NotFound(f"no node {node!r}; there are: {', '.join(view.node_names) or 'none'}")
     for _ in range(CHANGE_ATTEMPTS):
-        known = await read_record(store, MAINTENANCE + node)
-        if known is None:
+        known = [await read_record(store, prefix + node) for prefix in (MAINTENANCE, QUARANTINE)]
+        found = [record for record in known if record is not None]
+        if not found:
             return False
-        if (await store.transact([Compare(known.key, known.revision)], [Delete(known.key)])).succeeded:
+        compares = [Compare(record.key, record.revision) for record in found]
+        if (await store.transact(compares, [Delete(record.key) for record in found])).succeeded:
             return True
     raise Conflict(f"{MAINTENANCE}{node} is being changed by others all the time; try again")
 
 
 def node_state(view: ClusterView, node: str) -> str:
-    """up, down, draining or paused: the last two also while the node is switched off."""
+    """One word of these: draining, paused (also while it is switched off), isolated, quarantined, up, down."""
     known = view.maintenance.get(node)
     if known is not None:
         return known.text("state", DRAINING)
-    return "up" if node in view.alive else "down"
+    if isolation(view, node):
+        return ISOLATED
+    if node not in view.alive:
+        return "down"
+    return QUARANTINED if node in view.quarantine else "up"
+
+
+def state_reason(view: ClusterView, node: str) -> str:
+    """What there is to say to a state that does not say all; empty: nothing."""
+    state = node_state(view, node)
+    if state == ISOLATED:
+        return isolation(view, node)
+    if state == QUARANTINED:
+        return f"{view.quarantine[node].text('why')}; csvfs node resume {node}"
+    return ""
+
+
+def isolation(view: ClusterView, node: str) -> str:
+    """Why the node is isolated; empty: it is not."""
+    return why_isolated(node, view.alive, {name: _report(record) for name, record in view.reach.items()})
+
+
+def _report(record: Record) -> Report:
+    """Raises Corrupt."""
+    lists = [record.value.get(name, []) for name in ("unreached", "lingering")]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        raise Corrupt(f"cluster store key {record.key} holds no lists of nodes")
+    return Report(*(frozenset(names) for names in lists))
