@@ -19,24 +19,31 @@ from csvfs.admin.cluster_view import (
     VOLUME_ONLINE,
     ClusterView,
     Record,
+    drive_usage,
     read_cluster_view,
     read_record,
+    takes_slabs,
 )
+from csvfs.admin.drive_life import free_slots
 from csvfs.admin.etcd_members import absence_objection, answering_members, list_members
 from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.block.reserve import DriveSlots, reserve_slots
 from csvfs.cluster.reach import Report, why_isolated
 from csvfs.config import NodeConfig
 from csvfs.errors import Conflict, Corrupt, NotFound, ProtocolError, Unavailable
+from csvfs.fault_domains import LEVEL_DEFAULT
 from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
 from csvfs.store.opening import etcd_place, is_etcd
+from csvfs.units import format_size
 from csvfs.wire.control import pack_value
 
 DRAINING, PAUSED = "draining", "paused"
 ISOLATED, QUARANTINED = "isolated", "quarantined"
 CHANGE_ATTEMPTS = 10
 POLL_S = 0.5
+LEAVING = ("retired", "removing")  # usage of drives that are being emptied
 _COUNTS = ("slabs", "stuck", "joining", "creating", "revision")  # of an answer to without_node
 
 
@@ -86,6 +93,12 @@ def objections(view: ClusterView, node: str, volumes: list[VolumeWithout]) -> li
     for name in sorted(view.nodes):
         if name not in view.alive and name not in view.maintenance and view.drives_of(name):
             found.append(f"node {name} is down: bring it back, or remove its drives, before another one goes")
+    for drive in view.drives.values():
+        if drive_usage(drive) in LEAVING and drive.text("node") != node:
+            found.append(
+                f"drive {drive.name[:8]} of node {drive.text('node')} is being emptied, and node {node} is one of the places"
+                " for what is on it: wait until that is done (csvfs job watch)"
+            )
     for volume in volumes:
         for_good = volume.stuck - volume.joining
         if volume.error:
@@ -96,6 +109,28 @@ def objections(view: ClusterView, node: str, volumes: list[VolumeWithout]) -> li
                 f"node {node}, and no other copy of them is on its way; see csvfs volume status {volume.volume}"
             )
     return found
+
+
+def space_objection(view: ClusterView, node: str, free: dict[str, int]) -> str:
+    """Whether volumes could not grow while `node` is away, as what the others have free is kept for repairs.
+
+    free: slots by node, on drives that take slabs.
+    """
+    level, copies = LEVEL_DEFAULT, max((record.number("copies") for record in view.volumes.values()), default=0)
+    drives = [
+        DriveSlots(drive.text("node"), view.domain_of(drive.text("node"), level), drive.number("slots"))
+        for drive in view.drives.values()
+        if takes_slabs(drive)
+    ]
+    reserve = reserve_slots(drives, copies)
+    left = sum(slots for name, slots in free.items() if name != node)
+    if not copies or node not in {drive.node for drive in drives} or left > reserve:
+        return ""
+    size = view.pool.number("slab_size") if view.pool else 0
+    return (
+        f"without node {node} the pool has {format_size(left * size)} free and keeps {format_size(reserve * size)} for repairs:"
+        " volumes could not grow; add drives, or delete files"
+    )
 
 
 async def ask_volumes(view: ClusterView, peers: Peers, node: str) -> list[VolumeWithout]:
@@ -131,6 +166,8 @@ async def check_drain(config: NodeConfig, store: ClusterStore, peers: Peers, nod
     if node not in view.alive:
         raise Unavailable(f"node {node} is down: there is nothing to drain")
     found = objections(view, node, await ask_volumes(view, peers, node))
+    crowded = space_objection(view, node, await free_slots(view, peers))
+    found += [crowded] if crowded else []
     if is_etcd(config.store):
         says = await _store_objection(etcd_place(config.store), node)
         found += [says] if says else []
