@@ -8,6 +8,7 @@ Limits     a recall is answered within `recall_timeout_s`, or its session is evi
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import trio
@@ -60,6 +61,8 @@ class Leases:
         self._evict = evict
         self._lowered = lowered
         self._granted: dict[Ticket, trio.Event] = {}
+        self._since_s: dict[Ticket, float] = {}  # of those in _granted
+        self._under_way: dict[Recall, float] = {}  # until when an answer is waited for
         self._recalls, self._recalls_due = trio.open_memory_channel[Recall](float("inf"))
 
     # -- requests --------------------------------------------------------------------------------
@@ -74,6 +77,7 @@ class Leases:
         ticket, actions = self.table.begin(session.key, needs)
         if not ticket.granted:
             self._granted[ticket] = trio.Event()
+            self._since_s[ticket] = trio.current_time()
         self.perform(actions)
         return ticket
 
@@ -93,6 +97,7 @@ class Leases:
             raise
         if ticket.granted and not session.ended:
             self._granted.pop(ticket, None)
+            self._since_s.pop(ticket, None)
             return
         self.finish(ticket)
         if session.ended:
@@ -108,7 +113,19 @@ class Leases:
 
     def finish(self, ticket: Ticket) -> None:
         self._granted.pop(ticket, None)
+        self._since_s.pop(ticket, None)
         self.perform(self.table.finish(ticket))
+
+    def waiting(self, count_max: int) -> list[tuple[Ticket, float, list[tuple[Recall, float]]]]:
+        """Requests that wait, the eldest first: since when, for which recalls, and until when each of these."""
+        recalls: dict[InodeNo, list[tuple[Recall, float]]] = {}
+        for recall, until_s in self._under_way.items():
+            recalls.setdefault(recall.ino, []).append((recall, until_s))
+        waiting = (item for item in self._since_s.items() if not item[0].granted)
+        return [
+            (ticket, since_s, [row for ino in ticket.needs for row in recalls.get(ino, ())])
+            for ticket, since_s in islice(waiting, count_max)
+        ]
 
     def release(self, session: Session, ino: InodeNo, kind: int) -> None:
         self.perform(self.table.release(session.key, ino, kind))
@@ -140,12 +157,19 @@ class Leases:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._trim_forever)
             async for recall in self._recalls_due:
-                nursery.start_soon(self._recall, recall)
+                self._under_way[recall] = trio.current_time() + self._recall_timeout_s
+                nursery.start_soon(self._recall_noted, recall)
 
     async def _trim_forever(self) -> None:
         while True:
             await trio.sleep(TRIM_INTERVAL_S)
             self.perform(self.table.trim())
+
+    async def _recall_noted(self, recall: Recall) -> None:
+        try:
+            await self._recall(recall)
+        finally:
+            self._under_way.pop(recall, None)
 
     async def _recall(self, recall: Recall) -> None:
         session = self._sessions.get(recall.session)

@@ -52,6 +52,8 @@ class Session:
     ended: bool = False
     leaving: bool = False
     open_files: int | None = None  # as its mount said last, once a second; None: it has not said yet
+    mode: str = ""  # how its I/O goes (csvfs/mount/waits.py), as it said last; empty: not yet
+    why: str = ""
     last_answer: float = field(default_factory=trio.current_time)  # when it was last told anything
     unreachable_since: float = field(default_factory=trio.current_time)  # meaningful while there is no link
     connected: trio.Event = field(default_factory=trio.Event)  # set while there is a link
