@@ -4,6 +4,9 @@ Place      coordinator floor; the trio shell around lease_table.py, below operat
 Tasks      one per recall under way, in the service's nursery.
 Limits     a recall is answered within `recall_timeout_s`, or its session is evicted; so a request for a lease
            waits at most for as many recalls as there are elder requests.
+Busy       A mount whose reads or writes wait for a slab cannot empty the kernel's cache, which has pages of theirs
+           locked. As long as it says so (once a second), it has more time, up to BUSY_S_MAX: it is healthy, its
+           programs get an answer or an error after its io_timeout, and whoever asks would wait for the slab as well.
 """
 
 import logging
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 WAIT_S_MAX = 60.0  # for a lease; recalls are shorter, so only a long queue of them takes this long
 QUERY_TIMEOUT_S = 1.0
 TRIM_INTERVAL_S = 1.0
+BUSY_S_MAX = 120.0  # for one recall; the io_timeout is 60 s unless somebody has changed it
 
 
 class Leases:
@@ -178,10 +182,19 @@ class Leases:
         answer: dict[str, Any] | None = None
         reason = "it did not answer"
         args = {"ino": recall.ino, "kind": recall.to_kind, "attr": recall.attr}
-        deadline = trio.current_time() + self._recall_timeout_s
-        while answer is None and not session.ended and trio.current_time() < deadline:
+        began_s = trio.current_time()
+        deadline = began_s + self._recall_timeout_s
+        while answer is None and not session.ended:
+            if (now_s := trio.current_time()) >= deadline:
+                if not session.is_busy(now_s) or now_s >= began_s + BUSY_S_MAX:
+                    break
+                deadline = self._under_way[recall] = now_s + self._recall_timeout_s
+                log.warning("%s waits for a slab, and is waited for with inode %d", session.writer, recall.ino)
             try:
+                # Of a recall that is under way already the mount makes no second one.
                 answer = await session.call("recall", args, timeout_s=deadline - trio.current_time())
+            except TimedOut as error:
+                reason = str(error)
             except Disconnected as error:
                 reason = str(error)
                 with trio.move_on_at(deadline):

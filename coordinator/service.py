@@ -39,7 +39,7 @@ from coordinator.metadata_space import MetadataSpace
 from coordinator.questions import Reply
 from coordinator.scrub import Scrub
 from coordinator.session_desk import SessionDesk
-from coordinator.sessions import Session
+from coordinator.sessions import BUSY_S, Session
 from coordinator.slab_book import DataBook, MetadataBook, SlabBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
@@ -457,6 +457,7 @@ class Service:
         session.open_files = session.open_files if open_files is None else open_files
         if isinstance(args.get("mode"), str):
             session.mode, session.why = args["mode"][:MODE_WORDS_MAX], str(args.get("why") or "")[:MODE_WORDS_MAX]
+            session.busy_until = trio.current_time() + BUSY_S if args.get("busy") is True else 0.0
         descriptors = [self._metadata.slab(int(slab)).to_wire() for slab in ids]
         return Reply(descriptors, position=self.log.position if ids else 0)
 

@@ -14,6 +14,7 @@ from csvfs.admin.peers import open_peers
 from csvfs.admin.why import Heard, explain, listen, volume_of
 from csvfs.config import NodeConfig, load_config
 from csvfs.errors import BadRequest, CsvfsError, Disconnected, NotFound, TimedOut
+from csvfs.mount import waits
 from csvfs.mount.admin_socket import AdminSocket
 from csvfs.mount.waits import DIRECT, PAUSED, UNAVAILABLE, CallWait, Facts, SlabWait, mode, rows
 from csvfs.net.engine import Engine
@@ -59,6 +60,13 @@ def test_without_coordinator_a_mount_is_paused_and_after_the_io_timeout_unavaila
     assert mode(facts(unlinked_s=30.0, has_owner=False))[0] == UNAVAILABLE
     assert mode(facts(lapsed=True))[0] == PAUSED
     assert mode(facts(serving=False)) == (PAUSED, "the coordinator has not been heard for 4 s")
+
+
+def test_the_coordinator_is_told_when_recalls_may_take_long() -> None:
+    assert waits.news(facts()) == {"mode": DIRECT, "why": "", "busy": False}
+    assert waits.news(facts(slabs=[SlabWait(7, 3, 90.0, "")]))["busy"]
+    assert waits.news(facts(calls=[CallWait("slab_failed", {"slab": 9}, 95.0)]))["busy"]
+    assert not waits.news(facts(calls=[CallWait("acquire", {"ino": 9}, 95.0)]))["busy"]
 
 
 async def test_the_mounts_socket_answers_its_own_user_and_root_only(tmp_path: Path, monkeypatch: Any) -> None:

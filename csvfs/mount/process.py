@@ -158,7 +158,7 @@ class MountProcess:
             connect=partial(connect, self._engine, timeout_s=options.connect_timeout_ms / 1000),
             on_fenced=self._fail,
             on_contact=guard.contact,
-            mode=lambda: waits.mode(self._facts(guard, session, bus)),
+            news=lambda: waits.news(self._facts(guard, session, bus)),
             io_timeout_s=options.io_timeout_ms / 1000,
         )
         links = ServerLinks(

@@ -22,7 +22,7 @@ import trio
 
 from csvfs.clock import MonotonicNs, monotonic_ns
 from csvfs.errors import CsvfsError, Disconnected, Fenced, NotCoordinator, TimedOut, Unavailable
-from csvfs.mount.waits import DIRECT, CallWait
+from csvfs.mount.waits import CallWait
 from csvfs.net.calls import CallTable, field
 from csvfs.net.link import Address, Link
 
@@ -78,18 +78,18 @@ class Session:
         connect: Callable[[Address], Awaitable[Link]],
         on_fenced: Callable[[Fenced], None],
         on_contact: Callable[[int], None] = lambda sent_ns: None,
-        mode: Callable[[], tuple[str, str]] = lambda: (DIRECT, ""),
+        news: Callable[[], dict[str, Any]] = dict,
         io_timeout_s: float = 60.0,
         clock: MonotonicNs = monotonic_ns,
     ) -> None:
         """on_fenced: this incarnation was evicted, the process has to end. on_contact(sent_ns): an answer
-        came. mode(): how this mount's I/O goes, and why: told to the coordinator (waits.py)."""
+        came. news(): how this mount's I/O goes, told to the coordinator with every ping (waits.py)."""
         self._hello_args = {"volume": volume, "node": node, "incarnation": incarnation}
         self._owner = owner
         self._connect = connect
         self._on_fenced = on_fenced
         self._on_contact = on_contact
-        self._mode = mode
+        self._news = news
         self._io_timeout_s = io_timeout_s
         self._clock = clock
         self.holder: LeaseHolder | None = None
@@ -286,8 +286,7 @@ class Session:
             sent_ns = self._clock()
             try:
                 open_files = 0 if self.holder is None else self.holder.open_files
-                mode, why = self._mode()
-                ping = {"ids": [], "open": open_files, "mode": mode, "why": why}
+                ping = {"ids": [], "open": open_files, **self._news()}
                 await link.call("slabs", ping, timeout_s=PING_TIMEOUT_S)
             except Fenced as fenced:
                 self._fence(fenced)

@@ -80,6 +80,12 @@ def mode(facts: Facts) -> tuple[str, str]:
     return (UNAVAILABLE if slabs <= in_vain else PAUSED), f"{words}: {stuck[0]['on']}"[:WORDS_MAX]
 
 
+def news(facts: Facts) -> dict[str, Any]:
+    """What is told to the coordinator: mode, why, and whether I/O waits for a slab, so that recalls may take long."""
+    found, why = mode(facts)
+    return {"mode": found, "why": why, "busy": any("slab" in row for row in rows(facts))}
+
+
 def _without_coordinator(facts: Facts) -> dict[str, Any] | None:
     if facts.unlinked_s is None:
         return None
