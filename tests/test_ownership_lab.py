@@ -80,10 +80,10 @@ def test_volumes_are_moved_and_spread_again_and_neither_fio_nor_a_storm_of_names
         assert owners(lab)["Volume1"] == node
     for name in ("Volume2", "Volume3"):
         lab.run("n2", "csvfs", "volume", "set", name, "--preferred", "n1")
-    wait_for(lambda: set(owners(lab).values()) == {"n1"}, within_s=90, explain=lab.logs)
+    wait_for(lambda: set(owners(lab).values()) == {"n1"}, within_s=180, explain=lab.logs)
     for name in VOLUMES:
         lab.run("n2", "csvfs", "volume", "set", name, "--preferred", "none")
-    wait_for(lambda: sorted(owners(lab).values()) == list(NODES), within_s=90, explain=lab.logs)
+    wait_for(lambda: sorted(owners(lab).values()) == list(NODES), within_s=180, explain=lab.logs)
     assert lab.finish(fio).count("err= 0") == 1
     stop.touch()
     for storm in storms:
@@ -111,9 +111,9 @@ def test_a_write_below_min_copies_waits_says_why_and_goes_on_when_the_node_is_ba
         return said["mode"] == "paused" and any("(--min-copies)" in row["on"] for row in said["waits"])
 
     wait_for(is_explained, within_s=50, explain=lambda: f"{why(lab, 'n1', 'Volume2')}\n{lab.logs()}")
-    assert io(lab, "n2")["n3"] == {"mode": "unavailable", "why": "the node is down"}
+    wait_for(lambda: io(lab, "n2")["n3"] == {"mode": "unavailable", "why": "the node is down"}, within_s=30)
     wait_for(lambda: io(lab, "n2")["n1"]["mode"] == "paused", within_s=30)
-    assert io(lab, "n2")["n2"]["mode"] == "direct"
+    wait_for(lambda: io(lab, "n2")["n2"]["mode"] == "direct", within_s=30)
     lab.start("n3")
     assert "written" in lab.finish(writer)
     assert lab.run("n2", "cat", file) == b"old\nnew\n"
