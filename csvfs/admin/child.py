@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 RAN_WELL_S = 10.0
 BACKOFF_FIRST_S = 0.1
 HANG_S = 10.0
+STOPPED_POLL_S = 0.25
 KILL_WAIT_S = 5.0  # a killed process that is still there after this long hangs in the kernel
 
 
@@ -111,7 +112,7 @@ class Child:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_when_it_hangs, beats, nursery.cancel_scope)
                 try:
-                    await wait_dead(process)
+                    await wait_stopped(process)
                 except OSError as error:
                     failure = error  # carried out of the nursery, which would wrap it in a group
                 nursery.cancel_scope.cancel()
@@ -213,6 +214,29 @@ async def wait_dead(process: subprocess.Popen[bytes]) -> None:
     finally:
         os.close(descriptor)
     process.poll()
+
+
+async def wait_stopped(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process has ended, or runs no more while a thread of it hangs in the kernel. Cancel: safe.
+
+    A mount that is killed while it takes pages back from the kernel is such a one: that thread waits for a page which
+    only an answer of this same mount would unlock, so it ends when somebody ends the mount, and not before. A pidfd
+    says nothing until all threads are gone (not even one of the first thread alone, since Linux 6.15), so we look.
+    """
+    while not _is_zombie(process.pid):
+        with trio.move_on_after(STOPPED_POLL_S):
+            await wait_dead(process)
+            return
+    process.poll()
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether the first thread of our child, which is not reaped yet, has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False  # reaped: wait_dead sees it
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def bound_log(path: Path, size_max: int) -> None:
