@@ -46,7 +46,7 @@ from csvfs.cluster.node_process import (
 from csvfs.config import CONFIG_ENVIRONMENT, NodeConfig, check_name, load_config
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, Unavailable
 from csvfs.ids import Incarnation
-from csvfs.mount.cached_pages import devices_at, forget_pages
+from csvfs.mount.cached_pages import forget_all_pages
 from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
 from csvfs.store.opening import etcd_place, is_etcd, open_store
 from csvfs.wire.control import pack_value
@@ -337,19 +337,19 @@ class _NodeLease:
     def _mount_plan(self, volume_name: str) -> ChildPlan:
         point = self._root.path / volume_name
 
-        async def forget() -> None:
-            count = await trio.to_thread.run_sync(lambda: forget_pages(devices_at(point)))
-            if count:
-                logger.info("volume %s: cached pages of %d open files are dropped", volume_name, count)
-
         async def before(incarnation: Incarnation) -> None:
-            await forget()
             unmount_lazily(point)
             self._root.make_point(volume_name)
 
         async def after(incarnation: Incarnation) -> None:
-            await forget()  # before anybody hears that it is dead (I5)
             unmount_lazily(point)
+
+        async def forget() -> None:
+            logger.warning("volume %s: its mount stands still; the kernel's cached pages are dropped", volume_name)
+            try:
+                await trio.to_thread.run_sync(forget_all_pages, abandon_on_cancel=True)
+            except OSError as error:
+                logger.error("programs may read old pages of volume %s: %s", volume_name, error)
 
         plan = self._plan(f"{ROLE_MOUNT}-{volume_name}", (*self._commands.mount, volume_name))
         plan.before, plan.after = before, after

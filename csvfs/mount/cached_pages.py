@@ -1,12 +1,13 @@
-"""Making the kernel forget the pages of a mount whose process is dead or stands still.
+"""Making the kernel forget the pages of a mount whose process is dead, ends, or stands still.
 
-Place      mount floor; used by the mount itself at its end, and by its parent (admin/node_run.py).
-Why        The kernel answers a read of a page that it has cached without asking anybody, also when the FUSE session is dead.
+Place      mount floor; used by the mount at its end (device.py), and by its parent (admin/mount_points.py, node_run.py).
+Why        The kernel answers a read of a page that it has cached without asking anybody, also when the FUSE session is over.
            A program that has a file open would go on reading, for ever, what was there when the mount died, while other nodes
            have got the leases and write (I5). What was open before is all that matters: nothing new can be opened in a dead
            session, and no page is filled in one that stands still.
-How        Everybody's open files of that file system are found by /proc, each is duplicated (pidfd_getfd), and its pages are
-           dropped (POSIX_FADV_DONTNEED), which asks the session nothing.
+How        Of a session that is over: everybody's open files of that file system are found by /proc, each is duplicated
+           (pidfd_getfd), and its pages are dropped (POSIX_FADV_DONTNEED). Only then: closing the duplicate asks the session.
+           Of one that stands still: all clean pages of the machine are dropped, which asks nobody. It is rare.
 Limits     Pages that are mapped (mmap) stay: only a session that lives can take those back. So do those of a file that a
            process opens or sends away while it is looked at; the look is repeated until it finds nothing new.
 """
@@ -21,21 +22,29 @@ log = logging.getLogger(__name__)
 
 SYS_PIDFD_GETFD = 438  # the same number on all architectures
 ROUNDS_MAX = 3
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+PAGES_ONLY = "1\n"
 
 
-def devices_at(point: Path) -> set[str]:
-    """`major:minor` of everything that is mounted at `point`, in this process's mount namespace."""
-    return {device for _, device, path in _mounts(Path("/proc/self/mountinfo")) if path == str(point)}
+def fuse_device_at(point: Path) -> str:
+    """`major:minor` of the FUSE file system on top at `point`, in this process's mount namespace; empty: there is none."""
+    rows = [(device, kind) for _, device, path, kind in _mounts(Path("/proc/self/mountinfo")) if path == str(point)]
+    return rows[-1][0] if rows and rows[-1][1].startswith("fuse") else ""
 
 
-def forget_pages(devices: set[str]) -> int:
-    """Drop the cached pages of all open files of these file systems; returns of how many. Blocks, for milliseconds.
+def forget_all_pages() -> None:
+    """Drop all clean pages of this machine that nobody maps. Blocks, for a second where there are many. Raises OSError."""
+    DROP_CACHES.write_text(PAGES_ONLY)
 
-    Never asks the file system. What cannot be looked at is logged: its program may read old pages.
+
+def forget_pages(device: str) -> int:
+    """Drop the cached pages of all open files of this file system; returns of how many. Blocks, for milliseconds.
+
+    Its session must be over (umount2 with MNT_FORCE): a living one would be asked, and waited for. What cannot be looked at is logged: its program may read old pages.
     """
     seen: set[tuple[int, int]] = set()
     for _ in range(ROUNDS_MAX):
-        found = set(_open_files(devices)) - seen if devices else set()
+        found = set(_open_files(device)) - seen if device else set()
         if not found:
             break
         for pid, number in found:
@@ -44,15 +53,16 @@ def forget_pages(devices: set[str]) -> int:
     return len(seen)
 
 
-def _mounts(mountinfo: Path) -> Iterator[tuple[str, str, str]]:
-    """Number, device, mount point of each."""
+def _mounts(mountinfo: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Number, device, mount point, kind of file system of each."""
     for line in mountinfo.read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        if len(fields) > 4:
-            yield fields[0], fields[2], fields[4]
+        fields, _, rest = line.partition(" - ")
+        columns = fields.split(" ")
+        if len(columns) > 4:
+            yield columns[0], columns[2], columns[4], rest.partition(" ")[0]
 
 
-def _open_files(devices: set[str]) -> Iterator[tuple[int, int]]:
+def _open_files(device: str) -> Iterator[tuple[int, int]]:
     """Pid and descriptor of all of them."""
     of_namespace: dict[int, set[str]] = {}
     for entry in os.listdir("/proc"):
@@ -63,7 +73,7 @@ def _open_files(devices: set[str]) -> Iterator[tuple[int, int]]:
             namespace = os.stat(process / "ns/mnt").st_ino
             if namespace not in of_namespace:
                 of_namespace[namespace] = {
-                    number for number, device, _ in _mounts(process / "mountinfo") if device in devices
+                    number for number, mounted, _, _ in _mounts(process / "mountinfo") if mounted == device
                 }
             for number in os.listdir(process / "fd") if of_namespace[namespace] else ():
                 if _mount_of(process / "fdinfo" / number) in of_namespace[namespace]:

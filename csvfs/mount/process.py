@@ -26,7 +26,6 @@ from csvfs.config import NodeConfig, check_name
 from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.mount import device
-from csvfs.mount.cached_pages import devices_at, forget_pages
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
 from csvfs.mount.file_table import FileTable
@@ -227,7 +226,6 @@ class MountProcess:
             with trio.CancelScope(shield=True):
                 if self.failure is None:
                     await unmount_in_order(self._mount_point, channel.ended.wait)
-            forget_pages(devices_at(self._mount_point))  # or programs would read them for ever (I5)
             device.abort(self._mount_point)
             channel.close()
 
