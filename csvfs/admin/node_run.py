@@ -31,6 +31,8 @@ from csvfs.admin.claim_watch import claim_forever
 from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.evicted_watch import raise_when_evicted
 from csvfs.admin.mount_points import unmount_lazily
+from csvfs.admin.node_standing import Standing, note_orderly_end, read_standing
+from csvfs.admin.reach_watch import report_reach_forever
 from csvfs.admin.run_lock import run_dir_lock
 from csvfs.admin.store_member import store_member
 from csvfs.clock import monotonic_ns
@@ -153,6 +155,7 @@ class _NodeLease:
                 if has_desk(self._config):
                     nursery.start_soon(self._run_child, ROLE_DESK, self._commands.desk)
                 nursery.start_soon(claim_forever, self._config, self._store, self._view, self._lease)
+                nursery.start_soon(report_reach_forever, self._config, self._store, self._view, self._lease)
                 with trio.CancelScope() as mounting:
                     nursery.start_soon(_cancel_when, stopping, mounting)
                     await self._keep_mounts_forever(nursery)
@@ -171,21 +174,31 @@ class _NodeLease:
             with _unavailable_logged():
                 await self._end_earlier_lease(key, give_up=trio.current_time() > deadline)
                 incarnation = await next_incarnation(self._store, self._config.node)
+                standing = await self._standing()
                 sent_ns = monotonic_ns()
                 lease = await self._store.grant_lease(self._config.options.node_lease_ms)
                 address = self._config.address
                 alive = {"incarnation": incarnation, "address": address, "started": int(time.time())}
                 known = await self._store.get(f"nodes/{self._config.node}")
                 node = Put(f"nodes/{self._config.node}", pack_value(self._node_value(known)))
-                changes: list[Put | Delete] = [node, Put(key, pack_value(alive), lease)]
+                changes = [node, Put(key, pack_value(alive), lease), *standing.changes()]
                 compares = [Compare(key, 0), Compare(node.key, known.revision if known else 0)]
                 compares.append(Compare(f"evicted/{self._config.node}", 0))  # raise_when_evicted ends us then
+                compares += standing.compares()
                 with contextlib.suppress(NotFound):  # so slow that the lease has ended already
                     if (await self._store.transact(compares, changes)).succeeded:
                         self._lease, self._incarnation = lease, incarnation
                         logger.info("node %s is alive, incarnation %d", self._config.node, incarnation)
                         return sent_ns
             await trio.sleep(RETRY_S)
+
+    async def _standing(self) -> Standing:
+        cluster = item_map(await self._store.get("cluster"))
+        limit = cluster.get("quarantine")
+        attended = await self._store.get(f"maintenance/{self._config.node}") is not None
+        return await read_standing(
+            self._store, self._config.node, limit if isinstance(limit, int) else 0, is_attended=attended
+        )
 
     def _node_value(self, known: Item | None) -> dict[str, object]:
         """Its place is what csvfs domain said last; the configuration's counts while nothing was said."""
@@ -373,6 +386,7 @@ class _NodeLease:
             if role in self._children:
                 await self._children[role].stop(grace_s)
         with _unavailable_logged():
+            await note_orderly_end(self._store, self._config.node)
             await self._store.revoke_lease(self._lease)
 
 
