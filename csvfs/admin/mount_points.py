@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 from csvfs.errors import Conflict
-from csvfs.mount.cached_pages import forget_pages, fuse_device_at
 
 MNT_FORCE = 1
 MNT_DETACH = 2
@@ -30,16 +29,13 @@ def unmount_lazily(path: Path) -> int:
 
     Never touches the mount's server, so it works when that is dead. Forced first, which ends every request that waits:
     a thread of the dead server that was itself waiting for a page of the mount would else keep /dev/fuse open for
-    ever, and everybody with it. Then the kernel forgets its pages, before anybody hears that it is gone (I5). Raises
-    Conflict: the kernel refuses.
+    ever, and everybody with it. Raises Conflict: the kernel refuses.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     wanted = os.fsencode(path)
     count = mounted_paths().count(wanted)
     for _ in range(count):
-        device = fuse_device_at(path)
         libc.umount2(wanted, MNT_FORCE | UMOUNT_NOFOLLOW)
-        forget_pages(device)
         if libc.umount2(wanted, MNT_DETACH | UMOUNT_NOFOLLOW) != 0:
             number = ctypes.get_errno()
             if number not in (errno.EINVAL, errno.ENOENT):  # gone meanwhile

@@ -16,7 +16,6 @@ Invariants
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -48,7 +47,6 @@ from csvfs.cluster.node_process import (
 from csvfs.config import CONFIG_ENVIRONMENT, NodeConfig, check_name, load_config
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, Unavailable
 from csvfs.ids import Incarnation
-from csvfs.mount.cached_pages import forget_all_pages
 from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
 from csvfs.store.opening import etcd_place, is_etcd, open_store
 from csvfs.wire.control import pack_value
@@ -56,9 +54,6 @@ from csvfs.wire.control import pack_value
 logger = logging.getLogger(__name__)
 RETRY_S = 0.2
 LOG_CHECK_S = 5.0
-# A mount that stands still may be evicted 4.5 s after it was told anything (mount/guard.py): by then the kernel must
-# have forgotten what it cached for it (I5).
-MOUNT_SILENT_S = 2.0
 
 ROLE_DRIVES, ROLE_COORDINATOR, ROLE_MOUNT, ROLE_DESK = "drives", "coordinator", "mount", "desk"
 
@@ -357,16 +352,8 @@ class _NodeLease:
         async def after(incarnation: Incarnation) -> None:
             unmount_lazily(point)
 
-        async def forget() -> None:
-            logger.warning("volume %s: its mount stands still; the kernel's cached pages are dropped", volume_name)
-            try:
-                await trio.to_thread.run_sync(forget_all_pages, abandon_on_cancel=True)
-            except OSError as error:
-                logger.error("programs may read old pages of volume %s: %s", volume_name, error)
-
         plan = self._plan(f"{ROLE_MOUNT}-{volume_name}", (*self._commands.mount, volume_name))
         plan.before, plan.after = before, after
-        plan.hang_s, plan.silent_s, plan.on_silent = math.inf, MOUNT_SILENT_S, forget
         return plan
 
     async def _end_mount(self, volume_name: str, child: Child) -> None:

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 from csvfs.errors import BadRequest, Unavailable
-from csvfs.mount.cached_pages import forget_pages, fuse_device_at
 from csvfs.mount.fuse_abi import IO_SIZE_MAX
 
 FUSE_DEVICE = "/dev/fuse"
@@ -66,7 +65,5 @@ def abort(mount_point: Path) -> None:
     fill: detaching alone would leave it there for ever.
     """
     target = os.fsencode(mount_point)
-    device = fuse_device_at(mount_point)
     _libc.umount2(target, MNT_FORCE)  # fails when in use, but has ended the session by then
-    forget_pages(device)
     _libc.umount2(target, MNT_DETACH)

@@ -21,7 +21,7 @@ from csvfs.block.bus import Bus
 from csvfs.block.server_links import ServerAddress, ServerLinks
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
-from csvfs.cluster.node_process import ProcessNumbers, beat_forever, call_when_signalled, run_process
+from csvfs.cluster.node_process import ProcessNumbers, call_when_signalled, run_process
 from csvfs.config import NodeConfig, check_name
 from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
@@ -111,7 +111,6 @@ class MountProcess:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(call_when_signalled, self._end.set)
-                nursery.start_soon(beat_forever)
                 nursery.start_soon(self._engine.run_forever)
                 nursery.start_soon(keep_view_forever, store, self._view)
                 with trio.CancelScope() as serving:
