@@ -19,6 +19,7 @@ import trio
 
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.front_desk import FrontDesk
+from coordinator.moves import Moves
 from coordinator.service import Service, VolumeSetup
 from coordinator.serving import serve_volume
 from coordinator.volume_creation import create_volume, delete_volume, record_error
@@ -56,7 +57,6 @@ RETRY_S_MAX = 5.0  # what fails whoever tries it must not make the volume hop be
 SOUND_S = 30.0  # a service that ran so long counts as no failure to start
 ELECTION_INTERVAL_S = 2.0  # a look without occasion
 LIVENESS_INTERVAL_S = 0.1
-MOVE_PATIENCE_S = 10.0  # a preferred node that does not take the volume is not moved to again before this
 
 
 class OwnedVolume:
@@ -114,7 +114,7 @@ class Host:
         self._serve = serve
         self._rng = rng or Random()
         self.owned: dict[str, OwnedVolume] = {}
-        self._moved_at: dict[str, float] = {}
+        self._moves = Moves(node, self.view)
         self._retry_s: dict[str, float] = {}  # volume -> the pause after its next failure here
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -191,17 +191,12 @@ class Host:
             for name in wanting
             if isinstance(node := self.view.volumes[name].get("preferred"), str)
         }
-        attempts = decide(self.node, wanting, owners, self._candidates(), preferred, 0)
+        attempts = decide(self.node, wanting, owners, self._moves.candidates(), preferred, 0)
         return [
             Attempt(attempt.volume, attempt.start_ns + without_owner.get(attempt.volume, 0))
             for attempt in attempts
             if attempt.volume not in self.owned
         ]
-
-    def _candidates(self) -> list[NodeName]:
-        """Hosts that may take volumes: those of nodes in maintenance only when there are no others."""
-        alive = [node for node in self.view.coordinators if node in self.view.alive]
-        return [node for node in alive if node not in self.view.maintenance] or alive
 
     async def _try_to_take(self, name: str, nursery: trio.Nursery) -> None:
         if name in self.owned or not self._may_serve():
@@ -223,6 +218,7 @@ class Host:
 
     def _check_owned(self) -> None:
         """Give up what somebody else has by now, or shall have."""
+        self._moves.look()
         for name, owned in self.owned.items():
             term = self.view.terms.get(name)
             if owned.finished:
@@ -230,20 +226,12 @@ class Host:
             if term is not None and term > owned.term:
                 log.warning("volume %s: term %d is at work elsewhere", name, term)
                 owned.scope.cancel()
-            elif owned.service is not None and self._shall_move(name):
-                log.info("volume %s moves away from node %s", name, self.node)
-                self._moved_at[name] = trio.current_time()
+            elif owned.service is not None and (why := self._moves.reason(name, owned.service.is_whole)):
+                log.info("volume %s moves away from node %s: %s", name, self.node, why)
+                self._moves.moved(name)
                 owned.scope.cancel()
             elif owned.service is not None and self.view.volumes.get(name, {}).get("state") == "deleting":
                 owned.scope.cancel()  # it is taken again, to be deleted
-
-    def _shall_move(self, name: str) -> bool:
-        candidates = self._candidates()
-        preferred = self.view.volumes.get(name, {}).get("preferred")
-        wanted_elsewhere = preferred != self.node and preferred in candidates
-        if not wanted_elsewhere and self.node in candidates:
-            return False
-        return trio.current_time() - self._moved_at.get(name, -MOVE_PATIENCE_S) >= MOVE_PATIENCE_S
 
     # -- one volume ------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedErro
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
 from coordinator.healing import Healing
-from coordinator.health import Health
+from coordinator.health import HEALTHY, Health
 from coordinator.janitor import Janitor
 from coordinator.job_record import JobRecord
 from coordinator.leases import Leases
@@ -493,6 +493,11 @@ class Service:
         self.members.look_into(())
         await self.healing.look_now()
         return self.volume_status()
+
+    def is_whole(self) -> bool:
+        """Whether all slabs have all their copies, and all mounts of before the takeover have come or gone: then
+        another coordinator takes over in a moment, and nothing that is under way begins anew."""
+        return self.desk.is_open and self._health.to_status()["health"] == HEALTHY
 
     def volume_status(self) -> dict[str, Any]:
         sessions = [

@@ -29,6 +29,7 @@ DRIVE_SERVER_PORT = 1
 COORDINATOR_PORT = 2
 STORE_PORT = 3  # of the node's etcd member, for clients
 STORE_PEER_PORT = 4  # and for other members
+JOIN_PORT = 5  # of the join desk, where new nodes get their certificates
 PORT_COUNT = 10
 
 # A unix socket's path has at most 107 bytes; ours are `<run_dir>/<role>.sock`.
@@ -162,6 +163,7 @@ class NodeConfig:
     claim: tuple[str, ...]  # paths and patterns of what may become a drive by itself
     options: Options
     path: Path  # of the file it was read from
+    witness: bool = False  # runs a member of the cluster store and nothing else
 
     @property
     def drive_server_port(self) -> int:
@@ -170,6 +172,10 @@ class NodeConfig:
     @property
     def coordinator_port(self) -> int:
         return self.port_base + COORDINATOR_PORT
+
+    @property
+    def join_port(self) -> int:
+        return self.port_base + JOIN_PORT
 
     @property
     def drive_server_socket(self) -> Path:
@@ -218,7 +224,7 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadRequest(f"{path} is not TOML: {error}") from None
     allowed = {
-        "node", "address", "port_base", "store", "run_dir", "cluster_root", "drives", "options", *PLACE_LEVELS
+        "node", "address", "port_base", "store", "run_dir", "cluster_root", "witness", "drives", "options", *PLACE_LEVELS
     }  # fmt: skip
     _refuse_unknown(table, allowed, path)
     node = _text(table, "node", path)
@@ -239,6 +245,7 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
         claim=_claim(table.get("drives", {}), path),
         options=_options(table.get("options", {}), path),
         path=path.absolute(),
+        witness=_switch(table, "witness", path),
     )
 
 
@@ -320,6 +327,13 @@ def _number(table: Mapping[str, Any], name: str, default: int, low: int, high: i
         raise BadRequest(f"{path}: {name} must be a whole number, not {value!r}")
     if not low <= value <= high:
         raise BadRequest(f"{path}: {name} is {value}; it must lie between {low} and {high}")
+    return value
+
+
+def _switch(table: Mapping[str, Any], name: str, path: Path) -> bool:
+    value = table.get(name, False)
+    if not isinstance(value, bool):
+        raise BadRequest(f"{path}: {name} is {value!r}; write {name} = true, or leave it out")
     return value
 
 

@@ -143,3 +143,14 @@ def test_repair_says_what_there_is_to_do_or_that_there_is_nothing(
     assert "v: rebuild of drive ab on n1, 0 % of 1.0 GiB, waiting for a drive" in cluster.run("volume", "repair", "v").stdout
     assert cluster.json("volume", "repair", "v")["jobs"][0]["waiting_for"] == "a drive"
     assert "no volume 'w'" in cluster.fails("volume", "repair", "w")
+
+
+def test_a_preferred_node_is_said_shown_and_forgotten(cluster: Cluster) -> None:
+    cluster.add_node("n2")
+    said = cluster.run("volume", "set", "v", "--preferred", "n2").stdout
+    assert said == "volume v is coordinated by n2 whenever it is up\n"
+    assert "(preferred: n2)" in cluster.run("volume", "status", "v").stdout
+    assert cluster.json("volume", "set", "v", "--preferred", "none") == {"name": "v", "preferred": None}
+    assert cluster.json("volume", "status", "v")["volume"]["preferred"] == ""
+    assert "no node 'n9'" in cluster.fails("volume", "set", "v", "--preferred", "n9")
+    assert "--preferred alone" in cluster.misused("volume", "set", "v", "--preferred", "n2", "--copies", "2")

@@ -248,6 +248,19 @@ async def test_a_write_that_nobody_takes_fails_after_the_io_timeout_and_counts_a
         await trio.sleep(0.01)
 
 
+async def test_a_write_given_while_another_one_waits_has_its_own_io_timeout(blocks, nursery):
+    bus = impatient_bus(blocks, nursery, io_timeout_s=3600)
+    ended = []
+    for server in blocks.servers:
+        await server.kill()
+    for block in (3, 4):
+        bus.write(SLAB, block, os.urandom(BLOCK_SIZE), ended.append)
+        asked = len(blocks.owner.reports)
+        while len(blocks.owner.reports) < asked + 3:  # each time the owner says "not yet", those who waited too long go
+            await trio.sleep(0.01)
+    assert ended == []
+
+
 async def test_writes_wait_below_min_copies_and_go_on_when_enough_are_in_sync_again(
     blocks, nursery, monkeypatch
 ):

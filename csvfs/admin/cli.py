@@ -8,6 +8,7 @@ import click
 from csvfs.admin.cli_cluster import cluster_group
 from csvfs.admin.cli_context import OneLineErrors
 from csvfs.admin.cli_domain import domain_group
+from csvfs.admin.cli_drill import drill_command
 from csvfs.admin.cli_drive import drive_group
 from csvfs.admin.cli_job import job_group
 from csvfs.admin.cli_lab import lab_group
@@ -36,6 +37,7 @@ for command in (
     volume_group,
     job_group,
     lab_group,
+    drill_command,
 ):
     main.add_command(command)
 

@@ -1,13 +1,14 @@
 """`csvfs node`: running this node, listing all."""
 
 import logging
+import sys
 from dataclasses import dataclass
 
 import click
 import trio
 
-from csvfs.admin import node_life
-from csvfs.admin.cli_context import CommandFailed, Here, json_option, run_here, run_with_peers
+from csvfs.admin import node_evict, node_life
+from csvfs.admin.cli_context import CommandFailed, Here, json_option, run_here, run_with_peers, yes_option
 from csvfs.admin.cluster_view import ClusterView, read_cluster_view
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import note, print_json, print_table, progress
@@ -22,10 +23,16 @@ def node_group() -> None:
 @node_group.command("run")
 def run_command() -> None:
     """Run this node until it is told to stop: the one service of csvfs (examples/csvfs-node.service)."""
-    from csvfs.admin.node_run import run_node  # the service's own imports slow down no other command
+    # The service's own imports slow down no other command.
+    from csvfs.admin.evicted_watch import EXIT_STATUS, Evicted
+    from csvfs.admin.node_run import run_node
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    trio.run(run_node, load_config())
+    try:
+        trio.run(run_node, load_config())
+    except Evicted as error:
+        logging.error("%s", error)
+        sys.exit(EXIT_STATUS)
 
 
 @node_group.command("list")
@@ -63,7 +70,7 @@ def drain_command(node: str, dry_run: bool, force: bool, as_json: bool) -> None:
     """
 
     async def check(here: Here, peers: Peers) -> list[str]:
-        return await node_life.check_drain(here.store, peers, node)
+        return await node_life.check_drain(here.config, here.store, peers, node)
 
     against = run_with_peers(check)
     if dry_run:
@@ -94,13 +101,13 @@ def drain_command(node: str, dry_run: bool, force: bool, as_json: bool) -> None:
         click.echo(f"node {node} is paused and may be switched off; afterwards: csvfs node resume {node}")
 
 
-def _print_objections(node: str, against: list[str], as_json: bool) -> None:
+def _print_objections(node: str, against: list[str], as_json: bool, what: str = "be drained") -> None:
     if as_json:
         print_json({"node": node, "objections": against})
     elif not against:
-        click.echo(f"node {node} can be drained")
+        click.echo(f"node {node} can {what}")
     else:
-        click.echo(f"node {node} should not be drained now:")
+        click.echo(f"node {node} should not {what} now:")
         for line in against:
             click.echo(f"  {line}")
 
@@ -121,6 +128,42 @@ def resume_command(node: str, as_json: bool) -> None:
         click.echo(f"node {node} takes part again; what it missed is copied: csvfs job watch")
     else:
         click.echo(f"node {node} was neither draining nor paused")
+
+
+@node_group.command("evict")
+@click.argument("node", metavar="NODE")
+@click.option("--dry-run", is_flag=True, help="Only say what speaks against it.")
+@yes_option
+@json_option
+def evict_command(node: str, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Take a node out of the cluster for good: its certificate is revoked, its drives are forgotten.
+
+    Their copies are made elsewhere. Refused while others would have too few copies without it. A node that was evicted
+    does not start again; it can join as a new one.
+    """
+
+    async def check(here: Here, peers: Peers) -> node_evict.Objections:
+        return await node_evict.check_evict(here.config, here.store, peers, node)
+
+    against = run_with_peers(check)
+    if dry_run:
+        _print_objections(node, [*against.final, *against.losses], as_json, "be evicted")
+        return
+    if against.final or (against.losses and not yes):
+        how = "" if against.final else "; --yes evicts it all the same"
+        raise CommandFailed(f"node {node} is not evicted: {'; '.join([*against.final, *against.losses])}{how}")
+    for line in against.losses:
+        note(line)
+
+    async def work(here: Here) -> int:
+        with progress(f"evicting node {node}"):
+            return await node_evict.evict(here.config, here.store, node, note)
+
+    drives = run_here(work)
+    if as_json:
+        print_json({"node": node, "drives": drives})
+    else:
+        click.echo(f"node {node} is evicted, {drives} drives with it; what they held is made elsewhere: csvfs job watch")
 
 
 @dataclass(slots=True, frozen=True)

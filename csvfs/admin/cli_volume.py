@@ -145,16 +145,26 @@ def resize_command(name: str, size: int, as_json: bool) -> None:
     "--fault-domain", type=click.Choice(LEVELS), default=None, help="No two copies in one; given alone."
 )
 @click.option("--force", is_flag=True, help="With --fault-domain: also where there are too few, or too little room.")
+@click.option(
+    "--preferred", metavar="NODE|none", default=None,
+    help="Coordinated there whenever the node is up; none: anywhere, spread evenly. Given alone.",
+)  # fmt: skip
 @json_option
 def set_command(
-    name: str, copies: int | None, min_copies: int | None, fault_domain: Level | None, force: bool, as_json: bool
-) -> None:
+    name: str, copies: int | None, min_copies: int | None, fault_domain: Level | None, force: bool,
+    preferred: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Change volume NAME while it is in use.
 
     With --copies new data has so many copies at once; what is there already follows as a storage job
     (csvfs job list, watch, pause): copies are made before any is given up. Likewise with --fault-domain: copies
     that then share one are moved apart.
     """
+    if preferred is not None:
+        if (copies, min_copies, fault_domain, force) != (None, None, None, False):
+            raise click.UsageError("give --preferred alone: it is another step than the others")
+        _set_preferred(name, None if preferred == "none" else preferred, as_json)
+        return
     if fault_domain is not None:
         if copies is not None or min_copies is not None:
             raise click.UsageError("give --fault-domain alone: it is another step than --copies and --min-copies")
@@ -165,7 +175,7 @@ def set_command(
     wanted = {"copies": copies, "min_copies": min_copies}
     given = {what: number for what, number in wanted.items() if number is not None}
     if not given:
-        raise click.UsageError("say what to change: --copies, --min-copies, --fault-domain; its size: csvfs volume resize")
+        raise click.UsageError("say what to change: --copies, --min-copies, --fault-domain, --preferred; its size: csvfs volume resize")
     answer = _set(name, **given)
     if as_json:
         print_json(answer)
@@ -175,6 +185,16 @@ def set_command(
         if answer[what]:
             parts.append(f"{format_size(answer[what])} {verb}: csvfs job watch --volume {name}")
     click.echo(f"volume {name}: {'; '.join(parts)}")
+
+
+def _set_preferred(name: str, node: str | None, as_json: bool) -> None:
+    run_with_peers(lambda here, peers: volume_ops.set_preferred(here.store, name, node))
+    if as_json:
+        print_json({"name": name, "preferred": node})
+    elif node is None:
+        click.echo(f"volume {name} is coordinated by any node, spread evenly")
+    else:
+        click.echo(f"volume {name} is coordinated by {node} whenever it is up")
 
 
 def _set_fault_domain(name: str, level: Level, force: bool, as_json: bool) -> None:
@@ -301,7 +321,7 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
         "domains": f"no two copies in one {volume.fault_domain}",
         "state": volume.state,
         "health": volume.health,
-        "coordinator": volume.coordinator or "none at the moment",
+        "coordinator": coordinator_text(volume),
         "size": size_text(volume),
         "free": size_or_unknown(volume.free),
         "copies": copies_text(volume),
@@ -318,6 +338,12 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
         click.echo(f"{title + ':':13}{value}")
     for job in jobs:
         click.echo(f"{'repairing:':13}{job_line(job).partition(': ')[2]}")
+
+
+def coordinator_text(volume: VolumeStatus) -> str:
+    """Which node, and which one is preferred, if another."""
+    text = volume.coordinator or "none at the moment"
+    return f"{text} (preferred: {volume.preferred})" if volume.preferred not in ("", volume.coordinator) else text
 
 
 def size_text(volume: VolumeStatus) -> str:
@@ -379,7 +405,10 @@ def scrub_command(name: str, as_json: bool) -> None:
 @click.argument("node")
 @json_option
 def move_command(name: str, node: str, as_json: bool) -> None:
-    """Let NODE coordinate volume NAME. Programs that use it notice a pause of a second at most."""
+    """Let NODE coordinate volume NAME, from now on. Programs notice a pause of a second at most.
+
+    NODE stays preferred until csvfs volume set NAME --preferred none.
+    """
 
     async def work(here: Here, peers: Peers) -> None:
         view = await read_cluster_view(here.store)

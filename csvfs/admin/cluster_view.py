@@ -18,6 +18,9 @@ POOL_KEY = "pool"
 NODES, ALIVE, SERVERS, COORDINATORS = "nodes/", "alive/", "servers/", "coordinators/"
 DRIVES, VOLUMES, OWNERS, TERMS = "drives/", "volumes/", "owner/", "term/"
 MAINTENANCE = "maintenance/"
+CERTIFICATES, WITNESSES = "certificates/", "witnesses/"  # admin/join_admission.py says what is in them
+EVICTED, REVOKED = "evicted/", "revoked/"
+QUARANTINE, STANDING, REACH = "quarantine/", "standing/", "reach/"  # admin/node_standing.py
 
 DRIVE_OK = "ok"  # as the drive server says it
 USAGE_AUTO = "auto"
@@ -90,6 +93,9 @@ class ClusterView:
     volumes: dict[str, Record] = field(default_factory=dict)
     owners: dict[str, Record] = field(default_factory=dict)
     maintenance: dict[str, Record] = field(default_factory=dict)  # by node
+    witnesses: dict[str, Record] = field(default_factory=dict)
+    quarantine: dict[str, Record] = field(default_factory=dict)
+    reach: dict[str, Record] = field(default_factory=dict)  # what each node says of the others
 
     @property
     def node_names(self) -> list[str]:
@@ -167,4 +173,7 @@ async def read_cluster_view(store: ClusterStore) -> ClusterView:
         volumes=await by_name(VOLUMES),
         owners=await by_name(OWNERS),
         maintenance=await by_name(MAINTENANCE),
+        witnesses=await by_name(WITNESSES),
+        quarantine=await by_name(QUARANTINE),
+        reach=await by_name(REACH),
     )

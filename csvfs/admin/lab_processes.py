@@ -148,6 +148,18 @@ def run_in_node(
 
     Raises   Unavailable: the node is down.
     """
+    keywords: dict[str, Any] = {"env": node_environment(files, node, ROLE_EXEC), "check": False, **options}
+    return subprocess.run(_entered(files, node, argv), **keywords)
+
+
+def start_in_node(files: LabFiles, node: LabNode, argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """As run_in_node, without waiting; the pid is that of the command itself."""
+    return subprocess.Popen(
+        _entered(files, node, argv), env=node_environment(files, node, ROLE_EXEC), **options
+    )
+
+
+def _entered(files: LabFiles, node: LabNode, argv: list[str]) -> list[str]:
     pid = node_pid(files, node)
     if pid is None:
         raise Unavailable(f"node {node.name} is down; `csvfs lab start {node.name}` starts it")
@@ -155,19 +167,4 @@ def run_in_node(
         raise CsvfsError("no command given; write: csvfs lab exec n1 -- COMMAND")
     # nsenter leaves us in the root of the namespace; a relative path should mean what it means here.
     script = 'cd "$1" 2>/dev/null || cd /; shift; exec "$@"'
-    entered = [
-        "nsenter",
-        "--target",
-        str(pid),
-        "--net",
-        "--mount",
-        "sh",
-        "-c",
-        script,
-        "sh",
-        os.getcwd(),
-        *argv,
-    ]
-    environment = node_environment(files, node, ROLE_EXEC)
-    keywords: dict[str, Any] = {"env": environment, "check": False, **options}
-    return subprocess.run(entered, **keywords)
+    return ["nsenter", "--target", str(pid), "--net", "--mount", "sh", "-c", script, "sh", os.getcwd(), *argv]

@@ -13,6 +13,7 @@ import trio
 
 from csvfs.admin.cluster_ca import issue, make_authority, read_authority, write_certificates
 from csvfs.admin.etcd_member import member_configuration, url, write_member
+from csvfs.admin.etcd_members import MEMBERS
 from csvfs.admin.lab_files import PORT_BASE, STORE_ETCD, LabFiles, LabNode, LabPlan
 from csvfs.admin.lab_network import LAB_ADDRESS, netns_inode, run_in_netns
 from csvfs.config import STORE_PEER_PORT, STORE_PORT
@@ -21,8 +22,6 @@ from csvfs.store.etcd_http import Endpoint
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore
 from csvfs.store.opening import open_store
-
-MEMBERS = 3
 
 T = TypeVar("T")
 

@@ -21,9 +21,14 @@ from csvfs.admin.cluster_view import (
     read_cluster_view,
     read_record,
 )
+from csvfs.admin.etcd_members import absence_objection, answering_members, list_members
 from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.config import NodeConfig
 from csvfs.errors import Conflict, NotFound, ProtocolError, Unavailable
+from csvfs.store.etcd_client import EtcdClient
+from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
+from csvfs.store.opening import etcd_place, is_etcd
 from csvfs.wire.control import pack_value
 
 DRAINING, PAUSED = "draining", "paused"
@@ -112,7 +117,7 @@ def _volume_without(name: str, answer: Any, error: str) -> VolumeWithout:
     return VolumeWithout(name, slabs, stuck, joining, creating, revision)
 
 
-async def check_drain(store: ClusterStore, peers: Peers, node: str) -> list[str]:
+async def check_drain(config: NodeConfig, store: ClusterStore, peers: Peers, node: str) -> list[str]:
     """The objections to draining `node` now. Raises NotFound; Unavailable: it is down; Conflict: it is paused."""
     view = await read_cluster_view(store)
     if node not in view.node_names:
@@ -122,7 +127,21 @@ async def check_drain(store: ClusterStore, peers: Peers, node: str) -> list[str]
         raise Conflict(f"node {node} is paused already: switch it off, or take it back (csvfs node resume {node})")
     if node not in view.alive:
         raise Unavailable(f"node {node} is down: there is nothing to drain")
-    return objections(view, node, await ask_volumes(view, peers, node))
+    found = objections(view, node, await ask_volumes(view, peers, node))
+    if is_etcd(config.store):
+        says = await _store_objection(etcd_place(config.store), node)
+        found += [says] if says else []
+    return found
+
+
+async def _store_objection(place: EtcdPlace, node: str) -> str:
+    """Why the cluster store cannot do without the node's member for a while. Raises Unavailable."""
+    client = EtcdClient(place)
+    try:
+        members = await list_members(client)
+    finally:
+        client.close()
+    return absence_objection(members, await answering_members(place, members), node)
 
 
 async def drain(store: ClusterStore, peers: Peers, node: str, told: Callable[[Drain], None]) -> None:

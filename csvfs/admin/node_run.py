@@ -15,7 +15,6 @@ Invariants
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -23,14 +22,15 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
 from csvfs.admin.child import Child, ChildPlan, bound_log
 from csvfs.admin.claim_watch import claim_forever
 from csvfs.admin.cluster_root import ClusterRoot
+from csvfs.admin.evicted_watch import raise_when_evicted
 from csvfs.admin.mount_points import unmount_lazily
+from csvfs.admin.run_lock import run_dir_lock
 from csvfs.admin.store_member import store_member
 from csvfs.clock import monotonic_ns
 from csvfs.cluster.election import release_earlier_hosts, release_host
@@ -46,14 +46,14 @@ from csvfs.config import CONFIG_ENVIRONMENT, NodeConfig, check_name, load_config
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, Unavailable
 from csvfs.ids import Incarnation
 from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
-from csvfs.store.opening import open_store
+from csvfs.store.opening import etcd_place, is_etcd, open_store
 from csvfs.wire.control import pack_value
 
 logger = logging.getLogger(__name__)
 RETRY_S = 0.2
 LOG_CHECK_S = 5.0
 
-ROLE_DRIVES, ROLE_COORDINATOR, ROLE_MOUNT = "drives", "coordinator", "mount"
+ROLE_DRIVES, ROLE_COORDINATOR, ROLE_MOUNT, ROLE_DESK = "drives", "coordinator", "mount", "desk"
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,19 +63,20 @@ class Commands:
     drives: tuple[str, ...] = (sys.executable, "-m", "csvfs.block.drive_server")
     coordinator: tuple[str, ...] = (sys.executable, "-m", "coordinator.host")
     mount: tuple[str, ...] = (sys.executable, "-m", "csvfs.mount.process")
+    desk: tuple[str, ...] = (sys.executable, "-m", "csvfs.admin.join_desk")
 
 
 async def run_node(config: NodeConfig, commands: Commands | None = None) -> None:
     """Run this node until SIGTERM or SIGINT, then stop it in order: mounts, coordinator, drives, lease.
 
-    Raises   Conflict: another `node run` has this run_dir, or this node name. BadRequest: the store's URL.
+    Raises   Conflict: another `node run` has this run_dir, or this node name. Evicted. BadRequest: the store's URL.
     Cancel   kills the children and leaves the keys to the lease's end.
     """
     config.log_dir.mkdir(parents=True, exist_ok=True)
     stopping = trio.Event()
     with (
         _plain_errors(),
-        _run_dir_lock(config.run_dir),
+        run_dir_lock(config.run_dir),
         trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
     ):
         async with store_member(config, ROLE_ENVIRONMENT), _opened_store(config.store, signals) as store:
@@ -83,15 +84,29 @@ async def run_node(config: NodeConfig, commands: Commands | None = None) -> None
                 return
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_stop_on_signal, signals, stopping)
+                if config.witness:
+                    await _be_witness(config, store, stopping)
+                    nursery.cancel_scope.cancel()
+                    return
                 nursery.start_soon(_bound_logs_forever, config)
                 view = View()
                 nursery.start_soon(keep_view_forever, store, view)
+                nursery.start_soon(raise_when_evicted, config, store, view)
                 root = ClusterRoot(config.cluster_root)
                 root.open()
                 while not stopping.is_set():
                     await _NodeLease(config, store, view, commands or Commands(), root).run(stopping)
                 root.close()
                 nursery.cancel_scope.cancel()
+
+
+async def _be_witness(config: NodeConfig, store: ClusterStore, stopping: trio.Event) -> None:
+    """Run the member of the cluster store and nothing else, until `stopping`. Raises Evicted."""
+    logger.info("node %s is a witness: it runs a member of the cluster store alone", config.node)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raise_when_evicted, config, store, View())
+        await stopping.wait()
+        nursery.cancel_scope.cancel()
 
 
 class _NodeLease:
@@ -130,6 +145,8 @@ class _NodeLease:
                 nursery.start_soon(
                     self._run_child, ROLE_COORDINATOR, self._commands.coordinator, self._host_died
                 )
+                if has_desk(self._config):
+                    nursery.start_soon(self._run_child, ROLE_DESK, self._commands.desk)
                 nursery.start_soon(claim_forever, self._config, self._store, self._view, self._lease)
                 with trio.CancelScope() as mounting:
                     nursery.start_soon(_cancel_when, stopping, mounting)
@@ -157,6 +174,7 @@ class _NodeLease:
                 node = Put(f"nodes/{self._config.node}", pack_value(self._node_value(known)))
                 changes: list[Put | Delete] = [node, Put(key, pack_value(alive), lease)]
                 compares = [Compare(key, 0), Compare(node.key, known.revision if known else 0)]
+                compares.append(Compare(f"evicted/{self._config.node}", 0))  # raise_when_evicted ends us then
                 with contextlib.suppress(NotFound):  # so slow that the lease has ended already
                     if (await self._store.transact(compares, changes)).succeeded:
                         self._lease, self._incarnation = lease, incarnation
@@ -250,9 +268,9 @@ class _NodeLease:
         hang_s = self._config.options.hang_ms / 1000
         return ChildPlan(role, list(argv), environment, incarnation, log_path, backoff_max_s, hang_s)
 
-    async def _run_child(self, role: str, argv: tuple[str, ...], after: Callable) -> None:
+    async def _run_child(self, role: str, argv: tuple[str, ...], after: Callable | None = None) -> None:
         plan = self._plan(role, argv)
-        plan.after = after
+        plan.after = after or plan.after
         if role == ROLE_COORDINATOR:
             plan.before = self._bury_hosts
         child = self._children[role] = Child(plan)
@@ -338,11 +356,16 @@ class _NodeLease:
         async with trio.open_nursery() as nursery:
             for name, (_, child) in list(self._mounts.items()):
                 nursery.start_soon(self._end_mount, name, child)
-        for role in (ROLE_COORDINATOR, ROLE_DRIVES):
+        for role in (ROLE_DESK, ROLE_COORDINATOR, ROLE_DRIVES):
             if role in self._children:
                 await self._children[role].stop(grace_s)
         with _unavailable_logged():
             await self._store.revoke_lease(self._lease)
+
+
+def has_desk(config: NodeConfig) -> bool:
+    """Whether this node can let others in: it has the CA's key."""
+    return is_etcd(config.store) and etcd_place(config.store).ca_key_path.exists()
 
 
 async def next_incarnation(store: ClusterStore, node: str) -> Incarnation:
@@ -432,20 +455,6 @@ def _plain_errors() -> Iterator[None]:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
-
-
-@contextlib.contextmanager
-def _run_dir_lock(run_dir: Path) -> Iterator[None]:
-    """Two supervisors on one run_dir would end each other's lease for ever."""
-    descriptor = os.open(run_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(f"another `csvfs node run` uses {run_dir}; stop it first") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def main() -> None:

@@ -136,6 +136,7 @@ class VolumeStatus:
     misplaced: int = 0  # slabs that have two copies in one all the same
     slabs_by_copies: dict[str, Any] = field(default_factory=dict)  # of data, by how many copies are in sync
     open_files: dict[str, int] = field(default_factory=dict)  # by node, as its mount said within the last second
+    preferred: str = ""  # node that coordinates it whenever it can
     min_copies: int = 1
     size_limit: int = 0  # bytes that files may have; 0: as many as the pool gives
     scrub: dict[str, Any] = field(
@@ -358,6 +359,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
             if "node" in row and _number(row, "open_files") is not None
         },
         slabs_by_copies=by_copies if isinstance(by_copies, dict) else {},
+        preferred=record.text("preferred"),
         min_copies=record.number("min_copies", 1),
         size_limit=record.number("size"),
         scrub=scrub if isinstance(scrub, dict) else {},

@@ -4,7 +4,7 @@ Place      admin floor, below node_run.py.
 Life       It starts before the node asks the store for a lease, outlives the loss of one, and is stopped last.
 Tasks      the member itself, started again when it dies; and every LOOK_S a look at who the members are: the
            node's `endpoints` file is brought up to date, and the own member, when it was added lately, is made
-           one that votes.
+           one that votes. And a watch of the certificates that are revoked: the member's list of them is kept.
 """
 
 import contextlib
@@ -15,11 +15,14 @@ from collections.abc import AsyncIterator
 import trio
 
 from csvfs.admin.child import Child, ChildPlan
-from csvfs.admin.etcd_member import member_argv
+from csvfs.admin.cluster_view import REVOKED
+from csvfs.admin.etcd_member import member_argv, write_revoked
 from csvfs.admin.etcd_members import StoreMember, list_members, promote
+from csvfs.admin.join_admission import revoked_serials
 from csvfs.config import NodeConfig
 from csvfs.errors import CsvfsError
 from csvfs.ids import Incarnation
+from csvfs.store.etcd import EtcdStore
 from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_messages import Refused
 from csvfs.store.etcd_place import EtcdPlace
@@ -48,6 +51,8 @@ async def store_member(config: NodeConfig, role_environment: str) -> AsyncIterat
         if place.member_path.exists():
             member = Child(_plan(config, place, role_environment))
             nursery.start_soon(member.keep_running)
+            if place.revoked_path.exists():  # labs have none: nobody is evicted there
+                nursery.start_soon(_keep_revoked_forever, place)
         yield
         if member is not None:
             await member.stop(STOP_GRACE_S)
@@ -81,6 +86,23 @@ async def _look_forever(config: NodeConfig, place: EtcdPlace) -> None:
         except (CsvfsError, OSError) as error:
             logger.debug("members of the cluster store: %s", error)  # the heartbeat says so loudly
         await trio.sleep(LEARNER_LOOK_S if is_learner else LOOK_S)
+
+
+async def _keep_revoked_forever(place: EtcdPlace) -> None:
+    while True:
+        try:
+            store = EtcdStore(place)
+            try:
+                async with store.watch(REVOKED) as changes:
+                    write_revoked(place, await revoked_serials(store))
+                    async for _ in changes:
+                        write_revoked(place, await revoked_serials(store))
+            finally:
+                with trio.CancelScope(shield=True):
+                    await store.close()
+        except (CsvfsError, OSError) as error:
+            logger.debug("revoked certificates: %s", error)
+        await trio.sleep(LEARNER_LOOK_S)
 
 
 async def _look(client: EtcdClient, config: NodeConfig, place: EtcdPlace) -> bool:

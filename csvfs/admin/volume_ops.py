@@ -283,12 +283,25 @@ async def prefer_node(store: ClusterStore, view: ClusterView, name: str, node: s
             f"node {node} is down: start it, or choose one of {', '.join(sorted(view.alive)) or 'none'}"
         )
 
-    def change(volume: Record) -> bytes:
-        if volume.text("state") != VOLUME_ONLINE:
-            raise Conflict(f"volume {name} is {volume.text('state')}: only one that is online can be moved")
-        return volume.packed_with(preferred=node)
+    return await change_volume(store, name, lambda volume: _with_preferred(volume, node))
 
-    return await change_volume(store, name, change)
+
+async def set_preferred(store: ClusterStore, name: str, node: str | None) -> Record:
+    """Say which node shall coordinate the volume whenever it can; None: whichever, as evenly as possible.
+
+    Raises  NotFound, Conflict, Unavailable: of the cluster store.
+    """
+    view = await read_cluster_view(store)
+    view.volume(name)
+    if node is not None and node not in view.node_names:
+        raise NotFound(f"no node {node!r}; there are: {', '.join(view.node_names) or 'none'}")
+    return await change_volume(store, name, lambda volume: _with_preferred(volume, node))
+
+
+def _with_preferred(volume: Record, node: str | None) -> bytes:
+    if volume.text("state") != VOLUME_ONLINE:
+        raise Conflict(f"volume {volume.name} is {volume.text('state')}: only one that is online can be moved")
+    return volume.packed_with(preferred=node)
 
 
 # -- waiting -----------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class Bus:
         write = PendingWrite(self._sequence, state, block, view, checksums, done)
         self._incomplete.append(write)
         if state.parked:
-            state.parked.append(write)  # behind those that wait already (I4)
+            state.park(write)  # behind those that wait already (I4)
         elif state.failing:
             self._park(write)  # behind those that will wait, once their last member has answered (I4)
         else:

@@ -44,6 +44,8 @@ class View:
         self.volumes: dict[str, Map] = {}
         self.owners: dict[str, Map] = {}
         self.maintenance: dict[NodeName, Map] = {}  # nodes that are drained or paused
+        self.evicted: dict[NodeName, Map] = {}  # must not start any more
+        self.quarantine: dict[NodeName, Map] = {}  # nodes that come and go: see cluster/departures.py
         self.terms: dict[str, Term] = {}
         self.revision = 0  # of the last change heard
         self.ready = trio.Event()  # the store has been read once
@@ -58,6 +60,8 @@ class View:
             "volumes": (self.volumes, str),
             "owner": (self.owners, str),
             "maintenance": (self.maintenance, NodeName),
+            "evicted": (self.evicted, NodeName),
+            "quarantine": (self.quarantine, NodeName),
         }
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:

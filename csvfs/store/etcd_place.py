@@ -3,7 +3,8 @@
 Place      store floor, below etcd_client.py.
 Layout     DIR/endpoints               host:port of each member's client side, one a line, this node's first
            DIR/ca.crt, node.crt, node.key   present: TLS, each side showing a certificate of the cluster's CA
-           DIR/ca.key                  where the cluster was made: signs the nodes' certificates
+           DIR/ca.key                  signs the nodes' certificates; on nodes with a member of the store
+           DIR/revoked.crl             certificates that the member takes no more; see admin/etcd_member.py
            DIR/member.json             etcd's own configuration, if this node runs a member
            DIR/data/                   that member's data
 Writer     the lab, or whoever sets a node up; `csvfs node run` keeps `endpoints` up to date.
@@ -46,6 +47,10 @@ class EtcdPlace:
     @property
     def ca_key_path(self) -> Path:
         return self.directory / "ca.key"
+
+    @property
+    def revoked_path(self) -> Path:
+        return self.directory / "revoked.crl"
 
     @property
     def certificate_path(self) -> Path:
