@@ -21,6 +21,7 @@ from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, Volum
 from csvfs.net.calls import CallTable, field, optional_field
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link
+from csvfs.units import BLOCKS_PER_CHUNK
 from csvfs.wire.block_messages import ROLE_IN_SYNC, ROLE_JOINING
 
 NO_VOLUME = VolumeId(b"")
@@ -251,7 +252,10 @@ class DriveCalls:
         epoch = Epoch(field(args, "epoch", int))
         if epoch != copy.epoch:
             raise StaleEpoch(f"slab {copy.slab} is at epoch {copy.epoch}, not {epoch}")
-        copy.stamp_chunks(field(args, "chunks", list), epoch)
+        chunks = field(args, "chunks", list)
+        if not all(isinstance(chunk, int) and 0 <= chunk < copy.block_count // BLOCKS_PER_CHUNK for chunk in chunks):
+            raise BadRequest(f"chunks out of range for slab {copy.slab}")
+        copy.stamp_chunks(chunks, epoch)
 
     async def pull(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         self._check_term(link, args)

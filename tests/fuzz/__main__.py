@@ -16,6 +16,8 @@ from tests.fuzz.targets import TARGETS
 
 STATISTIC = re.compile(r"stat::(\w+):\s+(\d+)")
 HEX_SHOWN = 400
+SERVICE_NAMES = ("drive-server", "coordinator")
+SERVICE_SHARE = 20  # of the inputs of a parser: each is a message to a whole service
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,22 +62,38 @@ def _what(output: str) -> str:
     return next((line for line in lines if "ERROR: libFuzzer" in line), "")
 
 
+def attack(name: str, inputs: int, seed: int) -> Outcome:
+    """One of the services, in a process of its own: its memory is measured."""
+    command = [sys.executable, "-m", "tests.fuzz.service", name, "--inputs", str(inputs), "--seed", str(seed)]
+    began_s = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    took_s = round(time.monotonic() - began_s, 1)
+    try:
+        said = json.loads(result.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return Outcome(name, 0, took_s, 0, f"status {result.returncode}: {result.stderr[-2000:]}")
+    return Outcome(name, said["inputs"], took_s, said["peak_mib"], "; ".join(said["findings"])[:2000], f"seed {seed}")
+
+
 def all_of(targets: list[str], runs: int, seconds: int, seed: int) -> Iterator[Outcome]:
     for target in targets:
+        if target in SERVICE_NAMES:
+            yield attack(target, max(1, runs // SERVICE_SHARE), seed)
+            continue
         with tempfile.TemporaryDirectory(prefix="fuzz-") as corpus:
             yield fuzz(target, runs, seconds, seed, Path(corpus))
 
 
 @click.command()
-@click.option("--target", "targets", multiple=True, type=click.Choice(sorted(TARGETS)), help="May be repeated; default: all.")
-@click.option("--inputs", default=100_000, show_default=True, help="For each target.")
+@click.option("--target", "targets", multiple=True, type=click.Choice(sorted((*TARGETS, *SERVICE_NAMES))), help="May be repeated; default: all.")
+@click.option("--inputs", default=100_000, show_default=True, help="For each parser; a twentieth of it for each service.")
 @click.option("--seconds", default=0, help="For each target at most; 0: no bound.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(targets: tuple[str, ...], inputs: int, seconds: int, seed: int, as_json: bool) -> None:
     """Fuzz the parsers of bytes from outside. Status 1: something was found, which is printed with its input."""
     outcomes = []
-    for outcome in all_of(list(targets) or sorted(TARGETS), inputs, seconds, seed):
+    for outcome in all_of(list(targets) or sorted((*TARGETS, *SERVICE_NAMES)), inputs, seconds, seed):
         outcomes.append(outcome)
         if not as_json:
             rate = outcome.inputs / max(outcome.seconds, 0.1)

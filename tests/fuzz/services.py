@@ -12,6 +12,7 @@ import logging
 import random
 import resource
 import tempfile
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 import trio
 
 from csvfs.errors import CsvfsError, Disconnected
+from csvfs.ids import SlabId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Address, Link, connect
 from csvfs.wire import control
-from csvfs.wire.block_messages import BLOCK_HEAD
+from csvfs.wire.block_messages import BLOCK_HEAD, block_checksums, pack_checksums, slab_seed
 from csvfs.wire.frames import Kind
 from tests.block_cluster import CLUSTER, SLAB, VOLUME, BlockCluster
 from tests.coordinator_cluster import NAME, TestCluster
@@ -43,7 +45,8 @@ class Unplanned(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info:
-            self.findings.append(f"{record.getMessage()}: {record.exc_info[1]!r}")
+            where = traceback.extract_tb(record.exc_info[2])[-1]
+            self.findings.append(f"{record.getMessage()}: {record.exc_info[1]!r} at {where.filename}:{where.lineno}")
 
 
 class Words:
@@ -81,26 +84,32 @@ class Words:
                 found[name] = self.value()
         return found
 
-    def frame(self, calls: dict[str, tuple[str, ...]]) -> tuple[int, bytes, bytes | None]:
-        """(kind, head, payload)."""
+    def frame(self, calls: dict[str, tuple[str, ...]], *, rude: bool) -> tuple[int, bytes, bytes | None]:
+        """(kind, head, payload). Rude ones are mostly answered by closing the connection."""
         draw, chance = self._draw, self._draw.random()
-        if chance < 0.75:
-            name = draw.choice(list(calls))
-            return Kind.CALL, control.pack_value([name, self.arguments(calls[name])]), None
-        if chance < 0.80:
+        if rude and chance < 0.5:
+            return draw.choice(list(Kind)), draw.randbytes(draw.randrange(80)), draw.choice((None, bytes(4096)))
+        if rude and chance < 0.6:
             return Kind.CALL, _packed(self.value()), None
         if chance < 0.85:
-            return draw.choice(list(Kind)), draw.randbytes(draw.randrange(80)), None
-        count = draw.choice((0, 1, 1, 2, 256, 257, 65535))
-        numbers = [draw.choice(INTEGERS[1:]) for _ in range(6)]
+            name = draw.choice(list(calls))
+            return Kind.CALL, _packed([name, self.arguments(calls[name])]), None
+        return self._block_frame(rude)
+
+    def _block_frame(self, rude: bool) -> tuple[int, bytes, bytes | None]:
+        draw = self._draw
+        counts = (0, 1, 1, 2, 256, 257, 65535) if rude else (1, 2, 16)
+        count, slab, block = draw.choice(counts), draw.choice((SLAB, *INTEGERS[1:])), draw.choice((0, 5, 1023, 1 << 31))
         head = BLOCK_HEAD.pack(
-            draw.choice((SLAB, numbers[0])), numbers[1], numbers[2], draw.choice((1, 2, numbers[3] & 0xFFFFFFFF)),
-            draw.choice((0, 1023, numbers[4] & 0xFFFFFFFF)), count, draw.choice((0, 0, 1, 65535)), draw.randrange(4),
+            slab, draw.choice(INTEGERS[1:]), draw.choice(INTEGERS[1:]), draw.choice((1, 2, 3, 0xFFFFFFFF)), block, count,
+            draw.choice((0, 0, 0, 1, 65535)), draw.randrange(4),
         )  # fmt: skip
         kind = draw.choice((Kind.READ, Kind.WRITE, Kind.HEAL))
         if kind == Kind.READ:
             return kind, head, None
-        return kind, head + draw.randbytes(4 * min(count, 4)), draw.randbytes(4096 * draw.choice((0, 1, 2)))
+        data = draw.randbytes(64) * (64 * min(count, 16))
+        sums = block_checksums(memoryview(data), slab_seed(VOLUME, SlabId(slab)), block) if not rude else [7] * min(count, 16)
+        return kind, head + pack_checksums(sums), data
 
 
 def _packed(value: Any) -> bytes:
@@ -159,7 +168,6 @@ class Attack:
         self._calls = calls
         self._greet = greet
         self._alive = alive
-        self._draw = random.Random(repr(words))
         self.sent = 0
         self.answered = 0
         self.closed = 0
@@ -173,8 +181,9 @@ class Attack:
             try:
                 await self._one_connection(link, number, min(BATCH * 4, inputs - self.sent))
             except Disconnected:
-                self.closed += 1  # it was refused
+                pass  # refused: counted below
             finally:
+                self.closed += link.closed is not None
                 link.close()
             if number % 8 == 1 or self.sent >= inputs:
                 await self._look()
@@ -197,7 +206,7 @@ class Attack:
 
             for _ in range(waiting):
                 self.sent += 1
-                link.request(*self._words.frame(self._calls), answer)
+                link.request(*self._words.frame(self._calls, rude=number % 4 == 0), answer)
             with trio.move_on_after(0.3):  # some wait for what never comes; they end with their connection
                 await done.wait()
 
@@ -253,7 +262,7 @@ async def attack_coordinator(path: Path, inputs: int, seed: int) -> Attack:
         nursery.start_soon(engine.run_forever)
         numbers = [1, 2, 3, 4]
         known = {
-            "volume": [NAME], "node": ["n1", "n2"], "incarnation": [1000], "ino": numbers, "parent": [1, 1, 2, 3],
+            "volume": [NAME], "node": ["n1", "n2"], "incarnation": [1000, 1 << 64, -1], "ino": numbers, "parent": [1, 1, 2, 3],
             "new_parent": [1, 2], "name": [b"a", b"b", b"c", b"user.x"], "new_name": [b"a", b"d"], "mode": [0o100644, 0o040755],
             "uid": [0, 1000], "gid": [0], "rdev": [0], "target": [b"", b"t"], "op": list(range(1, 60)), "op_done": [0, 1],
             "directory": [True, False], "flags": [0, 1, 2], "value": [b"v"], "kind": [1, 2, 3, None, "repair"], "block": [0, 1, 300],
@@ -276,7 +285,7 @@ async def attack_coordinator(path: Path, inputs: int, seed: int) -> Attack:
             await link.call("volume_status", {"volume": NAME}, timeout_s=ANSWER_S)
 
         def address() -> Address:
-            return ("127.0.0.1", host.port)
+            return ("127.0.0.1", host._port)
 
         attack = Attack(engine, address, Words(seed, known), COORDINATOR_CALLS, greet, alive)
         await attack.run(inputs)
