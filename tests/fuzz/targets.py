@@ -223,7 +223,7 @@ TARGETS = {
     for target in (
         Target("stream", _stream, (frames.pack_frame(frames.Kind.CALL, 1, CALL),)),
         Target("frame", _frame, (b"\2" + CALL, b"\1" + control.pack_error(CsvfsError("x")), b"\x08" + bytes(12))),
-        Target("descriptor", _descriptor, _packed(DESCRIPTOR.to_wire())),
+        Target("descriptor", _descriptor, _packed(DESCRIPTOR.to_wire(), [1, 1, [[1 << 40, "n", 1, 0]]])),
         Target("lz4", _lz4, ((4096).to_bytes(3, "little") + (compression.shrink(bytes(4096)) or b""),)),
         Target("superblock", _superblock, (SUPERBLOCK,)),
         Target("sealed-superblock", _sealed_superblock, (SUPERBLOCK[16:400],)),
