@@ -58,6 +58,10 @@ class ClusterFacts:
         """Whether the node is drained or paused: it serves while it is up, but nothing new is put onto it."""
         return node in self.view.maintenance
 
+    def is_aside(self, node: NodeName) -> bool:
+        """Whether nothing new is put onto the node while others suffice: it is in maintenance, or quarantined."""
+        return self.in_maintenance(node) or node in self.view.quarantine
+
     def drive_nodes(self) -> list[NodeName]:
         """Nodes with a drive in the pool, up or down."""
         return sorted({node for node in map(self.node_of, self.view.drives) if node is not None})

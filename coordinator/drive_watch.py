@@ -100,6 +100,7 @@ class DriveWatch:
             frozenset(d for d, away in self._away.items() if self._away_s(away) >= self._retire_after_s),
             frozenset((node, self._facts.domain_of(node)) for node in self._facts.drive_nodes()),
             frozenset(self._facts.view.maintenance),
+            frozenset(self._facts.view.quarantine),
         )
 
     def next_loss_s(self) -> float | None:
@@ -112,7 +113,7 @@ class DriveWatch:
         return [
             space
             for drive, space in self._serving.items()
-            if self._facts.takes_slabs(drive) and not self._facts.in_maintenance(space.node)
+            if self._facts.takes_slabs(drive) and not self._facts.is_aside(space.node)
         ]
 
     def nodes_that_stay(self) -> set[NodeName]:

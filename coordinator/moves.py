@@ -1,7 +1,7 @@
 """Moves: which of its volumes a host gives up, so that another node takes them, and when.
 
 Place      coordinator floor, under host.py. The shell around cluster/ownership.py: what it remembers of the view.
-Order      A node in maintenance gives all up. Then what somebody asked for (`csvfs volume move`), at once. Then
+Order      A node in maintenance, or quarantine, gives all up. Then what somebody asked for (`csvfs volume move`), at once. Then
            preferred nodes that are back, and an even spread: one volume at a time, and only such that are whole,
            for a takeover begins what it repairs anew.
 """
@@ -33,9 +33,10 @@ class Moves:
         self._moved_at: dict[str, float] = {}
 
     def candidates(self) -> list[NodeName]:
-        """Hosts that may take volumes: those of nodes in maintenance only when there are no others."""
+        """Hosts that may take volumes: those of nodes in maintenance or quarantine only when there are no others."""
         alive = [node for node in self._view.coordinators if node in self._view.alive]
-        return [node for node in alive if node not in self._view.maintenance] or alive
+        aside = self._view.maintenance.keys() | self._view.quarantine.keys()
+        return [node for node in alive if node not in aside] or alive
 
     def look(self) -> None:
         """Take note of the view as it is now."""
@@ -59,7 +60,7 @@ class Moves:
         now_s = trio.current_time()
         moved_s = now_s - self._moved_at.get(name, -SPREAD_PATIENCE_S)
         if self._node not in candidates and candidates:
-            return "the node is in maintenance" if moved_s >= ASKED_PATIENCE_S else ""
+            return "the node is in maintenance or quarantine" if moved_s >= ASKED_PATIENCE_S else ""
         preferred = self._preferred.get(name)
         steady = self._tenures.steady(now_s)
         if preferred != self._node and preferred in candidates:

@@ -311,12 +311,13 @@ class SlabManager:
                     spaces[index] = replace(space, free_slots=max(0, space.free_slots - change))
 
     def _placeable(self, spaces: list[DriveSpace], copies: int) -> list[DriveSpace]:
-        """Those that the copies of a new slab may be put onto: of nodes in maintenance only where the others do not suffice.
+        """Those that the copies of a new slab may be put onto: of nodes in maintenance or quarantine only where the
+        others do not suffice.
 
-        Such a node is about to be switched off; but as long as it serves, its copy is one more than none.
+        Such a node is about to be switched off, or may go away; but as long as it serves, its copy is one more than none.
         """
         taking = [space for space in spaces if self._facts.takes_slabs(space.drive)]
-        staying = [space for space in taking if not self._facts.in_maintenance(space.node)]
+        staying = [space for space in taking if not self._facts.is_aside(space.node)]
         domains = {self._facts.domain_of(space.node) for space in staying if space.free_slots > 0}
         return staying if len(domains) >= copies else taking
 

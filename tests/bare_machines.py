@@ -20,7 +20,7 @@ from csvfs.admin import lab
 from csvfs.admin.lab_files import LabFiles, LabNode
 from csvfs.admin.lab_network import make_network, netns_inode, remove_netns, set_link
 from csvfs.units import MIB
-from tests.etcd_server import needs_etcd
+from tests.etcd_server import MEMORY, needs_etcd
 from tests.lab_cluster import needs_lab
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ needs_machines = [pytest.mark.lab, needs_lab, needs_etcd]
 class Machine:
     """One of them. `run` and `start` are what somebody at its console does."""
 
-    def __init__(self, files: LabFiles, node: LabNode) -> None:
+    def __init__(self, files: LabFiles, node: LabNode, memory: Path) -> None:
         self.name = node.name
         self.address = node.address
         self.directory = node.directory
@@ -49,8 +49,11 @@ class Machine:
         self._files = files
         self._node = node
         self._service: subprocess.Popen[bytes] | None = None
-        for at in ("etc", "var/lib", "run", "clusterstorage"):
+        for at in ("etc", "var", "run", "clusterstorage"):
             (self.directory / at).mkdir(parents=True)
+        # Tests need not survive a power cut, and the machine's disk is everybody's.
+        (memory / self.name).mkdir()
+        (self.directory / "var/lib").symlink_to(memory / self.name)
         shutil.copytree("/etc", self.directory / "etc", symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(self.directory / "etc/csvfs", ignore_errors=True)
         with (self.directory / "drive").open("xb") as drive:
@@ -160,16 +163,18 @@ def wait_for(condition: Callable[[], T], what: str, within_s: float = WAIT_S) ->
 @contextlib.contextmanager
 def bare_machines(count: int) -> Iterator[list[Machine]]:
     directory = Path(tempfile.mkdtemp(prefix="bare-", dir="/var/tmp"))
+    memory = Path(tempfile.mkdtemp(prefix="bare-", dir=MEMORY if MEMORY.is_dir() else None))
     files = LabFiles(directory)
     machines: list[Machine] = []
     lab._make_cluster_root()
     try:
         for index in range(1, count + 1):
-            machines.append(Machine(files, files.node(index)))
+            machines.append(Machine(files, files.node(index), memory))
         yield machines
     finally:
         for machine in machines:
             machine.remove()
         remove_netns(files.netns)
         shutil.rmtree(directory)
+        shutil.rmtree(memory)
         lab._remove_cluster_root()

@@ -11,6 +11,7 @@ import trio
 from csvfs.admin.etcd_members import StoreMember, list_members
 from csvfs.admin.join_token import format_token, parse_token
 from csvfs.admin.lab_network import run_in_netns
+from csvfs.errors import Unavailable
 from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_place import EtcdPlace
 from tests.bare_machines import Machine, bare_machines, needs_machines, wait_for
@@ -25,7 +26,7 @@ def machines() -> Iterator[list[Machine]]:
 
 
 def members_of(machine: Machine) -> list[StoreMember]:
-    """The members of the cluster store, as one of them tells."""
+    """The members of the cluster store, as it lets this machine know."""
 
     async def ask() -> list[StoreMember]:
         client = EtcdClient(EtcdPlace(machine.directory / "var/lib/csvfs/etcd"))
@@ -109,7 +110,8 @@ def test_an_evicted_node_is_told_so_and_gets_nothing(machines: list[Machine]) ->
     fourth.start()
     assert fourth.wait_end() == 78
     assert fourth.node_log().count("was evicted from the cluster") == 2
-    assert "cluster store" in fourth.refused("csvfs", "node", "list")
+    with pytest.raises(Unavailable, match=r"broke off|certificate"):
+        members_of(fourth)
 
     # A node with a member of the store, which is switched off.
     third.kill()
@@ -120,10 +122,21 @@ def test_an_evicted_node_is_told_so_and_gets_nothing(machines: list[Machine]) ->
     refused = first.refused("csvfs", "node", "drain", "n2")
     assert "without a majority" in refused
 
-    # Let in again, as a new one: it gets the place in the store that is free now.
+
+
+def test_a_witness_lets_one_of_two_nodes_die(machines: list[Machine]) -> None:
+    """What was n4 is let in again, as a new one: it gets the place in the store that is free now."""
+    first, second, _, fourth = machines
     fourth.run("mv", "/var/lib/csvfs/etcd", "/var/lib/csvfs/before")
+    fourth.run("rm", "/etc/csvfs/node.toml")
     token = first.run("csvfs", "cluster", "token").strip()
-    fourth.run("csvfs", "cluster", "join", token)
+    fourth.run("csvfs", "cluster", "join", token, "--witness")
     fourth.start()
-    wait_for(lambda: "n4" in up_nodes(first), "n4")
-    assert [member.name for member in members_of(first)] == ["n1", "n2", "n4"]
+    wait_for(lambda: [(one.name, one.is_learner) for one in members_of(first)][2:] == [("n4", False)], "its vote")
+    assert not EtcdPlace(fourth.directory / "var/lib/csvfs/etcd").ca_key_path.exists()
+    second.kill()
+    first.run("dd", "of=/clusterstorage/Volume1/later", "conv=fsync", "status=none", input=b"without n2")
+    assert first.run("cat", "/clusterstorage/Volume1/later") == "without n2"
+    rows = {row["name"]: row["state"] for row in json.loads(first.run("csvfs", "node", "list", "--json"))}
+    assert rows == {"n1": "up", "n2": "down", "n4": "witness"}
+    assert fourth.stop() == 0

@@ -56,6 +56,12 @@ def test_an_operation_without_answer_has_waited_until_the_end():
     assert pauses["metadata"].longest == 8000 and pauses["metadata"].answers == 0
 
 
+def test_an_error_is_no_answer_the_wait_lasts_until_the_next_success():
+    rows = [operation("names", at, at + 1, error=107) for at in range(1200, 2200, 50)]
+    pauses = pauses_of([operation("names", 1100, 1101), *rows, operation("names", 2200, 2204)], FAULT_MS * MS, 9000 * MS)
+    assert pauses["metadata"].longest == 1004 and pauses["metadata"].gap == 1103 and pauses["metadata"].answers == 2
+
+
 def test_a_timeline_keeps_the_longest_wait_of_each_moment_and_every_failure():
     fast = [operation("read", 1000 + step / 100, 1001 + step / 100) for step in range(int(BIN_S * 1e5))]
     rows = [*fast, operation("read", 1005, 1700), operation("read", 1010, 1011, error=5)]

@@ -1,5 +1,6 @@
 """Drives that hang: nobody waits for them for ever, and the others go on."""
 
+import math
 import os
 import signal
 import subprocess
@@ -259,4 +260,19 @@ async def test_a_process_that_beats_or_that_never_did_is_let_be(tmp_path, nurser
         await wait(lambda: started(log) == 1)
         await trio.sleep(1.0)
         assert started(log) == 1
+        await process.stop(grace_s=0)
+
+
+async def test_a_silence_is_told_once_and_a_process_that_may_be_silent_is_let_be(tmp_path, nursery):
+    told = []
+
+    async def on_silent():
+        told.append(process.pid)
+
+    with child(tmp_path, "beats twice", hang_s=math.inf) as (process, log):
+        process.plan.silent_s, process.plan.on_silent = 0.3, on_silent
+        nursery.start_soon(process.keep_running)
+        await wait(lambda: told)
+        await trio.sleep(1.0)
+        assert len(told) == 1 and started(log) == 1
         await process.stop(grace_s=0)

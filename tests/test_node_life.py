@@ -1,7 +1,7 @@
 """What speaks against switching a node off, and what a drain waits for: pure."""
 
 from csvfs.admin.cluster_view import ClusterView, Record
-from csvfs.admin.node_life import Drain, VolumeWithout, node_state, objections
+from csvfs.admin.node_life import Drain, VolumeWithout, node_state, objections, space_objection
 
 
 def cluster(*, up=("n1", "n2", "n3"), down=(), maintenance=()):
@@ -36,6 +36,31 @@ def test_no_second_node_goes_while_one_is_in_maintenance_or_down():
     assert line.startswith("node n3 is paused already")
     (line,) = objections(cluster(up=("n1", "n2"), down=("n3",)), "n2", [])
     assert line.startswith("node n3 is down")
+
+
+def test_no_node_goes_while_a_drive_of_another_one_is_being_emptied():
+    view = cluster()
+    view.drives["ab"] = Record("drives/ab", {"node": "n1", "usage": "removing"}, 1)
+    (line,) = objections(view, "n2", [])
+    assert line.startswith("drive ab of node n1 is being emptied")
+    assert objections(view, "n1", []) == []
+
+
+def test_no_node_goes_when_what_the_others_have_free_is_kept_for_repairs():
+    view = cluster(up=("n1", "n2", "n3", "n4"))
+    for index in range(8):
+        node = f"n{index // 2 + 1}"
+        view.drives[f"d{index}"] = Record(f"drives/d{index}", {"node": node, "slots": 100}, 1)
+    view.drives = {name: drive for name, drive in view.drives.items() if name.startswith("d") and drive.number("slots")}
+    view.volumes["V"] = Record("volumes/V", {"copies": 3}, 1)
+    view.pool = Record("pool", {"slab_size": 64 << 20}, 1)
+    free = {"n1": 60, "n2": 60, "n3": 80, "n4": 200}
+    assert space_objection(view, "n1", free) == ""
+    line = space_objection(view, "n4", free)  # 200 of 800 are kept
+    assert "12.5 GiB free and keeps 12.5 GiB for repairs" in line
+    assert space_objection(view, "n9", free) == ""  # it has no drives
+    view.volumes.clear()
+    assert space_objection(view, "n4", free) == ""
 
 
 def test_the_last_node_that_serves_may_not_go():

@@ -88,3 +88,20 @@ async def test_slabs_whose_only_good_copy_is_on_a_node_are_counted_as_stuck_with
         await put_into_maintenance(cluster, "n2")
         without = await service.healing.without_node("n1")
         assert without["stuck"] == on_both and without["joining"] == 0
+
+
+async def test_a_quarantined_node_coordinates_nothing_and_gets_no_new_slabs_where_the_others_suffice(tmp_path, monkeypatch):
+    async with pool_of(tmp_path, monkeypatch, hosts=("n1", "n2"), copies=2) as cluster:
+        (owner,) = [name for name, host in cluster.hosts.items() if NAME in host.owned]
+        quarantined, other = ("n1", "n2") if owner == "n1" else ("n2", "n1")
+        await cluster.store.put(f"quarantine/{quarantined}", pack_value({"since": 1, "why": "it comes and goes"}))
+        await cluster.wait(lambda: NAME in cluster.hosts[other].owned, within_s=30)
+        service = await cluster.wait_serving()
+        before = service.slabs.next_slab_id
+        mount = await cluster.mount("n3")
+        data = bytes(range(256)) * (BLOCK_SIZE // 256) * 1500  # more than a slab of 4 MiB
+        await mount.write(await mount.make(b"large"), data)
+        new = [d for d in await descriptors(cluster) if before <= d.slab < 1 << 62]
+        assert new
+        for descriptor in new:
+            assert quarantined not in {member.node for member in descriptor.members}

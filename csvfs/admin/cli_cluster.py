@@ -11,8 +11,9 @@ from csvfs.admin.cluster_view import Record
 from csvfs.admin.join_messages import JoinAnswer
 from csvfs.admin.join_token import VALID_S, VALID_S_MAX
 from csvfs.admin.node_setup import PORT_BASE_DEFAULT, Wish, start_hint
-from csvfs.admin.pool_ops import create_cluster
+from csvfs.admin.pool_ops import create_cluster, set_quarantine
 from csvfs.admin.render import note, print_json
+from csvfs.cluster.departures import LIMIT_MAX
 from csvfs.config import config_path, load_config
 from csvfs.errors import Conflict, NotSupported
 from csvfs.store.opening import etcd_place, is_etcd
@@ -161,6 +162,30 @@ def join_command(
         return
     what = "witness" if witness else "node"
     click.echo(f"{what} {name} has joined cluster {answer.cluster}; next: {start_hint()}")
+
+
+@cluster_group.command("set")
+@click.option(
+    "--quarantine",
+    type=click.IntRange(0, LIMIT_MAX),
+    required=True,
+    metavar="COUNT",
+    help="After how often going away within an hour a node is quarantined for two; 0: never.",
+)
+@json_option
+def set_command(quarantine: int, as_json: bool) -> None:
+    """Change what holds for all nodes."""
+
+    async def work(here: Here) -> Record:
+        return await set_quarantine(here.store, quarantine)
+
+    run_here(work)
+    if as_json:
+        print_json({"quarantine": quarantine})
+    elif quarantine:
+        click.echo(f"a node that goes away {quarantine} times within an hour is quarantined")
+    else:
+        click.echo("no node is quarantined any more")
 
 
 def _print_plan(steps: list[str], as_json: bool) -> None:

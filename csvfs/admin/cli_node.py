@@ -55,6 +55,9 @@ def list_command(as_json: bool) -> None:
         ],
         empty="no nodes yet: start one with csvfs node run",
     )
+    for row in rows:
+        if row.reason:
+            click.echo(f"node {row.name}: {row.reason}")
 
 
 @node_group.command("drain")
@@ -116,7 +119,7 @@ def _print_objections(node: str, against: list[str], as_json: bool, what: str = 
 @click.argument("node", metavar="NODE")
 @json_option
 def resume_command(node: str, as_json: bool) -> None:
-    """Take a node back that was drained: it coordinates volumes and takes new copies again."""
+    """Take a node back that was drained, or quarantined: it coordinates volumes and takes new copies again."""
 
     async def work(here: Here) -> bool:
         return await node_life.resume(here.store, node)
@@ -127,7 +130,7 @@ def resume_command(node: str, as_json: bool) -> None:
     elif was_away:
         click.echo(f"node {node} takes part again; what it missed is copied: csvfs job watch")
     else:
-        click.echo(f"node {node} was neither draining nor paused")
+        click.echo(f"node {node} was neither draining nor paused nor quarantined")
 
 
 @node_group.command("evict")
@@ -169,11 +172,13 @@ def evict_command(node: str, dry_run: bool, yes: bool, as_json: bool) -> None:
 @dataclass(slots=True, frozen=True)
 class NodeRow:
     name: str
-    state: str  # up, down, draining, paused
+    state: str  # up, down, isolated, quarantined, draining, paused
     address: str
     place: dict[str, str]  # site, rack, chassis, as far as they are said
     drives: int
     coordinates: list[str]  # volumes
+    reason: str = ""  # of the state
+    witness: bool = False
 
 
 def node_rows(view: ClusterView) -> list[NodeRow]:
@@ -190,6 +195,9 @@ def node_rows(view: ClusterView) -> list[NodeRow]:
                 coordinates=sorted(
                     volume for volume, owner in view.owners.items() if owner.text("node") == name
                 ),
+                reason=node_life.state_reason(view, name),
             )
         )
+    for name, record in sorted(view.witnesses.items()):
+        rows.append(NodeRow(name, "witness", record.text("address"), {}, 0, [], witness=True))
     return rows

@@ -17,6 +17,7 @@ from csvfs.admin.drill_report import (
     GROUPS_SHOWN,
     CaseReport,
     DrillReport,
+    counted,
     figure_text,
     goal_text,
     milliseconds_text,
@@ -69,9 +70,9 @@ def page(report: DrillReport) -> str:
     """The whole page."""
     verdict, kind = summary(report), "good" if report.held else "bad"
     loads = [round_.load for round_ in report.rounds]
-    about = f"volume {report.volume}, {report.repeat} {'rounds' if report.repeat > 1 else 'round'} of each drill"
+    about = f"volume {report.volume}, each drill {counted(report.repeat, 'time')}"
     about += f", {report.files:,} files in the volume" if report.files else ""
-    about += f"; load of the machine {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    about += f"; load of the machine {_span(loads)}" if loads else ""
     wrong = "".join(f"<div>{escape(line)}</div>" for line in what_went_wrong(report))
     parts = [
         "<h1>csvfs drills</h1>",
@@ -90,6 +91,11 @@ def page(report: DrillReport) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>csvfs drills</title>\n<style>{STYLE}</style>\n</head>\n<body><main>\n{body}\n</main></body>\n</html>\n"
     )
+
+
+def _span(values: list[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _table(report: DrillReport) -> str:

@@ -1,8 +1,9 @@
 """How long programs waited in a drill: from operations to pauses, and over repeats to figures. Pure.
 
 Place      admin floor, over drill_history.py.
-A pause    is the longest time from asking to answer, of operations that were under way at the fault or asked for after it; an
-           operation that was never answered counts until the end. `gap` is the longest time between two answers of one
+A pause    is the longest time from asking to answer, of operations that were under way at the fault or asked for after it. An
+           error is no answer: the wait goes on until the next success of that thread. Nor does it end without one before the
+           programs do. `gap` is the longest time between two answers of one
            thread, which also sees a program that was not even able to ask.
 """
 
@@ -52,17 +53,24 @@ def group_of(thread: str) -> str | None:
 
 def _add_thread(pause: Pause, operations: list[Operation], fault_ns: int, end_ns: int) -> None:
     answered_ns: int | None = None
+    asked_ns: int | None = None  # of the first of those that failed, as long as none has succeeded
     for operation in sorted(operations, key=lambda operation: operation.begin_ns):
-        ended_ns = operation.end_ns if operation.end_ns is not None else max(end_ns, operation.begin_ns)
-        took_ms = (ended_ns - operation.begin_ns) / 1e6
-        if ended_ns < fault_ns:
-            pause.before = max(pause.before, took_ms)
+        began_ns = operation.begin_ns if asked_ns is None else asked_ns
+        if not operation.is_acknowledged:
+            asked_ns = began_ns
+            continue
+        assert operation.end_ns is not None
+        asked_ns = None
+        if operation.end_ns < fault_ns:
+            pause.before = max(pause.before, (operation.end_ns - began_ns) / 1e6)
         else:
-            pause.longest = max(pause.longest, took_ms)
+            pause.longest = max(pause.longest, (operation.end_ns - began_ns) / 1e6)
+            pause.answers += 1
             if answered_ns is not None:
-                pause.gap = max(pause.gap, (ended_ns - answered_ns) / 1e6)
-            pause.answers += operation.end_ns is not None
-        answered_ns = ended_ns
+                pause.gap = max(pause.gap, (operation.end_ns - answered_ns) / 1e6)
+        answered_ns = operation.end_ns
+    if asked_ns is not None:
+        pause.longest = max(pause.longest, (max(end_ns, asked_ns) - asked_ns) / 1e6)
 
 
 @dataclass(slots=True, frozen=True)

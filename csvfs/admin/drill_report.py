@@ -162,12 +162,18 @@ def summary(report: DrillReport) -> str:
     fsynced = sum(round_.fsynced for round_ in report.rounds)
     unfinished = sum(bool(round_.failure) for round_ in report.rounds)
     said = (
-        f"{len(report.rounds)} rounds, {operations:,} operations, {acknowledged:,} acknowledged changes"
+        f"{counted(len(report.rounds), 'round')}, {operations:,} operations, {acknowledged:,} acknowledged changes"
         f" of which {fsynced:,} behind an fsync: "
     )
     if report.held:
         return said + "nothing lost, nothing un-happened, no error where none may be"
-    return said + f"{report.violation_count} violations" + (f", {unfinished} rounds unfinished" if unfinished else "")
+    return said + counted(report.violation_count, "violation") + (
+        f", {counted(unfinished, 'round')} unfinished" if unfinished else ""
+    )
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def round_line(round_: Round) -> str:

@@ -52,6 +52,7 @@ from csvfs.wire.control import pack_value
 LEASE_END_S = 60.0  # a node's lease is at most that long; etcd counts it anew when it elects a leader
 POLL_S = 0.2
 CHANGE_ATTEMPTS = 10
+ANSWER_ATTEMPTS = 2  # one that was busy for a moment is not away
 
 Say = Callable[[str], None]
 
@@ -112,9 +113,15 @@ async def store_objection(place: EtcdPlace, node: str, address: str) -> str:
     finally:
         client.close()
     own = _member_of(members, node, address)
-    if own is None:
-        return ""
-    return removal_objection(members, await answering_members(place, members), own)
+    return "" if own is None else await _why_needed(place, members, own)
+
+
+async def _why_needed(place: EtcdPlace, members: list[StoreMember], own: StoreMember) -> str:
+    for _ in range(ANSWER_ATTEMPTS):
+        says = removal_objection(members, await answering_members(place, members), own)
+        if not says:
+            break
+    return says
 
 
 async def evict(config: NodeConfig, store: ClusterStore, node: str, say: Say) -> int:
@@ -178,7 +185,7 @@ async def _remove_member(place: EtcdPlace, node: str, address: str) -> bool:
         own = _member_of(members, node, address)
         if own is None:
             return False
-        says = removal_objection(members, await answering_members(place, members), own)
+        says = await _why_needed(place, members, own)
         if says:  # it has become so since it was asked
             raise Unavailable(says)
         await remove_member(client, own)

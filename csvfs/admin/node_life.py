@@ -15,25 +15,35 @@ import trio
 
 from csvfs.admin.cluster_view import (
     MAINTENANCE,
+    QUARANTINE,
     VOLUME_ONLINE,
     ClusterView,
     Record,
+    drive_usage,
     read_cluster_view,
     read_record,
+    takes_slabs,
 )
+from csvfs.admin.drive_life import free_slots
 from csvfs.admin.etcd_members import absence_objection, answering_members, list_members
 from csvfs.admin.peers import Peers, answer_or_error
+from csvfs.block.reserve import DriveSlots, reserve_slots
+from csvfs.cluster.reach import Report, why_isolated
 from csvfs.config import NodeConfig
-from csvfs.errors import Conflict, NotFound, ProtocolError, Unavailable
+from csvfs.errors import Conflict, Corrupt, NotFound, ProtocolError, Unavailable
+from csvfs.fault_domains import LEVEL_DEFAULT
 from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
 from csvfs.store.opening import etcd_place, is_etcd
+from csvfs.units import format_size
 from csvfs.wire.control import pack_value
 
 DRAINING, PAUSED = "draining", "paused"
+ISOLATED, QUARANTINED = "isolated", "quarantined"
 CHANGE_ATTEMPTS = 10
 POLL_S = 0.5
+LEAVING = ("retired", "removing")  # usage of drives that are being emptied
 _COUNTS = ("slabs", "stuck", "joining", "creating", "revision")  # of an answer to without_node
 
 
@@ -83,6 +93,12 @@ def objections(view: ClusterView, node: str, volumes: list[VolumeWithout]) -> li
     for name in sorted(view.nodes):
         if name not in view.alive and name not in view.maintenance and view.drives_of(name):
             found.append(f"node {name} is down: bring it back, or remove its drives, before another one goes")
+    for drive in view.drives.values():
+        if drive_usage(drive) in LEAVING and drive.text("node") != node:
+            found.append(
+                f"drive {drive.name[:8]} of node {drive.text('node')} is being emptied, and node {node} is one of the places"
+                " for what is on it: wait until that is done (csvfs job watch)"
+            )
     for volume in volumes:
         for_good = volume.stuck - volume.joining
         if volume.error:
@@ -93,6 +109,28 @@ def objections(view: ClusterView, node: str, volumes: list[VolumeWithout]) -> li
                 f"node {node}, and no other copy of them is on its way; see csvfs volume status {volume.volume}"
             )
     return found
+
+
+def space_objection(view: ClusterView, node: str, free: dict[str, int]) -> str:
+    """Whether volumes could not grow while `node` is away, as what the others have free is kept for repairs.
+
+    free: slots by node, on drives that take slabs.
+    """
+    level, copies = LEVEL_DEFAULT, max((record.number("copies") for record in view.volumes.values()), default=0)
+    drives = [
+        DriveSlots(drive.text("node"), view.domain_of(drive.text("node"), level), drive.number("slots"))
+        for drive in view.drives.values()
+        if takes_slabs(drive)
+    ]
+    reserve = reserve_slots(drives, copies)
+    left = sum(slots for name, slots in free.items() if name != node)
+    if not copies or node not in {drive.node for drive in drives} or left > reserve:
+        return ""
+    size = view.pool.number("slab_size") if view.pool else 0
+    return (
+        f"without node {node} the pool has {format_size(left * size)} free and keeps {format_size(reserve * size)} for repairs:"
+        " volumes could not grow; add drives, or delete files"
+    )
 
 
 async def ask_volumes(view: ClusterView, peers: Peers, node: str) -> list[VolumeWithout]:
@@ -128,6 +166,8 @@ async def check_drain(config: NodeConfig, store: ClusterStore, peers: Peers, nod
     if node not in view.alive:
         raise Unavailable(f"node {node} is down: there is nothing to drain")
     found = objections(view, node, await ask_volumes(view, peers, node))
+    crowded = space_objection(view, node, await free_slots(view, peers))
+    found += [crowded] if crowded else []
     if is_etcd(config.store):
         says = await _store_objection(etcd_place(config.store), node)
         found += [says] if says else []
@@ -182,22 +222,51 @@ async def _set_state(store: ClusterStore, node: str, state: str, *, only_from: s
 
 
 async def resume(store: ClusterStore, node: str) -> bool:
-    """Take a node back. False: it was in no maintenance. Raises NotFound, Unavailable, Conflict."""
+    """Take a node back, from maintenance or quarantine. False: it was in neither. Raises NotFound, Unavailable, Conflict."""
     view = await read_cluster_view(store)
     if node not in view.node_names:
         raise NotFound(f"no node {node!r}; there are: {', '.join(view.node_names) or 'none'}")
     for _ in range(CHANGE_ATTEMPTS):
-        known = await read_record(store, MAINTENANCE + node)
-        if known is None:
+        known = [await read_record(store, prefix + node) for prefix in (MAINTENANCE, QUARANTINE)]
+        found = [record for record in known if record is not None]
+        if not found:
             return False
-        if (await store.transact([Compare(known.key, known.revision)], [Delete(known.key)])).succeeded:
+        compares = [Compare(record.key, record.revision) for record in found]
+        if (await store.transact(compares, [Delete(record.key) for record in found])).succeeded:
             return True
     raise Conflict(f"{MAINTENANCE}{node} is being changed by others all the time; try again")
 
 
 def node_state(view: ClusterView, node: str) -> str:
-    """up, down, draining or paused: the last two also while the node is switched off."""
+    """One word of these: draining, paused (also while it is switched off), isolated, quarantined, up, down."""
     known = view.maintenance.get(node)
     if known is not None:
         return known.text("state", DRAINING)
-    return "up" if node in view.alive else "down"
+    if isolation(view, node):
+        return ISOLATED
+    if node not in view.alive:
+        return "down"
+    return QUARANTINED if node in view.quarantine else "up"
+
+
+def state_reason(view: ClusterView, node: str) -> str:
+    """What there is to say to a state that does not say all; empty: nothing."""
+    state = node_state(view, node)
+    if state == ISOLATED:
+        return isolation(view, node)
+    if state == QUARANTINED:
+        return f"{view.quarantine[node].text('why')}; csvfs node resume {node}"
+    return ""
+
+
+def isolation(view: ClusterView, node: str) -> str:
+    """Why the node is isolated; empty: it is not."""
+    return why_isolated(node, view.alive, {name: _report(record) for name, record in view.reach.items()})
+
+
+def _report(record: Record) -> Report:
+    """Raises Corrupt."""
+    lists = [record.value.get(name, []) for name in ("unreached", "lingering")]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        raise Corrupt(f"cluster store key {record.key} holds no lists of nodes")
+    return Report(*(frozenset(names) for names in lists))

@@ -16,6 +16,7 @@ Invariants
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ from csvfs.admin.claim_watch import claim_forever
 from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.evicted_watch import raise_when_evicted
 from csvfs.admin.mount_points import unmount_lazily
+from csvfs.admin.node_standing import Standing, note_orderly_end, read_standing
+from csvfs.admin.reach_watch import report_reach_forever
 from csvfs.admin.run_lock import run_dir_lock
 from csvfs.admin.store_member import store_member
 from csvfs.clock import monotonic_ns
@@ -45,6 +48,7 @@ from csvfs.cluster.node_process import (
 from csvfs.config import CONFIG_ENVIRONMENT, NodeConfig, check_name, load_config
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, Unavailable
 from csvfs.ids import Incarnation
+from csvfs.mount.cached_pages import devices_at, forget_pages
 from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
 from csvfs.store.opening import etcd_place, is_etcd, open_store
 from csvfs.wire.control import pack_value
@@ -52,6 +56,9 @@ from csvfs.wire.control import pack_value
 logger = logging.getLogger(__name__)
 RETRY_S = 0.2
 LOG_CHECK_S = 5.0
+# A mount that stands still may be evicted 4.5 s after it was told anything (mount/guard.py): by then the kernel must
+# have forgotten what it cached for it (I5).
+MOUNT_SILENT_S = 2.0
 
 ROLE_DRIVES, ROLE_COORDINATOR, ROLE_MOUNT, ROLE_DESK = "drives", "coordinator", "mount", "desk"
 
@@ -148,6 +155,7 @@ class _NodeLease:
                 if has_desk(self._config):
                     nursery.start_soon(self._run_child, ROLE_DESK, self._commands.desk)
                 nursery.start_soon(claim_forever, self._config, self._store, self._view, self._lease)
+                nursery.start_soon(report_reach_forever, self._config, self._store, self._view, self._lease)
                 with trio.CancelScope() as mounting:
                     nursery.start_soon(_cancel_when, stopping, mounting)
                     await self._keep_mounts_forever(nursery)
@@ -166,21 +174,31 @@ class _NodeLease:
             with _unavailable_logged():
                 await self._end_earlier_lease(key, give_up=trio.current_time() > deadline)
                 incarnation = await next_incarnation(self._store, self._config.node)
+                standing = await self._standing()
                 sent_ns = monotonic_ns()
                 lease = await self._store.grant_lease(self._config.options.node_lease_ms)
                 address = self._config.address
                 alive = {"incarnation": incarnation, "address": address, "started": int(time.time())}
                 known = await self._store.get(f"nodes/{self._config.node}")
                 node = Put(f"nodes/{self._config.node}", pack_value(self._node_value(known)))
-                changes: list[Put | Delete] = [node, Put(key, pack_value(alive), lease)]
+                changes = [node, Put(key, pack_value(alive), lease), *standing.changes()]
                 compares = [Compare(key, 0), Compare(node.key, known.revision if known else 0)]
                 compares.append(Compare(f"evicted/{self._config.node}", 0))  # raise_when_evicted ends us then
+                compares += standing.compares()
                 with contextlib.suppress(NotFound):  # so slow that the lease has ended already
                     if (await self._store.transact(compares, changes)).succeeded:
                         self._lease, self._incarnation = lease, incarnation
                         logger.info("node %s is alive, incarnation %d", self._config.node, incarnation)
                         return sent_ns
             await trio.sleep(RETRY_S)
+
+    async def _standing(self) -> Standing:
+        cluster = item_map(await self._store.get("cluster"))
+        limit = cluster.get("quarantine")
+        attended = await self._store.get(f"maintenance/{self._config.node}") is not None
+        return await read_standing(
+            self._store, self._config.node, limit if isinstance(limit, int) else 0, is_attended=attended
+        )
 
     def _node_value(self, known: Item | None) -> dict[str, object]:
         """Its place is what csvfs domain said last; the configuration's counts while nothing was said."""
@@ -332,15 +350,23 @@ class _NodeLease:
     def _mount_plan(self, volume_name: str) -> ChildPlan:
         point = self._root.path / volume_name
 
+        async def forget() -> None:
+            count = await trio.to_thread.run_sync(lambda: forget_pages(devices_at(point)))
+            if count:
+                logger.info("volume %s: cached pages of %d open files are dropped", volume_name, count)
+
         async def before(incarnation: Incarnation) -> None:
+            await forget()
             unmount_lazily(point)
             self._root.make_point(volume_name)
 
         async def after(incarnation: Incarnation) -> None:
+            await forget()  # before anybody hears that it is dead (I5)
             unmount_lazily(point)
 
         plan = self._plan(f"{ROLE_MOUNT}-{volume_name}", (*self._commands.mount, volume_name))
         plan.before, plan.after = before, after
+        plan.hang_s, plan.silent_s, plan.on_silent = math.inf, MOUNT_SILENT_S, forget
         return plan
 
     async def _end_mount(self, volume_name: str, child: Child) -> None:
@@ -360,6 +386,7 @@ class _NodeLease:
             if role in self._children:
                 await self._children[role].stop(grace_s)
         with _unavailable_logged():
+            await note_orderly_end(self._store, self._config.node)
             await self._store.revoke_lease(self._lease)
 
 

@@ -38,6 +38,10 @@ class Peers:
         }
         return await self._call(_address(server), hello, name, args)
 
+    async def ping(self, address: Address) -> None:
+        """Whether a drive server is there. Raises Disconnected, TimedOut: it is not. Cancel safe."""
+        await self._call(address, None, "ping", {})
+
     async def coordinator(self, view: ClusterView, volume: str, name: str, **args: Any) -> Any:
         """One call to a volume's coordinator. Raises Unavailable or what it answers. Cancel safe."""
         owner = view.owners.get(volume)

@@ -7,6 +7,7 @@ import secrets
 import time
 
 from csvfs.admin.cluster_view import CLUSTER_KEY, POOL_KEY, Record, read_record
+from csvfs.cluster.departures import LIMIT_DEFAULT
 from csvfs.config import check_name
 from csvfs.errors import BadRequest, Conflict, Exists, NotFound
 from csvfs.ids import PoolId
@@ -27,13 +28,25 @@ def check_slab_size(size: int) -> None:
 async def create_cluster(store: ClusterStore, name: str) -> Record:
     """Create the key `cluster`. Raises BadRequest, Exists, Unavailable. Cancel: it may exist afterwards."""
     check_name(name, "cluster")
-    value = {"id": secrets.token_bytes(16), "name": name, "created": time.time_ns()}
+    value = {
+        "id": secrets.token_bytes(16), "name": name, "created": time.time_ns(), "quarantine": LIMIT_DEFAULT,
+    }  # fmt: skip
     if not (await store.transact([Compare(CLUSTER_KEY, 0)], [Put(CLUSTER_KEY, pack_value(value))])).succeeded:
         existing = await read_record(store, CLUSTER_KEY)
         raise Exists(
             f"this cluster store already holds the cluster {existing.text('name') if existing else ''!r}"
         )
     return Record(CLUSTER_KEY, value, 0)
+
+
+async def set_quarantine(store: ClusterStore, departures: int) -> Record:
+    """After how many departures within an hour a node is quarantined; 0: never. Raises NotFound, Conflict."""
+    cluster = await require_cluster(store)
+    put = Put(CLUSTER_KEY, cluster.packed_with(quarantine=departures), cluster.lease)
+    result = await store.transact([Compare(CLUSTER_KEY, cluster.revision)], [put])
+    if not result.succeeded:
+        raise Conflict("the cluster was changed by somebody else meanwhile; try again")
+    return Record(CLUSTER_KEY, {**cluster.value, "quarantine": departures}, result.revision)
 
 
 async def create_pool(store: ClusterStore, name: str, slab_size: int) -> Record:

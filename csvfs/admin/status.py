@@ -22,7 +22,7 @@ from csvfs.admin.cluster_view import (
     read_cluster_view,
 )
 from csvfs.admin.drive_space import DriveFill, hot_points, pool_percent
-from csvfs.admin.node_life import node_state
+from csvfs.admin.node_life import node_state, state_reason
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
 from csvfs.fault_domains import LEVEL_DEFAULT, Level, counted, verb
@@ -66,7 +66,7 @@ class DriveStatus:
 @dataclass(slots=True)
 class NodeStatus:
     name: str
-    state: str  # up, down, draining, paused
+    state: str  # up, down, isolated, quarantined, draining, paused
     address: str
     drives: int
     drives_bad: list[str]  # paths
@@ -285,7 +285,7 @@ def node_statuses(
                 address=record.text("address") if record else "",
                 drives=len(own),
                 drives_bad=[d.path for d in own if up and not note and _is_bad(d)],
-                note=note,
+                note="; ".join(said for said in (state_reason(view, name), note) if said),
             )
         )
     return found

@@ -31,7 +31,7 @@ from csvfs.store.opening import etcd_place, is_etcd
 logger = logging.getLogger(__name__)
 ROLE_STORE = "store"
 LOOK_S = 10.0
-LEARNER_LOOK_S = 1.0  # as long as the own member does not vote, it makes nothing safer
+LEARNER_LOOK_S = 1.0  # as long as the own member does not vote, or nobody answers, it makes nothing safer
 STOP_GRACE_S = 5.0
 
 
@@ -75,17 +75,17 @@ def _plan(config: NodeConfig, place: EtcdPlace, role_environment: str) -> ChildP
 
 
 async def _look_forever(config: NodeConfig, place: EtcdPlace) -> None:
-    is_learner = False
     while True:
+        is_settled = False
         try:
             client = EtcdClient(place)
             try:
-                is_learner = await _look(client, config, place)
+                is_settled = not await _look(client, config, place)
             finally:
                 client.close()
         except (CsvfsError, OSError) as error:
             logger.debug("members of the cluster store: %s", error)  # the heartbeat says so loudly
-        await trio.sleep(LEARNER_LOOK_S if is_learner else LOOK_S)
+        await trio.sleep(LOOK_S if is_settled else LEARNER_LOOK_S)
 
 
 async def _keep_revoked_forever(place: EtcdPlace) -> None:
@@ -112,7 +112,9 @@ async def _look(client: EtcdClient, config: NodeConfig, place: EtcdPlace) -> boo
     found = [endpoint for member in _own_first(members, own) for endpoint in member.endpoints]
     if found:
         place.write_endpoints(found)
-    if own is None or not own.is_learner:
+    if own is None:
+        return place.member_path.exists()  # it was added and is being started
+    if not own.is_learner:
         return False
     try:
         await promote(client, own)
