@@ -86,11 +86,11 @@ async def run_node(config: NodeConfig, commands: Commands | None = None) -> None
                 return
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_stop_on_signal, signals, stopping)
+                nursery.start_soon(_bound_logs_forever, config)
                 if config.witness:
                     await _be_witness(config, store, stopping)
                     nursery.cancel_scope.cancel()
                     return
-                nursery.start_soon(_bound_logs_forever, config)
                 view = View()
                 nursery.start_soon(keep_view_forever, store, view)
                 nursery.start_soon(raise_when_evicted, config, store, view)

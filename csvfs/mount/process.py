@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyfuse3
 import trio
@@ -25,7 +25,8 @@ from csvfs.cluster.node_process import ProcessNumbers, call_when_signalled, run_
 from csvfs.config import NodeConfig, check_name
 from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
-from csvfs.mount import device
+from csvfs.mount import device, waits
+from csvfs.mount.admin_socket import AdminSocket
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
 from csvfs.mount.file_table import FileTable
@@ -157,6 +158,7 @@ class MountProcess:
             connect=partial(connect, self._engine, timeout_s=options.connect_timeout_ms / 1000),
             on_fenced=self._fail,
             on_contact=guard.contact,
+            news=lambda: waits.news(self._facts(guard, session, bus)),
             io_timeout_s=options.io_timeout_ms / 1000,
         )
         links = ServerLinks(
@@ -195,6 +197,7 @@ class MountProcess:
             io_timeout_s=options.io_timeout_ms / 1000,
         )
         session.holder = table
+        socket = self._open_socket(nursery, lambda: self._why(self._facts(guard, session, bus)))
         nursery.start_soon(session.run_forever)
         nursery.start_soon(bus.run_forever)
         nursery.start_soon(table.run_forever)
@@ -205,7 +208,39 @@ class MountProcess:
             with trio.CancelScope(shield=True):
                 if self.failure is None:
                     await self._say_farewell(session, table)
+            if socket is not None:
+                socket.close()
             bus.close()
+
+    def _open_socket(self, nursery: trio.Nursery, why: Callable[[], dict[str, Any]]) -> AdminSocket | None:
+        """None: it cannot be made, and `csvfs why` says less; no reason not to mount."""
+        try:
+            return AdminSocket(self._engine, self._config.mount_socket(self._volume_name), nursery, why)
+        except OSError as error:
+            log.error("no socket to say what %s waits for: %s", self._volume_name, error)
+            return None
+
+    def _facts(self, guard: Guard, session: Session, bus: Bus) -> waits.Facts:
+        slabs = [
+            waits.SlabWait(
+                state.descriptor.slab, len(state.parked), state.parked[0].parked_since, state.trouble, state.in_vain
+            )
+            for state in bus.waiting()
+        ]
+        return waits.Facts(
+            now_s=trio.current_time(),
+            io_timeout_s=self._config.options.io_timeout_ms / 1000,
+            lapsed=guard.lapsed,
+            serving=guard.serving(),
+            has_owner=self._volume_name in self._view.owners,
+            unlinked_s=session.unlinked_s,
+            calls=session.waits(),
+            slabs=slabs,
+        )
+
+    def _why(self, facts: waits.Facts) -> dict[str, Any]:
+        mode, reason = waits.mode(facts)
+        return {"node": self._config.node, "mode": mode, "why": reason, "waits": waits.rows(facts)}
 
     async def _mount_and_serve(
         self, nursery: trio.Nursery, fd: int, session: Session, table: FileTable
