@@ -83,6 +83,8 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
         return partial(_statfs, service)
     if name == "volume_status":
         return partial(_now, service.volume_status)
+    if name == "waits":
+        return partial(_now, service.waits)
     if name == "job_control":
         action, kind = field(args, "action", str), optional_field(args, "kind", str)
         return partial(service.healing.record.control, action, kind, optional_field(args, "speed", str))

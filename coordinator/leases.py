@@ -4,10 +4,14 @@ Place      coordinator floor; the trio shell around lease_table.py, below operat
 Tasks      one per recall under way, in the service's nursery.
 Limits     a recall is answered within `recall_timeout_s`, or its session is evicted; so a request for a lease
            waits at most for as many recalls as there are elder requests.
+Busy       A mount whose reads or writes wait for a slab cannot empty the kernel's cache, which has pages of theirs
+           locked. As long as it says so (once a second), it has more time, up to BUSY_S_MAX: it is healthy, its
+           programs get an answer or an error after its io_timeout, and whoever asks would wait for the slab as well.
 """
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import trio
@@ -33,6 +37,7 @@ log = logging.getLogger(__name__)
 WAIT_S_MAX = 60.0  # for a lease; recalls are shorter, so only a long queue of them takes this long
 QUERY_TIMEOUT_S = 1.0
 TRIM_INTERVAL_S = 1.0
+BUSY_S_MAX = 120.0  # for one recall; the io_timeout is 60 s unless somebody has changed it
 
 
 class Leases:
@@ -60,6 +65,8 @@ class Leases:
         self._evict = evict
         self._lowered = lowered
         self._granted: dict[Ticket, trio.Event] = {}
+        self._since_s: dict[Ticket, float] = {}  # of those in _granted
+        self._under_way: dict[Recall, float] = {}  # until when an answer is waited for
         self._recalls, self._recalls_due = trio.open_memory_channel[Recall](float("inf"))
 
     # -- requests --------------------------------------------------------------------------------
@@ -74,6 +81,7 @@ class Leases:
         ticket, actions = self.table.begin(session.key, needs)
         if not ticket.granted:
             self._granted[ticket] = trio.Event()
+            self._since_s[ticket] = trio.current_time()
         self.perform(actions)
         return ticket
 
@@ -93,6 +101,7 @@ class Leases:
             raise
         if ticket.granted and not session.ended:
             self._granted.pop(ticket, None)
+            self._since_s.pop(ticket, None)
             return
         self.finish(ticket)
         if session.ended:
@@ -108,7 +117,19 @@ class Leases:
 
     def finish(self, ticket: Ticket) -> None:
         self._granted.pop(ticket, None)
+        self._since_s.pop(ticket, None)
         self.perform(self.table.finish(ticket))
+
+    def waiting(self, count_max: int) -> list[tuple[Ticket, float, list[tuple[Recall, float]]]]:
+        """Requests that wait, the eldest first: since when, for which recalls, and until when each of these."""
+        recalls: dict[InodeNo, list[tuple[Recall, float]]] = {}
+        for recall, until_s in self._under_way.items():
+            recalls.setdefault(recall.ino, []).append((recall, until_s))
+        waiting = (item for item in self._since_s.items() if not item[0].granted)
+        return [
+            (ticket, since_s, [row for ino in ticket.needs for row in recalls.get(ino, ())])
+            for ticket, since_s in islice(waiting, count_max)
+        ]
 
     def release(self, session: Session, ino: InodeNo, kind: int) -> None:
         self.perform(self.table.release(session.key, ino, kind))
@@ -140,12 +161,19 @@ class Leases:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._trim_forever)
             async for recall in self._recalls_due:
-                nursery.start_soon(self._recall, recall)
+                self._under_way[recall] = trio.current_time() + self._recall_timeout_s
+                nursery.start_soon(self._recall_noted, recall)
 
     async def _trim_forever(self) -> None:
         while True:
             await trio.sleep(TRIM_INTERVAL_S)
             self.perform(self.table.trim())
+
+    async def _recall_noted(self, recall: Recall) -> None:
+        try:
+            await self._recall(recall)
+        finally:
+            self._under_way.pop(recall, None)
 
     async def _recall(self, recall: Recall) -> None:
         session = self._sessions.get(recall.session)
@@ -154,10 +182,19 @@ class Leases:
         answer: dict[str, Any] | None = None
         reason = "it did not answer"
         args = {"ino": recall.ino, "kind": recall.to_kind, "attr": recall.attr}
-        deadline = trio.current_time() + self._recall_timeout_s
-        while answer is None and not session.ended and trio.current_time() < deadline:
+        began_s = trio.current_time()
+        deadline = began_s + self._recall_timeout_s
+        while answer is None and not session.ended:
+            if (now_s := trio.current_time()) >= deadline:
+                if not session.is_busy(now_s) or now_s >= began_s + BUSY_S_MAX:
+                    break
+                deadline = self._under_way[recall] = now_s + self._recall_timeout_s
+                log.warning("%s waits for a slab, and is waited for with inode %d", session.writer, recall.ino)
             try:
+                # Of a recall that is under way already the mount makes no second one.
                 answer = await session.call("recall", args, timeout_s=deadline - trio.current_time())
+            except TimedOut as error:
+                reason = str(error)
             except Disconnected as error:
                 reason = str(error)
                 with trio.move_on_at(deadline):

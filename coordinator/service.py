@@ -39,13 +39,14 @@ from coordinator.metadata_space import MetadataSpace
 from coordinator.questions import Reply
 from coordinator.scrub import Scrub
 from coordinator.session_desk import SessionDesk
-from coordinator.sessions import Session
-from coordinator.slab_book import DataBook, MetadataBook
+from coordinator.sessions import BUSY_S, Session
+from coordinator.slab_book import DataBook, MetadataBook, SlabBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
 from coordinator.volume_control import VolumeControl
 from coordinator.volume_facts import DESCRIPTION, description_of, pack_description
 from coordinator.volume_settings import VolumeSettings
+from coordinator.waits import describe_waits
 from csvfs.block.bus import Bus
 from csvfs.errors import BadRequest, CsvfsError, Fenced, LeaseLost, NotCoordinator
 from csvfs.ids import DriveId, Epoch, Incarnation, InodeNo, NodeName, SlabId, Term, VolumeId
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 
 CALLS_MAX = 4_096  # of all sessions being worked on
 SLABS_ASKED_MAX = 65_536
+MODE_WORDS_MAX = 300
 _ADD_DESCRIPTION = "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)"
 # Served before all sessions have reclaimed: they need no lease that is not held already.
 _EARLY_CALLS = frozenset(
@@ -161,7 +163,8 @@ class Service:
             setup.name, setup.volume, metadata, self.changes, control, facts, book.store
         )
         self.lost.on_accepted = self.members.look_into
-        self._health = Health([book, data_book], self.healing.wanted, facts.domain_of)
+        self._books: list[SlabBook] = [book, data_book]
+        self._health = Health(self._books, self.healing.wanted, facts.domain_of)
         self._settings = settings
         settings.on_change = self._follow_settings
         self._follow_settings()
@@ -241,7 +244,7 @@ class Service:
 
     async def hello(self, link: Link, args: Args) -> dict[str, Any]:
         """A mount introduces itself; the link is its from now on. Raises Fenced, and as `desk.welcome`."""
-        node, incarnation = NodeName(field(args, "node", str)), Incarnation(field(args, "incarnation", int))
+        node, incarnation = NodeName(field(args, "node", str)), Incarnation(arguments.number(args, "incarnation"))
         session = await self.desk.welcome(node, incarnation)
         if link.closed is not None:
             raise link.closed
@@ -450,8 +453,13 @@ class Service:
         ids = field(args, "ids", list)
         if len(ids) > SLABS_ASKED_MAX:
             raise BadRequest(f"{len(ids)} slabs asked for at once; at most {SLABS_ASKED_MAX}")
+        if not all(isinstance(slab, int) and 0 <= slab <= arguments.I64_MAX for slab in ids):
+            raise BadRequest("slab ids are whole numbers")
         open_files = arguments.optional_number(args, "open")
         session.open_files = session.open_files if open_files is None else open_files
+        if isinstance(args.get("mode"), str):
+            session.mode, session.why = args["mode"][:MODE_WORDS_MAX], str(args.get("why") or "")[:MODE_WORDS_MAX]
+            session.busy_until = trio.current_time() + BUSY_S if args.get("busy") is True else 0.0
         descriptors = [self._metadata.slab(int(slab)).to_wire() for slab in ids]
         return Reply(descriptors, position=self.log.position if ids else 0)
 
@@ -499,6 +507,10 @@ class Service:
         another coordinator takes over in a moment, and nothing that is under way begins anew."""
         return self.desk.is_open and self._health.to_status()["health"] == HEALTHY
 
+    def waits(self) -> dict[str, Any]:
+        """What waits here, and on what: for people."""
+        return describe_waits(self.desk, self.leases, self._books, self.lost)
+
     def volume_status(self) -> dict[str, Any]:
         sessions = [
             {
@@ -507,6 +519,8 @@ class Service:
                 "connected": session.link is not None,
                 "leases": self.leases.table.lease_counts().get(session.key, 0),
                 "open_files": session.open_files,
+                "mode": session.mode,
+                "why": session.why,
             }
             for session in self.desk.sessions
         ]

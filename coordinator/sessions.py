@@ -20,6 +20,8 @@ from csvfs.errors import CsvfsError, Disconnected, Fenced, NotFound
 from csvfs.ids import Incarnation, NodeName
 from csvfs.wire.control import pack_value, unpack_value
 
+BUSY_S = 3.0  # it says so once a second
+
 
 class SessionLink(Protocol):
     """Of Link: what a session needs."""
@@ -52,6 +54,9 @@ class Session:
     ended: bool = False
     leaving: bool = False
     open_files: int | None = None  # as its mount said last, once a second; None: it has not said yet
+    busy_until: float = 0.0  # I/O of it waits for a slab, as it said last
+    mode: str = ""  # how its I/O goes (csvfs/mount/waits.py), as it said last; empty: not yet
+    why: str = ""
     last_answer: float = field(default_factory=trio.current_time)  # when it was last told anything
     unreachable_since: float = field(default_factory=trio.current_time)  # meaningful while there is no link
     connected: trio.Event = field(default_factory=trio.Event)  # set while there is a link
@@ -63,6 +68,10 @@ class Session:
     @property
     def incarnation(self) -> Incarnation:
         return self.key[1]
+
+    def is_busy(self, now_s: float) -> bool:
+        """Whether its I/O waits for a slab, as it said a moment ago: then it cannot answer recalls, and is in contact."""
+        return self.link is not None and now_s < self.busy_until
 
     @property
     def writer(self) -> str:

@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,10 @@ class NodeConfig:
     @property
     def coordinator_socket(self) -> Path:
         return self.run_dir / "coordinator.sock"
+
+    def mount_socket(self, volume: str) -> Path:
+        """Where the mount of a volume on this node says what it waits for. Its name is short whatever the volume's."""
+        return self.run_dir / f"mount-{blake2b(volume.encode(), digest_size=6).hexdigest()}.sock"
 
     @property
     def liveness_path(self) -> Path:

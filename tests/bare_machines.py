@@ -21,7 +21,7 @@ from csvfs.admin.lab_files import LabFiles, LabNode
 from csvfs.admin.lab_network import make_network, netns_inode, remove_netns, set_link
 from csvfs.units import MIB
 from tests.etcd_server import MEMORY, needs_etcd
-from tests.lab_cluster import needs_lab
+from tests.lab_cluster import PROCESSES, needs_lab
 
 T = TypeVar("T")
 WAIT_S = 90
@@ -89,9 +89,19 @@ class Machine:
         return result.stderr.decode().strip().splitlines()[-1]
 
     def _run(self, argv: tuple[str, ...], input: bytes) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            self._entered(argv), input=input, capture_output=True, env=self._environment(), timeout=WAIT_S * 2, check=False
+        pipe = subprocess.PIPE
+        running = subprocess.Popen(
+            self._entered(argv), stdin=pipe, stdout=pipe, stderr=pipe, env=self._environment()
         )
+        try:
+            said, errors = running.communicate(input, timeout=WAIT_S * 2)
+        except subprocess.TimeoutExpired:
+            waits = subprocess.run(PROCESSES, capture_output=True, text=True, check=False).stdout
+            calls = [path.read_text() for path in Path(f"/proc/{running.pid}/task").glob("*/syscall")]
+            running.kill()
+            running.communicate()
+            raise AssertionError(f"{self.name}: {argv} does not end; in calls {calls}:\n{waits}{self.logs()}") from None
+        return subprocess.CompletedProcess(argv, running.returncode, said, errors)
 
     def start(self) -> None:
         """`csvfs node run`, as systemd would."""

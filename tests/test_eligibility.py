@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from csvfs.block import in_use
 from csvfs.block.drive import Drive
 from csvfs.block.eligibility import check_drive, inspect_drive
 from csvfs.block.formatting import format_drive
@@ -292,3 +293,26 @@ def test_a_mounted_block_device_and_the_file_behind_it_say_where(loop_device, bl
     finally:
         subprocess.run(["umount", str(place)], check=True)
     assert refusal(loop_device) == "not blank: file system ext4"
+
+
+def test_files_open_on_a_fuse_file_system_that_cannot_hold_the_drive_are_not_asked_about(tmp_path, monkeypatch):
+    """Whoever serves it may stand still, and a look at what is open there would stand still too."""
+    path = tmp_path / "drive"
+    path.write_bytes(b"x")
+    read = in_use._read
+    with path.open("rb") as file:
+        other = subprocess.Popen(["sleep", "1000"], stdin=file)
+    try:
+        assert other.pid in [pid for pid, _ in in_use.users(str(path))]
+        mount = in_use._mount_of(other.pid, "0")
+
+        def fuse_there(name):
+            if str(name) == f"/proc/{other.pid}/mountinfo":
+                return f"{mount} 25 0:9999 / /there rw - fuse.csvfs csvfs rw\n"
+            return read(name)
+
+        monkeypatch.setattr(in_use, "_read", fuse_there)
+        assert other.pid not in [pid for pid, _ in in_use.users(str(path))]
+    finally:
+        other.kill()
+        other.wait()

@@ -307,18 +307,3 @@ async def test_a_killed_process_is_replaced_while_a_thread_of_it_hangs_in_the_ke
         assert process.pid != killed and writer_hangs(killed)
         fs.thaw()
         await process.stop(grace_s=0)
-
-
-async def test_a_silence_is_told_once_and_a_process_that_may_be_silent_is_let_be(tmp_path, nursery):
-    told = []
-
-    async def on_silent():
-        told.append(process.pid)
-
-    with child(tmp_path, "beats twice", hang_s=math.inf) as (process, log):
-        process.plan.silent_s, process.plan.on_silent = 0.3, on_silent
-        nursery.start_soon(process.keep_running)
-        await wait(lambda: told)
-        await trio.sleep(1.0)
-        assert len(told) == 1 and started(log) == 1
-        await process.stop(grace_s=0)

@@ -117,3 +117,24 @@ async def test_a_node_that_may_still_serve_is_waited_for_and_its_lease_is_not_ta
         assert await store.get("nodes/n2") is None and await store.get(drive.key) is None
         nursery.cancel_scope.cancel()
     await store.close()
+
+
+def test_a_witness_is_listed_as_one_and_evicted_like_a_node(cluster: Cluster) -> None:
+    cluster.put("witnesses/w1", address="10.0.0.9")
+    row = cluster.json("node", "list")[-1]
+    assert (row["name"], row["state"], row["witness"]) == ("w1", "witness", True)
+    assert cluster.json("node", "evict", "w1") == {"node": "w1", "drives": 0}
+    assert cluster.value("witnesses/w1") is None and cluster.value("evicted/w1")["when"] > 0
+
+
+def test_how_often_a_node_may_go_away_is_said_for_the_whole_cluster(cluster: Cluster) -> None:
+    assert cluster.value("cluster")["quarantine"] == 3
+    assert cluster.json("cluster", "set", "--quarantine", "5") == {"quarantine": 5}
+    assert cluster.value("cluster")["quarantine"] == 5
+    assert "no node is quarantined" in cluster.run("cluster", "set", "--quarantine", "0").stdout
+    assert cluster.value("cluster")["name"] == "Tower"
+    cluster.put("quarantine/n2", since=1, why="it came and went")
+    row = next(row for row in cluster.json("node", "list") if row["name"] == "n2")
+    assert (row["state"], row["reason"]) == ("quarantined", "it came and went; csvfs node resume n2")
+    assert cluster.json("node", "resume", "n2")["resumed"]
+    assert cluster.value("quarantine/n2") is None

@@ -212,6 +212,47 @@ async def test_a_mount_that_gives_no_lease_back_is_evicted_and_its_chunks_are_ma
             await first.write_block(slab, block, block_of("too late"))
 
 
+async def test_a_mount_that_says_it_waits_for_a_slab_is_not_evicted_and_one_that_stops_saying_so_is(
+    tmp_path, monkeypatch
+):
+    """It is healthy: its kernel cannot give pages back that a READ keeps locked."""
+    monkeypatch.setattr("coordinator.eviction.CONTACT_S_MAX", 0.1)
+    async with cluster_of(tmp_path, recall_timeout_ms=300) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        await first.write(ino, block_of("old"))
+        first.answers_recalls = False
+        await first.call("slabs", ids=[], mode="paused", why="slab 1", busy=True)
+        read = trio.Event()
+
+        async def read_elsewhere() -> None:
+            assert await second.read(ino, 1) == block_of("old")
+            read.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_elsewhere)
+            with trio.fail_after(60):
+                while len(first.recalls) < 4:  # sent again each time the time-out is over
+                    await first.call("slabs", ids=[], mode="paused", why="slab 1", busy=True)
+                    await trio.sleep(0.02)
+            service = await cluster.wait_serving()
+            assert not any(session.ended for session in service.desk.sessions)
+            assert service.waits()["requests"][0]["recalls"][0]["node"] == "n1"
+            assert not read.is_set()
+            first.answers_recalls = True
+            with trio.fail_after(60):
+                await read.wait()
+        assert not any(session.ended for session in service.desk.sessions)
+
+        await first.acquire(ino, WRITE)
+        await first.write(ino, block_of("new"))
+        first.answers_recalls = False
+        await first.call("slabs", ids=[], mode="direct", why="", busy=False)
+        with trio.fail_after(60):
+            assert await second.read(ino, 1) == block_of("new")
+        assert [session.node for session in service.desk.sessions] == ["n2"]
+
+
 async def test_an_evicted_mount_stays_evicted_under_the_next_coordinator(tmp_path, monkeypatch):
     monkeypatch.setattr("coordinator.eviction.CONTACT_S_MAX", 0.1)
     async with cluster_of(tmp_path, hosts=("n1", "n2"), recall_timeout_ms=300) as cluster:

@@ -8,7 +8,6 @@ Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fir
 Hangs      A child that has begun to beat (cluster/node_process.py) and has not for `hang_s` is killed: its thread hangs
            in the kernel, most likely because a drive does. It may be there for as long as the drive hangs; its
            successor is started all the same, and copes with what it holds (block/in_use.py, block/drive_server.py).
-Silence    Shorter than that, and no reason to kill: `on_silent` is called.
 """
 
 import logging
@@ -40,10 +39,6 @@ async def _nothing(incarnation: Incarnation) -> None:
     pass
 
 
-async def _nothing_silent() -> None:
-    pass
-
-
 @dataclass(slots=True)
 class ChildPlan:
     """What to start, and what to do around it."""
@@ -55,8 +50,6 @@ class ChildPlan:
     log_path: Path
     backoff_max_s: float
     hang_s: float = HANG_S
-    silent_s: float = math.inf  # no beat for so long: `on_silent`, once for each silence
-    on_silent: Callable[[], Awaitable[None]] = _nothing_silent
     before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
     after: Callable[[Incarnation], Awaitable[None]] = _nothing  # as soon as it is dead, before the next start
 
@@ -145,7 +138,7 @@ class Child:
 
     async def _end_when_it_hangs(self, beats: int, scope: trio.CancelScope) -> None:
         """Cancel `scope` when no beat has come for hang_s since the last one. One that never beats is let be."""
-        patience_s, is_told = math.inf, True
+        patience_s = math.inf
         while True:
             with trio.move_on_after(patience_s):
                 await trio.lowlevel.wait_readable(beats)
@@ -153,15 +146,10 @@ class Child:
                 if not os.read(beats, 4096):
                     return  # it has ended, or closed the pipe
             except BlockingIOError:
-                if not is_told:
-                    is_told, patience_s = True, self.plan.hang_s - self.plan.silent_s
-                    await self.plan.on_silent()
-                    continue
-                logger.error("%s (pid %d) hangs: no beat for %.0f s", self.plan.role, self.pid, self.plan.hang_s)
+                logger.error("%s (pid %d) hangs: no beat for %.0f s", self.plan.role, self.pid, patience_s)
                 scope.cancel()
                 return
-            is_told = self.plan.silent_s >= self.plan.hang_s
-            patience_s = min(self.plan.silent_s, self.plan.hang_s)
+            patience_s = self.plan.hang_s
 
     async def _end(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None and self._grace_s > 0:

@@ -16,6 +16,7 @@ from csvfs.admin.cli_node import node_group
 from csvfs.admin.cli_pool import pool_group
 from csvfs.admin.cli_status import status_command
 from csvfs.admin.cli_volume import volume_group
+from csvfs.admin.cli_why import why_command
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,6 +36,7 @@ for command in (
     domain_group,
     pool_group,
     volume_group,
+    why_command,
     job_group,
     lab_group,
     drill_command,

@@ -10,6 +10,7 @@ from csvfs.admin.cli_context import SIZE, Here, json_option, run_with_peers, yes
 from csvfs.admin.cli_status import job_line, job_map, resiliency_text, volume_row
 from csvfs.admin.cluster_view import ALIVE, read_cluster_view
 from csvfs.admin.domain_ops import Change, Effect
+from csvfs.admin.io_modes import modes_text
 from csvfs.admin.lost_ranges import LostReport, accept_loss, lost_report
 from csvfs.admin.peers import Peers
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
@@ -328,6 +329,8 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
     }
     if volume.slabs:
         lines["slabs"] = ", ".join(f"{count} {state}" for state, count in volume.slabs.items())
+    if volume.io:
+        lines["I/O"] = modes_text(volume.io)
     used = ", ".join(f"{count} on {node}" for node, count in sorted(volume.open_files.items()) if count)
     lines["open files"] = used or "none"
     if volume.scrub.get("finished"):

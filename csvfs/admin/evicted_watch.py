@@ -37,6 +37,8 @@ async def raise_when_evicted(config: NodeConfig, store: ClusterStore, view: View
             raise evicted(config, when)
         with trio.move_on_after(LOOK_S):
             await view.wait_until(lambda: config.node in view.evicted)
+            told = view.evicted[config.node].get("when")
+            raise evicted(config, told if isinstance(told, int) else 0)
 
 
 async def _evicted_at(config: NodeConfig, store: ClusterStore) -> int:

@@ -39,7 +39,7 @@ from csvfs.admin.etcd_members import (
     removal_objection,
     remove_member,
 )
-from csvfs.admin.node_life import VolumeWithout, ask_volumes
+from csvfs.admin.node_life import ANSWER_ATTEMPTS, VolumeWithout, ask_volumes
 from csvfs.admin.peers import Peers
 from csvfs.config import NodeConfig
 from csvfs.errors import BadRequest, Conflict, NotFound, TimedOut, Unavailable
@@ -52,7 +52,6 @@ from csvfs.wire.control import pack_value
 LEASE_END_S = 60.0  # a node's lease is at most that long; etcd counts it anew when it elects a leader
 POLL_S = 0.2
 CHANGE_ATTEMPTS = 10
-ANSWER_ATTEMPTS = 2  # one that was busy for a moment is not away
 
 Say = Callable[[str], None]
 
@@ -117,6 +116,7 @@ async def store_objection(place: EtcdPlace, node: str, address: str) -> str:
 
 
 async def _why_needed(place: EtcdPlace, members: list[StoreMember], own: StoreMember) -> str:
+    says = ""
     for _ in range(ANSWER_ATTEMPTS):
         says = removal_objection(members, await answering_members(place, members), own)
         if not says:

@@ -43,6 +43,7 @@ DRAINING, PAUSED = "draining", "paused"
 ISOLATED, QUARANTINED = "isolated", "quarantined"
 CHANGE_ATTEMPTS = 10
 POLL_S = 0.5
+ANSWER_ATTEMPTS = 2  # a member of the store that was busy for a moment is not away
 LEAVING = ("retired", "removing")  # usage of drives that are being emptied
 _COUNTS = ("slabs", "stuck", "joining", "creating", "revision")  # of an answer to without_node
 
@@ -181,7 +182,12 @@ async def _store_objection(place: EtcdPlace, node: str) -> str:
         members = await list_members(client)
     finally:
         client.close()
-    return absence_objection(members, await answering_members(place, members), node)
+    says = ""
+    for _ in range(ANSWER_ATTEMPTS):
+        says = absence_objection(members, await answering_members(place, members), node)
+        if not says:
+            break
+    return says
 
 
 async def drain(store: ClusterStore, peers: Peers, node: str, told: Callable[[Drain], None]) -> None:

@@ -58,6 +58,10 @@ class Peers:
             raise Unavailable(f"volume {volume} has no coordinator at the moment")
         return await self._call(_address(owner), None, name, {"volume": volume, **args}, timeout_s)
 
+    async def local(self, path: str, name: str, timeout_s: float) -> Any:
+        """One call to a process of this node by its unix socket. Raises Unavailable or what it answers. Cancel safe."""
+        return await self._call(path, None, name, {}, timeout_s)
+
     async def _call(
         self,
         address: Address,

@@ -20,8 +20,10 @@ from csvfs.admin.cluster_view import (
     Record,
     drive_usage,
     read_cluster_view,
+    read_record,
 )
 from csvfs.admin.drive_space import DriveFill, hot_points, pool_percent
+from csvfs.admin.io_modes import IoMode, io_modes, metadata_waits
 from csvfs.admin.node_life import node_state, state_reason
 from csvfs.admin.peers import Peers, answer_or_error
 from csvfs.block.reserve import DriveSlots, percent_used, reserve_slots, warning_of
@@ -136,6 +138,7 @@ class VolumeStatus:
     misplaced: int = 0  # slabs that have two copies in one all the same
     slabs_by_copies: dict[str, Any] = field(default_factory=dict)  # of data, by how many copies are in sync
     open_files: dict[str, int] = field(default_factory=dict)  # by node, as its mount said within the last second
+    io: dict[str, IoMode] = field(default_factory=dict)  # by node
     preferred: str = ""  # node that coordinates it whenever it can
     min_copies: int = 1
     size_limit: int = 0  # bytes that files may have; 0: as many as the pool gives
@@ -177,6 +180,9 @@ async def collect_status(
                 nursery.start_soon(
                     answer_or_error, peers.coordinator(view, name, call), name, answers, volume_errors
                 )
+    for name in volume_errors.keys() - volumes.keys():
+        waits = metadata_waits(view, await read_record(store, f"meta/{name}"))
+        volume_errors[name] = "; ".join([volume_errors[name], *waits])
     drives = drive_statuses(view, servers)
     return ClusterStatus(
         cluster=view.cluster.text("name") if view.cluster else None,
@@ -359,6 +365,7 @@ def volume_status(view: ClusterView, record: Record, reply: Any, figures: Any, e
             if "node" in row and _number(row, "open_files") is not None
         },
         slabs_by_copies=by_copies if isinstance(by_copies, dict) else {},
+        io=io_modes(view, record, reply if reply else None),
         preferred=record.text("preferred"),
         min_copies=record.number("min_copies", 1),
         size_limit=record.number("size"),

@@ -256,10 +256,12 @@ class Bus:
                     return
                 except CsvfsError as error:
                     log.warning("slab %d waits: %s", slab, error)
+                    state.trouble, state.in_vain = str(error), isinstance(error, Lost)
                     self._give_up_late(state, error)
                     await trio.sleep(delay_s)
                     delay_s = min(2 * delay_s, REPAIR_RETRY_S_MAX)
                     continue
+                state.trouble, state.in_vain = "", False
                 self._take_back(state)
                 parked = state.take_parked()
                 for index, write in enumerate(parked):
@@ -316,6 +318,10 @@ class Bus:
         for write in state.take_parked():
             write.complete = True
             write.finish(error)
+
+    def waiting(self) -> list[SlabState]:
+        """Slabs with writes that their members have not all taken, for people who ask."""
+        return [state for slab in list(self._repairs) if (state := self._slabs[slab]).parked]
 
     # -- reading ---------------------------------------------------------------------------------
 

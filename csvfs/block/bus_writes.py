@@ -70,13 +70,15 @@ class PendingWrite:
 class SlabState:
     """A learned slab: its descriptor, where its writes go, those that wait, and what failed at this epoch."""
 
-    __slots__ = ("_failures", "descriptor", "parked", "seed", "targets")
+    __slots__ = ("_failures", "descriptor", "in_vain", "parked", "seed", "targets", "trouble")
 
     def __init__(self, descriptor: SlabDescriptor, seed: int) -> None:
         self.descriptor = descriptor
         self.seed = seed
         self.targets: list[Target] | None = None  # None: to be found before the next sending
         self.parked: list[PendingWrite] = []  # by sequence
+        self.trouble = ""  # why they could not be sent again at the last try
+        self.in_vain = False  # and waiting would not help
         self._failures: dict[DriveId, CsvfsError] = {}
 
     def set_descriptor(self, descriptor: SlabDescriptor) -> None:

@@ -105,9 +105,36 @@ def users(path: str) -> list[tuple[int, str]]:
             descriptors = os.listdir(f"/proc/{pid}/fd")
         except OSError:
             continue
-        if any(_is(f"/proc/{pid}/fd/{descriptor}", status) for descriptor in descriptors):
+        elsewhere = _fuse_mounts_besides(pid, status)
+        if any(
+            _is(f"/proc/{pid}/fd/{descriptor}", status)
+            for descriptor in descriptors
+            if not elsewhere or _mount_of(pid, descriptor) not in elsewhere
+        ):
             found.append((pid, _read(f"/proc/{pid}/comm").strip()))
     return found
+
+
+def _fuse_mounts_besides(pid: int, status: os.stat_result) -> set[str]:
+    """Ids of the process's FUSE mounts that cannot hold the file: a look at what is open there asks whoever serves it,
+    who may stand still for ever."""
+    own = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    found = set()
+    for line in _read(f"/proc/{pid}/mountinfo").splitlines():
+        mount, _, source = line.partition(" - ")
+        fields = mount.split()
+        if source.startswith("fuse") and len(fields) > 2 and (fields[2] != own or stat.S_ISBLK(status.st_mode)):
+            found.add(fields[0])
+    return found
+
+
+def _mount_of(pid: int, descriptor: str) -> str:
+    """The id of the mount that an open file lies in; empty: not known."""
+    for line in _read(f"/proc/{pid}/fdinfo/{descriptor}").splitlines():
+        name, _, value = line.partition(":")
+        if name == "mnt_id":
+            return value.strip()
+    return ""
 
 
 def describe_users(path: str) -> str:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pyfuse3
 import trio
@@ -21,12 +21,12 @@ from csvfs.block.bus import Bus
 from csvfs.block.server_links import ServerAddress, ServerLinks
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
-from csvfs.cluster.node_process import ProcessNumbers, beat_forever, call_when_signalled, run_process
+from csvfs.cluster.node_process import ProcessNumbers, call_when_signalled, run_process
 from csvfs.config import NodeConfig, check_name
 from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
-from csvfs.mount import device
-from csvfs.mount.cached_pages import devices_at, forget_pages
+from csvfs.mount import device, waits
+from csvfs.mount.admin_socket import AdminSocket
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
 from csvfs.mount.file_table import FileTable
@@ -112,7 +112,6 @@ class MountProcess:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(call_when_signalled, self._end.set)
-                nursery.start_soon(beat_forever)
                 nursery.start_soon(self._engine.run_forever)
                 nursery.start_soon(keep_view_forever, store, self._view)
                 with trio.CancelScope() as serving:
@@ -159,6 +158,7 @@ class MountProcess:
             connect=partial(connect, self._engine, timeout_s=options.connect_timeout_ms / 1000),
             on_fenced=self._fail,
             on_contact=guard.contact,
+            news=lambda: waits.news(self._facts(guard, session, bus)),
             io_timeout_s=options.io_timeout_ms / 1000,
         )
         links = ServerLinks(
@@ -197,6 +197,7 @@ class MountProcess:
             io_timeout_s=options.io_timeout_ms / 1000,
         )
         session.holder = table
+        socket = self._open_socket(nursery, lambda: self._why(self._facts(guard, session, bus)))
         nursery.start_soon(session.run_forever)
         nursery.start_soon(bus.run_forever)
         nursery.start_soon(table.run_forever)
@@ -207,7 +208,39 @@ class MountProcess:
             with trio.CancelScope(shield=True):
                 if self.failure is None:
                     await self._say_farewell(session, table)
+            if socket is not None:
+                socket.close()
             bus.close()
+
+    def _open_socket(self, nursery: trio.Nursery, why: Callable[[], dict[str, Any]]) -> AdminSocket | None:
+        """None: it cannot be made, and `csvfs why` says less; no reason not to mount."""
+        try:
+            return AdminSocket(self._engine, self._config.mount_socket(self._volume_name), nursery, why)
+        except OSError as error:
+            log.error("no socket to say what %s waits for: %s", self._volume_name, error)
+            return None
+
+    def _facts(self, guard: Guard, session: Session, bus: Bus) -> waits.Facts:
+        slabs = [
+            waits.SlabWait(
+                state.descriptor.slab, len(state.parked), state.parked[0].parked_since, state.trouble, state.in_vain
+            )
+            for state in bus.waiting()
+        ]
+        return waits.Facts(
+            now_s=trio.current_time(),
+            io_timeout_s=self._config.options.io_timeout_ms / 1000,
+            lapsed=guard.lapsed,
+            serving=guard.serving(),
+            has_owner=self._volume_name in self._view.owners,
+            unlinked_s=session.unlinked_s,
+            calls=session.waits(),
+            slabs=slabs,
+        )
+
+    def _why(self, facts: waits.Facts) -> dict[str, Any]:
+        mode, reason = waits.mode(facts)
+        return {"node": self._config.node, "mode": mode, "why": reason, "waits": waits.rows(facts)}
 
     async def _mount_and_serve(
         self, nursery: trio.Nursery, fd: int, session: Session, table: FileTable
@@ -227,7 +260,6 @@ class MountProcess:
             with trio.CancelScope(shield=True):
                 if self.failure is None:
                     await unmount_in_order(self._mount_point, channel.ended.wait)
-            forget_pages(devices_at(self._mount_point))  # or programs would read them for ever (I5)
             device.abort(self._mount_point)
             channel.close()
 

@@ -22,6 +22,7 @@ import trio
 
 from csvfs.clock import MonotonicNs, monotonic_ns
 from csvfs.errors import CsvfsError, Disconnected, Fenced, NotCoordinator, TimedOut, Unavailable
+from csvfs.mount.waits import CallWait
 from csvfs.net.calls import CallTable, field
 from csvfs.net.link import Address, Link
 
@@ -77,16 +78,18 @@ class Session:
         connect: Callable[[Address], Awaitable[Link]],
         on_fenced: Callable[[Fenced], None],
         on_contact: Callable[[int], None] = lambda sent_ns: None,
+        news: Callable[[], dict[str, Any]] = dict,
         io_timeout_s: float = 60.0,
         clock: MonotonicNs = monotonic_ns,
     ) -> None:
         """on_fenced: this incarnation was evicted, the process has to end. on_contact(sent_ns): an answer
-        came."""
+        came. news(): how this mount's I/O goes, told to the coordinator with every ping (waits.py)."""
         self._hello_args = {"volume": volume, "node": node, "incarnation": incarnation}
         self._owner = owner
         self._connect = connect
         self._on_fenced = on_fenced
         self._on_contact = on_contact
+        self._news = news
         self._io_timeout_s = io_timeout_s
         self._clock = clock
         self.holder: LeaseHolder | None = None
@@ -97,6 +100,8 @@ class Session:
         self._term = 0
         self._op = 0
         self._ops: dict[int, None] = {}  # not answered, in order
+        self._waits: dict[object, CallWait] = {}
+        self.unlinked_s: float | None = trio.current_time()  # since when there is no link; None: there is one
         self._calls = CallTable({"recall": self._serve_recall, "query": self._serve_query})
 
     # -- calls -----------------------------------------------------------------------------------
@@ -119,10 +124,23 @@ class Session:
             del self._ops[op]
 
     async def _call(self, name: str, args: dict[str, Any], op: int | None) -> Any:
+        token = object()
+        self._waits[token] = CallWait(name, args, trio.current_time())
+        try:
+            return await self._call_until_answered(name, args, op, token)
+        finally:
+            del self._waits[token]
+
+    def waits(self) -> list[CallWait]:
+        """Calls without an answer, for people who ask."""
+        return list(self._waits.values())
+
+    async def _call_until_answered(self, name: str, args: dict[str, Any], op: int | None, token: object) -> Any:
         retry_s = RETRY_S_MIN
         sent = 0
         error: CsvfsError = TimedOut(f"no coordinator for {name!r} within {self._io_timeout_s:g} s")
-        deadline = trio.current_time() + self._io_timeout_s
+        began_s = trio.current_time()
+        deadline = began_s + self._io_timeout_s
         # The deadline is told to whatever waits: a scope around all of it would cost every call some 20 us.
         while (left_s := deadline - trio.current_time()) > 0:
             link = self._link
@@ -142,6 +160,7 @@ class Session:
                 raise
             except Unavailable as failure:
                 error = failure
+                self._waits[token] = CallWait(name, args, began_s, str(failure))
                 if isinstance(failure, Disconnected):
                     continue  # waiting for the next link is pause enough
                 if isinstance(failure, NotCoordinator):
@@ -213,6 +232,7 @@ class Session:
         self._term = term
         self.hello = hello
         self._link = link
+        self.unlinked_s = None
         self._tell_changed()
         self._on_contact(sent_ns)
         return lost
@@ -242,12 +262,18 @@ class Session:
             await lost.wait()
             nursery.cancel_scope.cancel()
         link, self._link = self._link, None
+        self._note_unlinked()
         if link is not None:
             link.close(Disconnected(f"the coordinator is no longer at {link.peer}"))
+
+    def _note_unlinked(self) -> None:
+        if self.unlinked_s is None:
+            self.unlinked_s = trio.current_time()
 
     def _drop(self, link: Link, error: CsvfsError) -> None:
         if self._link is link:
             self._link = None
+            self._note_unlinked()
         link.close(Disconnected(str(error)))
 
     async def _ping_forever(self) -> None:
@@ -260,7 +286,8 @@ class Session:
             sent_ns = self._clock()
             try:
                 open_files = 0 if self.holder is None else self.holder.open_files
-                await link.call("slabs", {"ids": [], "open": open_files}, timeout_s=PING_TIMEOUT_S)
+                ping = {"ids": [], "open": open_files, **self._news()}
+                await link.call("slabs", ping, timeout_s=PING_TIMEOUT_S)
             except Fenced as fenced:
                 self._fence(fenced)
                 self._drop(link, fenced)

@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -43,6 +44,7 @@ IOVECS_MAX = 512  # below IOV_MAX (1,024)
 PEER_SILENT_MS_MAX = 8_000  # TCP gives a peer up that acknowledges nothing for this long
 
 _ANSWERS = frozenset((int(Kind.REPLY), int(Kind.ERROR), int(Kind.WRITTEN), int(Kind.READ_DATA)))
+_PEER_CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 
@@ -88,7 +90,7 @@ class Link:
         if self.closed is not None:
             return
         outgoing = self._outgoing
-        if payload is None:
+        if payload is None or len(payload) == 0:  # nothing of length 0 is ever queued: it would never leave
             frame = pack_frame(kind, request_id, head)
             outgoing.append(frame)
             self._outgoing_size += len(frame)
@@ -144,6 +146,14 @@ class Link:
             self.engine.modify(self._fd, select.EPOLLIN | select.EPOLLOUT)
 
     # -- requests and answers --------------------------------------------------------------------
+
+    @property
+    def peer_uid(self) -> int | None:
+        """The user of the process at the other end of a unix socket, as the kernel says; None: of another machine."""
+        if self.closed is not None or self._socket.family != socket.AF_UNIX:
+            return None
+        packed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        return int(_PEER_CREDENTIALS.unpack(packed)[1])
 
     @property
     def waiting_count(self) -> int:
