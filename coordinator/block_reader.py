@@ -16,7 +16,7 @@ from typing import Any
 from coordinator.slab_book import MetadataBook
 from csvfs.block.server_links import ServerAddress
 from csvfs.errors import Corrupt, CsvfsError, Disconnected, Fenced, ProtocolError, Unavailable
-from csvfs.ids import Incarnation, NodeName, SlabId, VolumeId
+from csvfs.ids import Incarnation, NodeName, SlabId, VolumeId, id_bytes
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire import control
 from csvfs.wire.block_messages import (
@@ -56,7 +56,7 @@ class _Connection:
             self._socket.settimeout(READ_TIMEOUT_S)
             answer = control.unpack_value(self.request(Kind.CALL, control.pack_call("hello", hello)).head)
             self.indexes = {
-                bytes(row["id"]): int(row["index"]) for row in answer["drives"] if row["state"] == "ok"
+                id_bytes(row["id"]): int(row["index"]) for row in answer["drives"] if row["state"] == "ok"
             }
         except (OSError, KeyError, TypeError, ValueError) as error:
             self.close()

@@ -16,7 +16,7 @@ import trio
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.placement import DriveSpace
 from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, Unavailable
-from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
+from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId, id_bytes
 from csvfs.wire.block_messages import ROLE_IN_SYNC, Member, SlabDescriptor
 
 CALL_TIMEOUT_S = 5.0
@@ -152,7 +152,7 @@ class DriveControl:
         """Chunks with writes of `writer` (None: anybody) not known to be complete on all members."""
         rows = await self.call(node, "active", {"writer": writer})
         try:
-            return [(DriveId(bytes(drive)), SlabId(int(slab)), list(chunks)) for drive, slab, chunks in rows]
+            return [(DriveId(id_bytes(drive)), SlabId(int(slab)), list(chunks)) for drive, slab, chunks in rows]
         except (TypeError, ValueError) as error:
             raise ProtocolError(f"node {node} answered active with nonsense: {error!r}") from None
 
@@ -270,7 +270,7 @@ class DriveControl:
         try:
             return [
                 Copy(
-                    VolumeId(bytes(row[0])),
+                    VolumeId(id_bytes(row[0])),
                     SlabId(int(row[1])),
                     Epoch(int(row[2])),
                     bool(row[4]),
@@ -286,7 +286,7 @@ class DriveControl:
         answer = await self.call(node, "status", {})
         try:
             return [
-                DriveSpace(DriveId(bytes(row["id"])), node, int(row["free_slots"]), int(row["slots"]))
+                DriveSpace(DriveId(id_bytes(row["id"])), node, int(row["free_slots"]), int(row["slots"]))
                 for row in answer["drives"]
                 if row["state"] == "ok" and not row.get("failure")
             ]

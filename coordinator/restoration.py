@@ -19,7 +19,7 @@ from coordinator.drive_control import DriveControl
 from coordinator.slab_changes import SLABS_PER_CHANGE_MAX, SlabChanges
 from csvfs.block import slab_state
 from csvfs.errors import CsvfsError, Fenced, NotFound
-from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
+from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_JOINING, SlabDescriptor
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Census:
     nodes: dict[NodeName, Incarnation] = field(default_factory=dict)  # those that were asked
     node_of: dict[DriveId, NodeName] = field(default_factory=dict)
     lost: set[DriveId] = field(default_factory=set)  # drives that may not hold all that was acknowledged
+    epochs: dict[SlabId, dict[DriveId, Epoch]] = field(default_factory=dict)  # of copies in service, as installed
     patience_over: bool = False
 
     def judge(self, descriptor: SlabDescriptor) -> Judgement:
@@ -90,6 +91,14 @@ class Census:
         slab = descriptor.slab
         here = self.returned(slab).intersection(member.drive for member in descriptor.in_sync)
         return bool(here) and not self.serving(slab) and self.judge(descriptor) == Judgement()
+
+    def is_behind(self, descriptor: SlabDescriptor) -> bool:
+        """A change was committed and not installed: whoever committed it ended in between."""
+        installed = self.epochs.get(descriptor.slab, {})
+        return any(
+            member.drive in installed and installed[member.drive] < descriptor.epoch
+            for member in descriptor.writable
+        )
 
     def serving(self, slab: SlabId) -> set[DriveId]:
         return {drive for drive, in_service in self.copies.get(slab, {}).items() if in_service}
@@ -129,6 +138,8 @@ async def take_census(
                         if copy.contents_lost:
                             census.lost.add(drive)
                         found.setdefault(copy.slab, {})[drive] = copy.in_service
+                        if copy.in_service:
+                            census.epochs.setdefault(copy.slab, {})[drive] = copy.epoch
         except Fenced:
             raise
         except CsvfsError as error:
@@ -149,8 +160,11 @@ async def restore(changes: SlabChanges, census: Census, since: int) -> list[Slab
     """
     unsettled: list[SlabId] = []
     part: dict[SlabId, Judgement] = {}
+    behind: list[SlabId] = []
     for descriptor in changes.book.all():
         judgement = census.judge(descriptor)
+        if judgement == Judgement() and census.is_behind(descriptor):
+            behind.append(descriptor.slab)
         if census.must_wait(descriptor):
             unsettled.append(descriptor.slab)
         if judgement != Judgement() and changes.has_changed(descriptor.slab, since):
@@ -162,6 +176,8 @@ async def restore(changes: SlabChanges, census: Census, since: int) -> list[Slab
             part = {}
     if part:
         unsettled += await _carry_out(changes, part)
+    for start in range(0, len(behind), SLABS_PER_CHANGE_MAX):
+        unsettled += await changes.settle(behind[start : start + SLABS_PER_CHANGE_MAX])
     return unsettled
 
 

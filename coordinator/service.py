@@ -244,7 +244,7 @@ class Service:
 
     async def hello(self, link: Link, args: Args) -> dict[str, Any]:
         """A mount introduces itself; the link is its from now on. Raises Fenced, and as `desk.welcome`."""
-        node, incarnation = NodeName(field(args, "node", str)), Incarnation(field(args, "incarnation", int))
+        node, incarnation = NodeName(field(args, "node", str)), Incarnation(arguments.number(args, "incarnation"))
         session = await self.desk.welcome(node, incarnation)
         if link.closed is not None:
             raise link.closed
@@ -453,6 +453,8 @@ class Service:
         ids = field(args, "ids", list)
         if len(ids) > SLABS_ASKED_MAX:
             raise BadRequest(f"{len(ids)} slabs asked for at once; at most {SLABS_ASKED_MAX}")
+        if not all(isinstance(slab, int) and 0 <= slab <= arguments.I64_MAX for slab in ids):
+            raise BadRequest("slab ids are whole numbers")
         open_files = arguments.optional_number(args, "open")
         session.open_files = session.open_files if open_files is None else open_files
         if isinstance(args.get("mode"), str):

@@ -47,34 +47,3 @@ def test_a_process_is_killed_and_nothing_is_lost_and_no_program_sees_an_error(
     for where in ("elsewhere", "at fault"):  # each kind of program was at work after the fault, on both sides of it
         assert all(row["pauses"][where][group]["answers"] > 0 for group in MEASURED)
     assert "<svg" in drawn.read_text()
-
-
-# Opens a file, has its page cached, says what it reads, and says it again whenever it is asked.
-READER = """
-import os, sys
-file = os.open(sys.argv[1], os.O_RDONLY)
-while True:
-    try:
-        print(os.pread(file, 4096, 0)[:3].decode(), flush=True)
-    except OSError as error:
-        print(error, flush=True)
-    if not sys.stdin.readline():
-        break
-"""
-
-
-def test_I5_a_program_reads_no_page_that_was_cached_by_a_mount_that_was_killed(lab: LabCluster) -> None:
-    path = "/clusterstorage/Drill/page"
-    write = ("dd", f"of={path}", "bs=4096", "conv=notrunc,sync")
-    lab.run("n2", *write, input=b"old")
-    reader = lab.start_command(
-        "n1", "python3", "-c", READER, path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert reader.stdout is not None and reader.stdin is not None
-    assert reader.stdout.readline() == b"old\n"
-    lab.kill("n1", "mount")
-    lab.run("n2", *write, input=b"new")  # waits until the mount of n1 is out, or back
-    reader.stdin.write(b"\n")
-    reader.stdin.flush()
-    assert reader.stdout.readline() != b"old\n"
-    reader.communicate(timeout=60)

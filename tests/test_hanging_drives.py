@@ -263,16 +263,47 @@ async def test_a_process_that_beats_or_that_never_did_is_let_be(tmp_path, nurser
         await process.stop(grace_s=0)
 
 
-async def test_a_silence_is_told_once_and_a_process_that_may_be_silent_is_let_be(tmp_path, nursery):
-    told = []
+WRITER = """
+import os, sys, threading, time
+target, log = sys.argv[1:]
+def write():
+    with open(target, "wb") as file:
+        file.write(b"x" * 4096)
+threading.Thread(target=write).start()
+with open(log, "a") as file:
+    file.write(f"{os.getpid()}\\n")
+time.sleep(1000)
+"""
 
-    async def on_silent():
-        told.append(process.pid)
 
-    with child(tmp_path, "beats twice", hang_s=math.inf) as (process, log):
-        process.plan.silent_s, process.plan.on_silent = 0.3, on_silent
+def writer_hangs(pid: int) -> bool:
+    """Whether the second thread of a WRITER waits in the kernel, and not only for a moment."""
+    for _ in range(10):
+        stats = [path / "stat" for path in Path(f"/proc/{pid}/task").glob("*") if path.name != str(pid)]
+        if not any(stat.read_text().rpartition(")")[2].split()[0] == "D" for stat in stats):
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@needs_root
+async def test_a_killed_process_is_replaced_while_a_thread_of_it_hangs_in_the_kernel(tmp_path, nursery):
+    """As of a mount that is killed while it takes pages back: that thread ends only when the mount does."""
+    numbers, log = iter(range(1, 100)), tmp_path / "pids"
+
+    async def incarnation() -> Incarnation:
+        return Incarnation(next(numbers))
+
+    with freezable_fs(tmp_path / "fs") as fs:
+        fs.freeze()
+        argv = [sys.executable, "-c", WRITER, str(fs.folder / "file"), str(log)]
+        plan = ChildPlan("mount", argv, lambda _: dict(os.environ), incarnation, tmp_path / "log", 0.1, math.inf)
+        process = Child(plan)
         nursery.start_soon(process.keep_running)
-        await wait(lambda: told)
-        await trio.sleep(1.0)
-        assert len(told) == 1 and started(log) == 1
+        await wait(lambda: started(log) == 1 and writer_hangs(process.pid))
+        killed = process.pid
+        os.kill(killed, signal.SIGKILL)
+        await wait(lambda: started(log) == 2)
+        assert process.pid != killed and writer_hangs(killed)
+        fs.thaw()
         await process.stop(grace_s=0)

@@ -6,9 +6,10 @@ import trio
 
 from coordinator import host as host_module
 from csvfs.block.server_links import ServerLinks
+from csvfs.block.slab_state import bump
 from csvfs.errors import Unavailable
 from csvfs.store.embedded import EmbeddedStore
-from tests.coordinator_cluster import NAME
+from tests.coordinator_cluster import NAME, VOLUME
 from tests.test_service import block_of, cluster_of
 
 STEPS_MAX = 120
@@ -112,3 +113,35 @@ async def test_a_volume_that_could_not_be_given_up_is_given_up_when_the_store_ca
             while await cluster.wait_serving() is first:
                 await trio.sleep(0.01)
         assert len(tries) >= 3
+
+
+async def test_I1_a_change_that_was_committed_and_not_installed_is_installed_by_the_next_coordinator(
+    tmp_path, monkeypatch
+):
+    """Simulator seed 128202: a slab whose members stayed at an earlier epoch for ever, until somebody wrote to it."""
+    async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
+        mount = await cluster.mount("n1")
+        ino = await mount.make(b"file")
+        await mount.acquire(ino, 3)
+        await mount.write(ino, block_of("a"))
+        service = await cluster.wait_serving()
+        slab = next(iter(service.changes.book.all())).slab
+        name = next(name for name, host in cluster.hosts.items() if NAME in host.owned)
+
+        async def never_installed(slabs):
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(service.changes, "settle", never_installed)
+        cluster.nursery.start_soon(service.changes.change, slab, bump)
+        epoch = service.changes.book.current(slab).epoch
+        await cluster.wait(lambda: service.changes.book.current(slab).epoch > epoch)
+        await service.changes.book.wait_durable()
+        await cluster.kill_host(name)
+        after = await cluster.wait_serving()
+
+        def installed() -> bool:
+            drives = [server.service.drives.by_id(server.drive_id) for server in cluster.servers.values()]
+            copies = [drive.opened().find(VOLUME, slab) for drive in drives]
+            return all(copy.epoch == after.changes.book.current(slab).epoch > epoch for copy in copies)
+
+        await cluster.wait(installed)

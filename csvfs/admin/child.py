@@ -8,7 +8,6 @@ Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fir
 Hangs      A child that has begun to beat (cluster/node_process.py) and has not for `hang_s` is killed: its thread hangs
            in the kernel, most likely because a drive does. It may be there for as long as the drive hangs; its
            successor is started all the same, and copes with what it holds (block/in_use.py, block/drive_server.py).
-Silence    Shorter than that, and no reason to kill: `on_silent` is called.
 """
 
 import logging
@@ -32,14 +31,11 @@ logger = logging.getLogger(__name__)
 RAN_WELL_S = 10.0
 BACKOFF_FIRST_S = 0.1
 HANG_S = 10.0
+STOPPED_POLL_S = 0.25
 KILL_WAIT_S = 5.0  # a killed process that is still there after this long hangs in the kernel
 
 
 async def _nothing(incarnation: Incarnation) -> None:
-    pass
-
-
-async def _nothing_silent() -> None:
     pass
 
 
@@ -54,8 +50,6 @@ class ChildPlan:
     log_path: Path
     backoff_max_s: float
     hang_s: float = HANG_S
-    silent_s: float = math.inf  # no beat for so long: `on_silent`, once for each silence
-    on_silent: Callable[[], Awaitable[None]] = _nothing_silent
     before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
     after: Callable[[Incarnation], Awaitable[None]] = _nothing  # as soon as it is dead, before the next start
 
@@ -111,7 +105,7 @@ class Child:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_when_it_hangs, beats, nursery.cancel_scope)
                 try:
-                    await wait_dead(process)
+                    await wait_stopped(process)
                 except OSError as error:
                     failure = error  # carried out of the nursery, which would wrap it in a group
                 nursery.cancel_scope.cancel()
@@ -144,7 +138,7 @@ class Child:
 
     async def _end_when_it_hangs(self, beats: int, scope: trio.CancelScope) -> None:
         """Cancel `scope` when no beat has come for hang_s since the last one. One that never beats is let be."""
-        patience_s, is_told = math.inf, True
+        patience_s = math.inf
         while True:
             with trio.move_on_after(patience_s):
                 await trio.lowlevel.wait_readable(beats)
@@ -152,15 +146,10 @@ class Child:
                 if not os.read(beats, 4096):
                     return  # it has ended, or closed the pipe
             except BlockingIOError:
-                if not is_told:
-                    is_told, patience_s = True, self.plan.hang_s - self.plan.silent_s
-                    await self.plan.on_silent()
-                    continue
-                logger.error("%s (pid %d) hangs: no beat for %.0f s", self.plan.role, self.pid, self.plan.hang_s)
+                logger.error("%s (pid %d) hangs: no beat for %.0f s", self.plan.role, self.pid, patience_s)
                 scope.cancel()
                 return
-            is_told = self.plan.silent_s >= self.plan.hang_s
-            patience_s = min(self.plan.silent_s, self.plan.hang_s)
+            patience_s = self.plan.hang_s
 
     async def _end(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None and self._grace_s > 0:
@@ -213,6 +202,29 @@ async def wait_dead(process: subprocess.Popen[bytes]) -> None:
     finally:
         os.close(descriptor)
     process.poll()
+
+
+async def wait_stopped(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process has ended, or runs no more while a thread of it hangs in the kernel. Cancel: safe.
+
+    A mount that is killed while it takes pages back from the kernel is such a one: that thread waits for a page which
+    only an answer of this same mount would unlock, so it ends when somebody ends the mount, and not before. A pidfd
+    says nothing until all threads are gone (not even one of the first thread alone, since Linux 6.15), so we look.
+    """
+    while not _is_zombie(process.pid):
+        with trio.move_on_after(STOPPED_POLL_S):
+            await wait_dead(process)
+            return
+    process.poll()
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether the first thread of our child, which is not reaped yet, has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False  # reaped: wait_dead sees it
+    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def bound_log(path: Path, size_max: int) -> None:

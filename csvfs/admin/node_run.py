@@ -16,7 +16,6 @@ Invariants
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -48,7 +47,6 @@ from csvfs.cluster.node_process import (
 from csvfs.config import CONFIG_ENVIRONMENT, NodeConfig, check_name, load_config
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, Unavailable
 from csvfs.ids import Incarnation
-from csvfs.mount.cached_pages import devices_at, forget_pages
 from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
 from csvfs.store.opening import etcd_place, is_etcd, open_store
 from csvfs.wire.control import pack_value
@@ -56,9 +54,6 @@ from csvfs.wire.control import pack_value
 logger = logging.getLogger(__name__)
 RETRY_S = 0.2
 LOG_CHECK_S = 5.0
-# A mount that stands still may be evicted 4.5 s after it was told anything (mount/guard.py): by then the kernel must
-# have forgotten what it cached for it (I5).
-MOUNT_SILENT_S = 2.0
 
 ROLE_DRIVES, ROLE_COORDINATOR, ROLE_MOUNT, ROLE_DESK = "drives", "coordinator", "mount", "desk"
 
@@ -350,23 +345,15 @@ class _NodeLease:
     def _mount_plan(self, volume_name: str) -> ChildPlan:
         point = self._root.path / volume_name
 
-        async def forget() -> None:
-            count = await trio.to_thread.run_sync(lambda: forget_pages(devices_at(point)))
-            if count:
-                logger.info("volume %s: cached pages of %d open files are dropped", volume_name, count)
-
         async def before(incarnation: Incarnation) -> None:
-            await forget()
             unmount_lazily(point)
             self._root.make_point(volume_name)
 
         async def after(incarnation: Incarnation) -> None:
-            await forget()  # before anybody hears that it is dead (I5)
             unmount_lazily(point)
 
         plan = self._plan(f"{ROLE_MOUNT}-{volume_name}", (*self._commands.mount, volume_name))
         plan.before, plan.after = before, after
-        plan.hang_s, plan.silent_s, plan.on_silent = math.inf, MOUNT_SILENT_S, forget
         return plan
 
     async def _end_mount(self, volume_name: str, child: Child) -> None:

@@ -21,6 +21,7 @@ from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, Volum
 from csvfs.net.calls import CallTable, field, optional_field
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link
+from csvfs.units import BLOCKS_PER_CHUNK
 from csvfs.wire.block_messages import ROLE_IN_SYNC, ROLE_JOINING
 
 NO_VOLUME = VolumeId(b"")
@@ -157,16 +158,21 @@ class DriveCalls:
     async def install(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         volume = _client(link).volume
-        alone = set(optional_field(args, "alone", list) or ())
+        alone = optional_field(args, "alone", list) or []
+        if not all(isinstance(number, int) for number in alone):
+            raise BadRequest("argument 'alone' must be numbers of items")
+        counted_alone = set(alone)
         refused = []
-        for number, row in enumerate(self._rows(args, 4)):
-            drive_id, slab, epoch, role = row
+        rows = self._rows(args, 4)
+        if not all(isinstance(drive_id, bytes) for drive_id, _, _, _ in rows):
+            raise BadRequest("items must name drives by their ids")
+        for number, (drive_id, slab, epoch, role) in enumerate(rows):
             try:
                 served = self._service.drives.by_id(DriveId(drive_id))
-                if role not in (ROLE_IN_SYNC, ROLE_JOINING) or not isinstance(epoch, int):
+                if role not in (ROLE_IN_SYNC, ROLE_JOINING) or not isinstance(epoch, int) or not isinstance(slab, int):
                     raise BadRequest(f"role {role!r} at epoch {epoch!r} cannot be installed")
                 await self._service.install(
-                    served, volume, SlabId(slab), Epoch(epoch), role, term, alone=number in alone
+                    served, volume, SlabId(slab), Epoch(epoch), role, term, alone=number in counted_alone
                 )
             except CsvfsError as error:
                 refused.append([drive_id, slab, str(error)])
@@ -179,8 +185,10 @@ class DriveCalls:
         return rows
 
     def trim(self, link: Link, args: dict[str, Any]) -> None:
-        client = _client(link)
-        for index, slab, epoch, block, count in self._rows(args, 5):
+        client, rows = _client(link), self._rows(args, 5)
+        if not all(isinstance(number, int) for row in rows for number in row):
+            raise BadRequest("items of a trim are whole numbers")
+        for index, slab, epoch, block, count in rows:
             served = self._service.drives.by_index(index)
             copy = self._service.drives.copy_in_service(served, client.volume, SlabId(slab))
             if epoch != copy.epoch:
@@ -251,7 +259,10 @@ class DriveCalls:
         epoch = Epoch(field(args, "epoch", int))
         if epoch != copy.epoch:
             raise StaleEpoch(f"slab {copy.slab} is at epoch {copy.epoch}, not {epoch}")
-        copy.stamp_chunks(field(args, "chunks", list), epoch)
+        chunks = field(args, "chunks", list)
+        if not all(isinstance(chunk, int) and 0 <= chunk < copy.block_count // BLOCKS_PER_CHUNK for chunk in chunks):
+            raise BadRequest(f"chunks out of range for slab {copy.slab}")
+        copy.stamp_chunks(chunks, epoch)
 
     async def pull(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         self._check_term(link, args)

@@ -21,7 +21,7 @@ from csvfs.block.compression import Asking
 from csvfs.block.pace import INTERVAL_S, Load, Pacer
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.errors import BadRequest, Corrupt, CsvfsError, ProtocolError, StaleEpoch
-from csvfs.ids import DriveId, Epoch, Incarnation
+from csvfs.ids import DriveId, Epoch, Incarnation, id_bytes
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, connect
 from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE
@@ -47,7 +47,7 @@ class Source:
     @staticmethod
     def from_wire(value: dict[str, Any]) -> "Source":
         try:
-            return Source(str(value["address"]), int(value["port"]), DriveId(bytes(value["drive"])))
+            return Source(str(value["address"]), int(value["port"]), DriveId(id_bytes(value["drive"])))
         except (KeyError, TypeError, ValueError) as error:
             raise BadRequest(f"not a source to pull from: {error!r}") from None
 

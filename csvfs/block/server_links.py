@@ -13,7 +13,7 @@ import trio
 
 from csvfs.clock import monotonic_ns
 from csvfs.errors import Disconnected, DriveFailed, Fenced, ProtocolError, Unavailable
-from csvfs.ids import DriveId, Incarnation, NodeName, VolumeId
+from csvfs.ids import DriveId, Incarnation, NodeName, VolumeId, id_bytes
 from csvfs.net.engine import Engine
 from csvfs.net.link import Address, Link, connect
 from csvfs.wire.control import pack_call
@@ -239,7 +239,7 @@ def _parse_drives(node: NodeName, rows: Any) -> dict[DriveId, RemoteDrive]:
     drives = {}
     try:
         for row in rows:
-            drive = DriveId(bytes(row["id"]))
+            drive = DriveId(id_bytes(row["id"]))
             drives[drive] = RemoteDrive(drive, int(row["index"]), str(row["path"]), str(row["state"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(

@@ -21,13 +21,12 @@ from csvfs.block.bus import Bus
 from csvfs.block.server_links import ServerAddress, ServerLinks
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
-from csvfs.cluster.node_process import ProcessNumbers, beat_forever, call_when_signalled, run_process
+from csvfs.cluster.node_process import ProcessNumbers, call_when_signalled, run_process
 from csvfs.config import NodeConfig, check_name
 from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.mount import device, waits
 from csvfs.mount.admin_socket import AdminSocket
-from csvfs.mount.cached_pages import devices_at, forget_pages
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
 from csvfs.mount.file_table import FileTable
@@ -113,7 +112,6 @@ class MountProcess:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(call_when_signalled, self._end.set)
-                nursery.start_soon(beat_forever)
                 nursery.start_soon(self._engine.run_forever)
                 nursery.start_soon(keep_view_forever, store, self._view)
                 with trio.CancelScope() as serving:
@@ -262,7 +260,6 @@ class MountProcess:
             with trio.CancelScope(shield=True):
                 if self.failure is None:
                     await unmount_in_order(self._mount_point, channel.ended.wait)
-            forget_pages(devices_at(self._mount_point))  # or programs would read them for ever (I5)
             device.abort(self._mount_point)
             channel.close()
 

@@ -90,7 +90,7 @@ class Link:
         if self.closed is not None:
             return
         outgoing = self._outgoing
-        if payload is None:
+        if payload is None or len(payload) == 0:  # nothing of length 0 is ever queued: it would never leave
             frame = pack_frame(kind, request_id, head)
             outgoing.append(frame)
             self._outgoing_size += len(frame)

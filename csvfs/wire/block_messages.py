@@ -11,7 +11,7 @@ from typing import Any, cast
 from crc32c import crc32c
 
 from csvfs.errors import ProtocolError
-from csvfs.ids import DriveId, Epoch, NodeName, SlabId, VolumeId
+from csvfs.ids import DriveId, Epoch, NodeName, SlabId, VolumeId, id_bytes
 from csvfs.units import BLOCK_SIZE
 
 BLOCK_HEAD = struct.Struct("<QQQIIIHH")  # slab, sequence, completed_below, epoch, block, count, drive, flags
@@ -112,7 +112,7 @@ class SlabDescriptor:
         try:
             slab, epoch, rows = cast(Iterable[Any], value)
             members = tuple(
-                Member(DriveId(bytes(drive)), NodeName(str(node)), int(role), Epoch(int(since)))
+                Member(DriveId(id_bytes(drive)), NodeName(str(node)), int(role), Epoch(int(since)))
                 for drive, node, role, since in rows
             )
             descriptor = SlabDescriptor(SlabId(int(slab)), Epoch(int(epoch)), members)
