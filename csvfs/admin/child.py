@@ -50,7 +50,9 @@ class ChildPlan:
     log_path: Path
     backoff_max_s: float
     hang_s: float = HANG_S
+    keep: Callable[[], tuple[int, ...]] = tuple  # descriptors that it inherits, asked for at each start
     before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
+    stopped: Callable[[Incarnation], Awaitable[None]] = _nothing  # it runs no more by itself, but may hang in the kernel
     after: Callable[[Incarnation], Awaitable[None]] = _nothing  # as soon as it is dead, before the next start
 
 
@@ -109,6 +111,8 @@ class Child:
                 except OSError as error:
                     failure = error  # carried out of the nursery, which would wrap it in a group
                 nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True), trio.move_on_after(KILL_WAIT_S):
+                await self.plan.stopped(incarnation)
         finally:
             os.close(beats)
             with trio.CancelScope(shield=True):
@@ -129,7 +133,7 @@ class Child:
         beats, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             environment = self.plan.environment(incarnation) | {BEAT_ENVIRONMENT: str(theirs)}
-            return beats, spawn(self.plan.argv, environment, self.plan.log_path, keep=(theirs,))
+            return beats, spawn(self.plan.argv, environment, self.plan.log_path, keep=(theirs, *self.plan.keep()))
         except BaseException:
             os.close(beats)
             raise

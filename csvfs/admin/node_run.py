@@ -29,7 +29,7 @@ from csvfs.admin.child import Child, ChildPlan, bound_log
 from csvfs.admin.claim_watch import claim_forever
 from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.evicted_watch import raise_when_evicted
-from csvfs.admin.mount_points import unmount_lazily
+from csvfs.admin.mount_keeper import MountKeeper
 from csvfs.admin.node_standing import Standing, note_orderly_end, read_standing
 from csvfs.admin.reach_watch import report_reach_forever
 from csvfs.admin.run_lock import run_dir_lock
@@ -343,17 +343,8 @@ class _NodeLease:
         self._poked.set()
 
     def _mount_plan(self, volume_name: str) -> ChildPlan:
-        point = self._root.path / volume_name
-
-        async def before(incarnation: Incarnation) -> None:
-            unmount_lazily(point)
-            self._root.make_point(volume_name)
-
-        async def after(incarnation: Incarnation) -> None:
-            unmount_lazily(point)
-
         plan = self._plan(f"{ROLE_MOUNT}-{volume_name}", (*self._commands.mount, volume_name))
-        plan.before, plan.after = before, after
+        MountKeeper(self._root, volume_name).look_after(plan)
         return plan
 
     async def _end_mount(self, volume_name: str, child: Child) -> None:

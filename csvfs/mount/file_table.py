@@ -27,7 +27,7 @@ from csvfs.mount.file_state import (
 )
 from csvfs.mount.guard import Guard
 from csvfs.mount.holes import Holes
-from csvfs.mount.leases import Coordinator, Leases
+from csvfs.mount.leases import Coordinator, KeptInodes, Leases
 from csvfs.mount.read_path import ReadPath
 from csvfs.mount.recall import KernelNotifier, Recaller
 from csvfs.mount.reports import Reports
@@ -62,7 +62,9 @@ class FileTable:
         io_timeout_s: float = 60.0,
         times_s: float = TIMES_S,
         inodes_max: int = INODES_MAX,
+        kept: KeptInodes | None = None,
     ) -> None:
+        """kept: is told of every inode of which the kernel may cache something."""
         self._coordinator = coordinator
         self._bus = bus
         self._notifier = notifier
@@ -74,7 +76,7 @@ class FileTable:
         self._forgotten: dict[int, None] = {}
         self._io_timeout_s = io_timeout_s
         self.open_files = 0  # by programs here, each as often as it is open
-        self.leases = Leases(coordinator, bus)
+        self.leases = Leases(coordinator, bus, kept)
         self._recaller = Recaller(self.leases, notifier, nursery, self._lowered)
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
         self._reports = Reports(self.leases, coordinator, self._timed)
@@ -398,6 +400,6 @@ class FileTable:
             return False
         held = state.lease > LEASE_NONE or cached
         self._forgotten.pop(state.ino, None)
-        del self.leases.states[state.ino]
+        self.leases.drop(state)
         self._timed.pop(state, None)
         return held

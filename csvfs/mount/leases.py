@@ -52,11 +52,29 @@ class Coordinator(Protocol):
     async def call(self, name: str, args: dict[str, Any], /) -> Any: ...
 
 
+class KeptInodes(Protocol):
+    """See held_session.InodeTable."""
+
+    def add(self, ino: int) -> None: ...
+    def remove(self, ino: int) -> None: ...
+
+
+class NothingKept:
+    """Nobody clears up behind this mount."""
+
+    def add(self, ino: int) -> None:
+        pass
+
+    def remove(self, ino: int) -> None:
+        pass
+
+
 class Leases:
     """All inodes this mount knows something of."""
 
-    def __init__(self, coordinator: Coordinator, bus: BlockBus) -> None:
+    def __init__(self, coordinator: Coordinator, bus: BlockBus, kept: KeptInodes | None = None) -> None:
         self._coordinator = coordinator
+        self._kept: KeptInodes = kept or NothingKept()
         self._bus = bus
         self.states: dict[int, FileState] = {}  # the longest not looked up first
         self.releasing: dict[int, trio.Event] = {}  # `release` sent, not answered
@@ -93,7 +111,13 @@ class Leases:
         state = self.states.get(ino)
         if state is None:
             state = self.states[ino] = FileState(ino)
+            self._kept.add(ino)
         return state
+
+    def drop(self, state: FileState) -> None:
+        """Forget an inode of which the kernel caches nothing."""
+        del self.states[state.ino]
+        self._kept.remove(state.ino)
 
     def granted(self, ino: int, kind: int, attr: list | None, asked: int, changed: bool = False) -> FileState:
         """A reply said what is held on `ino`, and its attributes. Call before the next await after the reply.
@@ -242,6 +266,7 @@ class Leases:
                 reply = await self._coordinator.call("acquire", args)
                 # Here, before any await (see "Order").
                 self.states.setdefault(state.ino, state)
+                self._kept.add(state.ino)
                 self.granted(state.ino, reply["lease"], reply.get("attr"), asked)
                 if reply["lease"] >= LEASE_READ:
                     self._take_answer(state, args, reply)

@@ -31,6 +31,7 @@ from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
 from csvfs.mount.file_table import FileTable
 from csvfs.mount.guard import Guard
+from csvfs.mount.held_session import inherited_session
 from csvfs.mount.notify import KernelNotifier
 from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.owner import VolumeOwner
@@ -99,6 +100,7 @@ class MountProcess:
         self._engine = Engine()
         self._view = View()
         self._end = trio.Event()
+        self._held = inherited_session()
         self.failure: CsvfsError | None = None
 
     def _follow_volume(self, bus: Bus) -> None:
@@ -184,7 +186,7 @@ class MountProcess:
         self._view.on_change(lambda: self._follow_volume(bus))
         self._follow_volume(bus)
         bus.on_fenced = self._fail
-        fd = device.open_device()
+        fd, kept = self._held or (device.open_device(), None)
         notifier = KernelNotifier(fd)
         times_s = options.attribute_report_ms / 1000
         table = FileTable(
@@ -195,6 +197,7 @@ class MountProcess:
             nursery=nursery,
             times_s=times_s,
             io_timeout_s=options.io_timeout_ms / 1000,
+            kept=kept,
         )
         session.holder = table
         socket = self._open_socket(nursery, lambda: self._why(self._facts(guard, session, bus)))
