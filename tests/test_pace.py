@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csvfs.block.pace import (
-    CHUNKS_AT_ONCE_BUSY,
     RATE_MAX,
     RATE_MIN,
     RATE_START,
@@ -16,7 +15,7 @@ from csvfs.block.pace import (
     Pacer,
     next_rate,
 )
-from csvfs.units import CHUNK_SIZE, MIB
+from csvfs.units import MIB
 
 LEVELS = st.integers(0, len(SPEEDS) - 1)
 LATENCY = st.floats(1, 1e6)
@@ -116,17 +115,3 @@ async def test_pulls_of_one_drive_share_its_rate(autojump_clock):
 async def take_often(pacer: Pacer) -> None:
     for _ in range(8):
         await pacer.take(MIB)
-
-
-async def test_copies_go_in_small_pieces_and_small_bursts_while_somebody_is_at_work(autojump_clock):
-    pacer = Pacer()
-    assert pacer.chunks_at_once(16) == 16
-    pacer.adjust([Load(100.0, 100.0)])
-    assert pacer.busy and pacer.chunks_at_once(16) == CHUNKS_AT_ONCE_BUSY and pacer.chunks_at_once(1) == 1
-    began_s, taken = trio.current_time(), 0
-    while trio.current_time() < began_s + 1:
-        await pacer.take(CHUNKS_AT_ONCE_BUSY * CHUNK_SIZE)
-        taken += CHUNKS_AT_ONCE_BUSY * CHUNK_SIZE
-    assert 0.98 * pacer.rate < taken < 1.02 * pacer.rate
-    pacer.adjust([Load(None, 100.0)])
-    assert pacer.chunks_at_once(16) == 16

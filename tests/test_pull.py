@@ -3,10 +3,10 @@
 import pytest
 import trio
 
-from csvfs.block import block_service, pull
-from csvfs.block.pace import CHUNKS_AT_ONCE_BUSY, SPEEDS, Pacer
+from csvfs.block import block_service
+from csvfs.block.pace import SPEEDS, Pacer
 from csvfs.errors import BadRequest, Corrupt, StaleEpoch
-from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK
+from csvfs.units import BLOCK_SIZE
 from tests.block_cluster import SLAB, BlockCluster, write
 
 
@@ -177,31 +177,4 @@ async def test_a_write_puts_right_a_block_that_was_lost(tmp_path):
         assert (await cluster.owner.resync(SLAB, target, even_if_lost=True))["lost"] == [3]
         await write(bus, 3, b"z" * BLOCK_SIZE)
         assert [block_of(server, 3)[:1] for server in cluster.servers] == [b"z"] * 3
-        nursery.cancel_scope.cancel()
-
-
-async def test_while_programs_are_at_work_a_pull_reads_small_pieces_and_still_copies_all(tmp_path, monkeypatch):
-    sizes = []
-
-    async def counting_read(link, index, slab, epoch, block, blocks, *rest):
-        sizes.append(blocks)
-        return await read_blocks(link, index, slab, epoch, block, blocks, *rest)
-
-    read_blocks = pull.read_blocks
-    monkeypatch.setattr(pull, "read_blocks", counting_read)
-    monkeypatch.setattr(Pacer, "busy", property(lambda pacer: len(sizes) < 8))
-    async with trio.open_nursery() as nursery:
-        cluster = BlockCluster(tmp_path, nursery)
-        await cluster.start()
-        bus = cluster.bus()
-        await cluster.servers[2].kill()
-        for block in range(0, 1024, 16):
-            await write(bus, block, bytes([block % 251 + 1]) * BLOCK_SIZE * 16)
-        await cluster.servers[2].start(nursery)
-        pulled = await cluster.owner.resync(SLAB, cluster.servers[2])
-        assert pulled["bytes"] == 1024 * BLOCK_SIZE == sum(sizes) * BLOCK_SIZE
-        assert set(sizes[:8]) == {CHUNKS_AT_ONCE_BUSY * BLOCKS_PER_CHUNK}
-        assert max(sizes[8:]) > CHUNKS_AT_ONCE_BUSY * BLOCKS_PER_CHUNK
-        contents = {bytes(server.copy().read_blocks(0, 1024)[1]) for server in cluster.servers}
-        assert len(contents) == 1
         nursery.cancel_scope.cancel()

@@ -30,10 +30,7 @@ LAG_US_FREE = 500.0  # a timer may be so late without anybody having waited
 REQUESTS_MIN = 5
 BUSY_SHARE_MIN = 0.01
 _DOWN, _UP = 0.5, 1.25
-_BURST_S, _BURST_BUSY_S = 0.05, 0.005  # what may be taken at once after a wait
-# While somebody is at work, copies go in pieces of so many chunks. Reading, sending or storing 1 MiB takes an
-# engine 0.3 to 1 ms, for which all requests there wait; 128 KiB take it a tenth of a millisecond.
-CHUNKS_AT_ONCE_BUSY = 2
+_BURST_S = 0.05  # what may be taken at once after a wait
 
 
 def next_rate(level: int, latency_us: float | None, baseline_us: float, rate: float) -> float:
@@ -124,19 +121,10 @@ class Pacer:
         worst = max(busy, key=lambda load: load.slowdown, default=Load(None, 1.0))
         self.rate = next_rate(self.level, worst.latency_us, worst.baseline_us, self.rate)
 
-    @property
-    def busy(self) -> bool:
-        """Somebody is at work here or at a source."""
-        return self.rate < RATE_MAX
-
-    def chunks_at_once(self, wanted: int) -> int:
-        """In how large pieces to pull now: nobody shall wait long behind one."""
-        return min(wanted, CHUNKS_AT_ONCE_BUSY) if self.busy else wanted
-
     async def take(self, size: int) -> None:
         """Wait until `size` bytes may be pulled. Cancel safe."""
         now_s = trio.current_time()
-        start_s = max(self._free_at_s, now_s - (_BURST_BUSY_S if self.busy else _BURST_S))
+        start_s = max(self._free_at_s, now_s - _BURST_S)
         self._free_at_s = start_s + size / self.rate
         if start_s > now_s:
             await trio.sleep(start_s - now_s)

@@ -168,11 +168,8 @@ class Pull:
         async def work() -> None:
             while runs and not errors:
                 first, count = runs.pop()
-                piece = self._pacer.chunks_at_once(count) if self._pacer is not None else count
-                if piece < count:
-                    runs.append((first + piece, count - piece))
                 try:
-                    await self._copy_run(link, index, first, piece)
+                    await self._copy_run(link, index, first, count)
                 except CsvfsError as error:
                     errors.append(error)
 
