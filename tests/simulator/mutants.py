@@ -232,7 +232,10 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
 # Its copies do not become equal, or the volume cannot be read: seen before anybody is told something wrong.
 SEEN_AS_UNHEALED = {"I5 served before it is judged"}
 # Faults without which nobody notices: the mutant, and the true code beside it, are shown these alone.
-EMPHASIS = {"I5 a node that is cut off goes on serving": ("partition", "store cut")}
+EMPHASIS = {
+    "I3 chunks are never marked active": ("kill mid-write", "break"),
+    "I5 a node that is cut off goes on serving": ("partition", "store cut"),
+}
 # Seeds that caught a mutant which few do (this one: 1 of 3,200, for a writer that is cut off mostly waits for a
 # write, and reads nothing). They are tried first.
 CATCHING_SEEDS = {"I5 a node that is cut off goes on serving": (2617,)}
