@@ -1,5 +1,6 @@
 """A cluster with etcd as its store: members die, the majority is lost, and programs go on."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 
@@ -44,8 +45,25 @@ def cluster() -> Iterator[LabCluster]:
             cluster.kill(node.name)
             node.config.write_text(node.config.read_text() + f"[options]\nnode_lease_ms = {NODE_LEASE_MS}\n")
             cluster.start(node.name)
+        wait_for(lambda: served(cluster) == 3, within_s=WAIT_S)
         cluster.run("n1", "csvfs", "volume", "create", "V", "--resiliency", "mirror", "--copies", "3")
+        for node in cluster.files.nodes():
+            wait_for(lambda name=node.name: is_mounted(cluster, name), within_s=WAIT_S)
         yield cluster
+
+
+def served(cluster: LabCluster) -> int:
+    """How many drives serve, as every node sees it."""
+    counts = []
+    for node in ("n1", "n2", "n3"):
+        rows = json.loads(cluster.run(node, "csvfs", "drive", "list", "--json", check=False) or b"[]")
+        counts.append(sum(row["state"] == "OK" for row in rows))
+    return min(counts)
+
+
+def is_mounted(cluster: LabCluster, node: str) -> bool:
+    found = cluster.run(node, "sh", "-c", "mountpoint -q /clusterstorage/V && echo ok", check=False)
+    return b"ok" in found
 
 
 class Writer:
