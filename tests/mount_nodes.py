@@ -34,6 +34,13 @@ class FakeKernel:
             await self.blocked.wait()
         await trio.lowlevel.checkpoint()
 
+    async def invalidate_all(self, ranges: list[tuple[int, int, int]]) -> None:
+        for ino, offset, length in ranges:
+            if offset < 0:
+                self.invalidate_attr(ino)
+            else:
+                await self.invalidate_pages(ino, offset, length)
+
     def increment_epoch(self) -> None:
         self.log.append(("epoch",))
 

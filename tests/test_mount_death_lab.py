@@ -1,10 +1,13 @@
-"""A mount process dies while programs have its files open: they may get errors, and never bytes of before (I5)."""
+"""A mount dies, or its node is cut off, while programs have its files open: they may get errors, and never bytes of
+before (I5)."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -46,31 +49,56 @@ def write_all(lab: LabCluster, node: str, letter: str) -> None:
     lab.run(node, "sh", "-c", command)
 
 
+@contextlib.contextmanager
+def reader_on(lab: LabCluster, node: str, way: str) -> Iterator[Callable[[], list[str]]]:
+    """A program that has the files open, all of them read once; called, it reads again and says what it saw."""
+    wait_for(lambda: is_mounted(lab, node), within_s=60)
+    reader = lab.start_command(
+        node, sys.executable, "-c", READER, VOLUME, str(FILES), way,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert reader.stdout is not None and reader.stdin is not None
+    stdin, stdout = reader.stdin, reader.stdout
+    assert set(stdout.readline().split()) == {"a"}
+
+    def read_again() -> list[str]:
+        stdin.write("\n")
+        stdin.flush()
+        return stdout.readline().split()
+
+    yield read_again
+    stdin.close()
+    ended_well = reader.wait(timeout=60) == 0
+    assert ended_well or way == "map"  # the page is gone: SIGBUS
+
+
 @pytest.mark.parametrize("way", ["read", "map"])
 @pytest.mark.parametrize("frozen_first", [False, True])
 def test_I5_programs_with_open_files_see_no_page_of_a_mount_that_was_killed(lab, way, frozen_first):
     write_all(lab, "n1", "a")
+    with reader_on(lab, "n2", way) as read_again:
+        before = lab.pids("n2")["mount"]
+        if frozen_first:
+            os.kill(before[0], signal.SIGSTOP)
+        lab.kill("n2", "mount")
+        wait_for(lambda: lab.pids("n2").get("mount", before) != before and is_mounted(lab, "n2"), within_s=60)
+        write_all(lab, "n1", "b")
+        seen = read_again()
+    assert "a" not in seen and len(seen) in (FILES, 0), seen
+    assert lab.run("n2", "head", "-c", "1", f"{VOLUME}/f3") == b"b"
+
+
+@pytest.mark.parametrize("way", ["read", "map"])
+def test_I5_programs_with_open_files_see_no_page_of_before_on_a_node_that_is_cut_off(lab, way):
+    """Others write as soon as it is evicted; it is still cut off when the program looks again."""
+    write_all(lab, "n1", "a")
+    with reader_on(lab, "n2", way) as read_again:
+        lab.partition("n2")
+        write_all(lab, "n1", "b")
+        heal = threading.Timer(3.0, lab.heal)  # until then the program waits
+        heal.start()
+        seen = read_again()
+        heal.join()
+    assert "a" not in seen and len(seen) in (FILES, 0), seen
     wait_for(lambda: is_mounted(lab, "n2"), within_s=60)
-    reader = lab.start_command(
-        "n2", sys.executable, "-c", READER, VOLUME, str(FILES), way,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert reader.stdout is not None and reader.stdin is not None
-    assert set(reader.stdout.readline().split()) == {"a"}
-    if frozen_first:
-        os.kill(lab.pids("n2")["mount"][0], signal.SIGSTOP)
-    before = lab.pids("n2")["mount"]
-    lab.kill("n2", "mount")
-    wait_for(lambda: lab.pids("n2").get("mount", before) != before and is_mounted(lab, "n2"), within_s=60)
-    write_all(lab, "n1", "b")
-    reader.stdin.write("\n")
-    reader.stdin.flush()
-    seen = reader.stdout.readline().split()
-    reader.stdin.close()
-    assert "a" not in seen, seen
-    if way == "read":
-        assert len(seen) == FILES
-        assert reader.wait(timeout=60) == 0
-    else:  # the page is gone: SIGBUS, as `lab exec` passes it on
-        assert reader.wait(timeout=60) != 0 or "b" in seen
     assert lab.run("n2", "head", "-c", "1", f"{VOLUME}/f3") == b"b"

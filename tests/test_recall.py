@@ -246,9 +246,9 @@ async def test_a_truncation_that_waits_for_the_coordinator_does_not_hang_a_recal
 
 def test_ranges_are_merged_and_cut() -> None:
     assert recall_module._merged([(10, 5), (0, 4), (4, 2), (12, 1)]) == [(0, 6), (10, 5)]
-    assert recall_module._without([(0, 0)], [(4, 6), (10, 12)]) == [(0, 4), (6, 4), (12, 0)]
-    assert recall_module._without([(0, 5), (8, 4)], [(4, 9)]) == [(0, 4), (9, 3)]
-    assert recall_module._without([(0, 5)], [(0, 9)]) == []
+    assert recall_module.without([(0, 0)], [(4, 6), (10, 12)]) == [(0, 4), (6, 4), (12, 0)]
+    assert recall_module.without([(0, 5), (8, 4)], [(4, 9)]) == [(0, 4), (9, 3)]
+    assert recall_module.without([(0, 5)], [(0, 9)]) == []
 
 
 # -- coherence, with all at once

@@ -129,6 +129,7 @@ class FileState:
         "metadata_dirty",
         "mtime_ns",
         "open_count",
+        "pages_read",
         "parent",
         "read_holds",
         "readable",
@@ -177,6 +178,7 @@ class FileState:
         self.open_count = 0
         self.write_opens = 0  # of open_count, those that may write
         self.reads: dict[object, None] = {}
+        self.pages_read: dict[object, tuple[int, int]] = {}  # (offset, end) of READs that wait, in whatever phase
         self.writers = 0
         self.writes: dict[InFlight, None] = {}
         self.claims: dict[Claim, None] = {}

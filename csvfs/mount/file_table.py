@@ -27,6 +27,7 @@ from csvfs.mount.file_state import (
 )
 from csvfs.mount.guard import Guard
 from csvfs.mount.holes import Holes
+from csvfs.mount.lapse import Lapse
 from csvfs.mount.leases import Coordinator, KeptInodes, Leases
 from csvfs.mount.read_path import ReadPath
 from csvfs.mount.recall import KernelNotifier, Recaller
@@ -78,6 +79,7 @@ class FileTable:
         self.open_files = 0  # by programs here, each as often as it is open
         self.leases = Leases(coordinator, bus, kept)
         self._recaller = Recaller(self.leases, notifier, nursery, self._lowered)
+        self._lapse = Lapse(self.leases, notifier, nursery)
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
         self._reports = Reports(self.leases, coordinator, self._timed)
         self._writes = WritePath(
@@ -331,8 +333,12 @@ class FileTable:
                 await self.release_unused()
 
     async def _watch_guard_forever(self) -> None:
+        served = False
         while True:
-            self._guard.serving()  # notices a lapse even when nobody reads or writes
+            serving = self._guard.serving()  # notices a lapse even when nobody reads or writes
+            if served and not serving:
+                self._lapse.begin()
+            served = serving
             if self._guard.may_restore():
                 self._restore()
             await trio.sleep(GUARD_S)

@@ -90,6 +90,7 @@ class ReadPath:
         state = self._leases.state(ino)
         token = object()
         state.waiting += 1
+        state.pages_read[token] = (offset, offset + size)
         try:
             while True:
                 if state.lease < state.lease_to_read:
@@ -115,6 +116,7 @@ class ReadPath:
                 await self._leases.acquire(state, state.lease_to_read, first, count)
         finally:
             state.waiting -= 1
+            del state.pages_read[token]
             state.stuck.pop(token, None)
 
     async def _wait_again(self, error: Unavailable, deadline: float) -> None:

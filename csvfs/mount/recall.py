@@ -59,6 +59,7 @@ class KernelNotifier(Protocol):
 
     def invalidate_attr(self, ino: int) -> None: ...
     async def invalidate_pages(self, ino: int, offset: int, length: int) -> None: ...
+    async def invalidate_all(self, ranges: list[tuple[int, int, int]]) -> None: ...
     def increment_epoch(self) -> None: ...
 
 
@@ -169,7 +170,7 @@ class Recaller:
         for attempt in range(REPLANS_MAX):
             done = trio.Event()
             recall.signal = trio.Event()
-            todo = _without(ranges, sorted(state.stuck.values()))
+            todo = without(ranges, sorted(state.stuck.values()))
             self._nursery.start_soon(self._run_pass, state, todo, done)
             while not (done.is_set() or recall.signal.is_set()):
                 with trio.move_on_after(self._parked_s_max) as patience:
@@ -301,8 +302,8 @@ def _as_ranges(spans: Iterable[tuple[int, int]]) -> list[Range]:
     return [(offset, end - offset) for offset, end in spans]
 
 
-def _without(ranges: list[Range], spans: list[tuple[int, int]]) -> list[Range]:
-    """`ranges` less the sorted (offset, end) `spans`."""
+def without(ranges: list[Range], spans: list[tuple[int, int]]) -> list[Range]:
+    """`ranges` (length 0: to the end) less the sorted (offset, end) `spans`."""
     left: list[Range] = []
     for offset, length in ranges:
         end = offset + length if length else None

@@ -7,9 +7,10 @@ Edits      INIT replies carry our flags, OPEN and CREATE replies ours too, and e
 
 Invariant
   K1  The kernel caches a name or attributes for long iff what the reply says was learned under the lease
-      (operations.py says so by a time-out above 0), this lease is held when the reply is written, and nothing
-      was recalled since the request was read; attributes iff we did not change them ourselves since. Deciding and writing is one synchronous step, so a recall comes
-      either before (time-out 0) or after (its notification takes the cached thing back).
+      (operations.py says so by a time-out above 0), this lease is held and this mount may serve (I5) when the
+      reply is written, and nothing was recalled since the request was read; attributes iff we did not change them
+      ourselves since. Deciding and writing is one synchronous step, so a recall comes either before (time-out 0)
+      or after (its notification takes the cached thing back).
 
 No READDIRPLUS with the kernel: the attributes of a listing are not covered by leases, and stale ones must not
 reach an inode in use. pyfuse3 knows nothing else, so it gets READDIRPLUS and the attributes are cut from its
@@ -74,7 +75,7 @@ class Leases(Protocol):
     def stamp(self) -> int: ...
     def recalled_since(self, ino: int, stamp: int) -> bool: ...
     def changed_since(self, ino: int, stamp: int) -> bool: ...
-    def holds(self, ino: int) -> int: ...
+    def may_answer(self, ino: int) -> bool: ...
 
 
 class Listings(Protocol):
@@ -272,7 +273,7 @@ class Relay:
 
     def _valid_s(self, ino: int, stamp: int) -> int:
         table = self._table
-        held = table.holds(ino) >= LEASE_READ and not table.recalled_since(ino, stamp)
+        held = table.may_answer(ino) and not table.recalled_since(ino, stamp)
         return CACHE_VALID_S if held else 0
 
     def _attr_valid_s(self, ino: int, stamp: int) -> int:
