@@ -83,6 +83,7 @@ Action = Recall | Grant
 class _Held:
     kind: int
     serial: int
+    write_grant: int = 0  # of the last time it became a write lease
 
 
 @dataclass(slots=True)
@@ -100,6 +101,7 @@ class LeaseTable:
         self._inodes: dict[InodeNo, _Inode] = {}
         self._sessions: dict[SessionKey, dict[InodeNo, None]] = {}  # inodes held, the longest held first
         self._serial = 0
+        self._write_grants = 0
         self._ticket_count = 0
 
     # -- requests --------------------------------------------------------------------------------
@@ -243,6 +245,13 @@ class LeaseTable:
         held = inode.holders.get(session) if inode is not None else None
         return held.serial if held is not None else 0
 
+    def write_grant(self, session: SessionKey, ino: InodeNo) -> int:
+        """A number for the time since which the session has the write lease on `ino` without a break; 0: it has
+        none. A change that was asked for under another one is nobody's wish any more."""
+        inode = self._inodes.get(ino)
+        held = inode.holders.get(session) if inode is not None else None
+        return held.write_grant if held is not None and held.kind == WRITE else 0
+
     def lease_at_send(self, session: SessionKey, ino: InodeNo, serial: int | None) -> int:
         """The lease that a reply computed under `serial` may carry now; NONE when it was recalled since.
 
@@ -364,6 +373,11 @@ class LeaseTable:
                 self._serial += 1
                 held.serial = self._serial
             held.kind = kind
+        else:
+            return held
+        if kind == WRITE:
+            self._write_grants += 1
+            held.write_grant = self._write_grants
         return held
 
     def _lower_to(self, session: SessionKey, ino: InodeNo, inode: _Inode, kind: int) -> None:

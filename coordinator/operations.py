@@ -142,9 +142,13 @@ class Operations:
         """Blocks that the holder of the write lease does not want any more."""
         ino, block = arguments.inode(args), arguments.number(args, "block")
         count = arguments.number(args, "count", 1)
+        grant = self._table.write_grant(session, ino)
 
         def apply() -> Value:
             self.check_holds(session, ino, WRITE)
+            if self._table.write_grant(session, ino) != grant:
+                # Its mount gave up waiting, and may have written there since: carried out now, it would take that away.
+                raise Conflict(f"inode {ino}: mount of {session[0]} asked for a hole under an earlier lease")
             attr, reached = self._metadata.punch(ino, block, count, self.now_ns())
             return {"attr": attr, "reached": reached}
 

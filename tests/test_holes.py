@@ -159,6 +159,30 @@ async def test_reserving_grows_the_file_by_windows_and_gives_fresh_space_that_re
         ]
 
 
+async def test_a_file_does_not_grow_over_blocks_that_were_forgotten_while_its_tail_was_zeroed() -> None:
+    """W2: behind the end may lie what a writer that died has left there. The lease was lost and had anew meanwhile,
+    for another part of the file."""
+    async with cluster() as c:
+        node = await prepared(c, blocks=1)
+        end = 25_600 * BLOCK
+        await node.write(FILE, end, b"t" * 50)
+        await node.table.truncate(FILE, {"size": end + 20, "mtime_ns": 1})
+        file = c.coordinator.files[FILE]
+        file.blocks[25_601] = (9, 9)
+        c.drives.write(9, 9, b"left" * (BLOCK // 4))
+        node.bus.hold()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.table.fallocate, FILE, end, 3 * BLOCK, 0)
+            await settle()
+            assert node.bus.in_flight == 1 and file.size == end + 20  # its tail
+            node.table._restore()
+            nursery.start_soon(node.write, FILE, 0, b"n" * BLOCK)
+            await settle()
+            assert node.table.holds(FILE) == 3
+            node.bus.let_go()
+        assert await node.read(FILE, end, 3 * BLOCK) == b"t" * 20 + bytes(3 * BLOCK - 20)
+
+
 async def test_space_kept_behind_the_end_is_bounded_and_the_size_stays() -> None:
     async with cluster() as c:
         node = await prepared(c)

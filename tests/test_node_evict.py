@@ -10,9 +10,10 @@ from csvfs.admin.cluster_view import ClusterView, Record
 from csvfs.admin.evicted_watch import Evicted, raise_when_evicted
 from csvfs.admin.node_evict import evict, objections
 from csvfs.admin.node_life import VolumeWithout
+from csvfs.admin.peers import Peers, open_peers
 from csvfs.cluster.membership import View, keep_view_forever
 from csvfs.config import load_config
-from csvfs.errors import TimedOut
+from csvfs.errors import Conflict, TimedOut
 from csvfs.store.embedded import EmbeddedStore
 from csvfs.store.interface import Put
 from csvfs.units import GIB
@@ -91,7 +92,8 @@ async def test_a_node_that_may_still_serve_is_waited_for_and_its_lease_is_not_ta
     await store.transact([], [alive, drive, Put("nodes/n2", pack_value({"address": "10.0.0.2"}))])
     monkeypatch.setattr(node_evict, "LEASE_END_S", 0.3)
     with pytest.raises(TimedOut, match="switch it off"):
-        await evict(config, store, "n2", lambda line: None)
+        async with open_peers() as peers:
+            await evict(config, store, peers, "n2", lambda line: None, accept_losses=False)
     assert await store.get("alive/n2") is not None and await store.get("nodes/n2") is not None
 
     monkeypatch.setattr(node_evict, "LEASE_END_S", PATIENCE_S)
@@ -112,10 +114,38 @@ async def test_a_node_that_may_still_serve_is_waited_for_and_its_lease_is_not_ta
 
         nursery.start_soon(end_when_told)
         with trio.fail_after(PATIENCE_S):
-            assert await evict(config, store, "n2", lambda line: None) == 1
+            async with open_peers() as peers:
+                assert await evict(config, store, peers, "n2", lambda line: None, accept_losses=False) == 1
         assert ended.is_set()
         assert await store.get("nodes/n2") is None and await store.get(drive.key) is None
         nursery.cancel_scope.cancel()
+    await store.close()
+
+
+async def test_drives_are_kept_where_a_copy_elsewhere_has_dropped_out_since_it_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_path = tmp_path / "node.toml"
+    config_path.write_text(f'node = "n1"\naddress = "10.0.0.1"\nstore = "embedded:{tmp_path}/store.db"\n')
+    store = EmbeddedStore(tmp_path / "store.db")
+    drive = Put(f"drives/{'ab' * 16}", pack_value({"node": "n2", "path": "/d", "size": GIB}))
+    alive = Put("alive/n1", pack_value({"address": "10.0.0.1"}))
+    await store.transact([], [drive, alive, Put("nodes/n2", pack_value({"address": "10.0.0.2"}))])
+    stuck = [1]
+
+    async def ask(view: object, peers: Peers, node: str) -> list[VolumeWithout]:
+        return [VolumeWithout("V", 5, stuck[0], 0)]
+
+    monkeypatch.setattr(node_evict, "ask_volumes", ask)
+    monkeypatch.setattr(node_evict, "TAKEOVER_S", 0.3)
+    config = load_config(config_path)
+    async with open_peers() as peers:
+        with pytest.raises(Conflict, match="its drives are kept: volume V: 1 of its slabs have too few copies"):
+            await evict(config, store, peers, "n2", lambda line: None, accept_losses=False)
+        assert await store.get(drive.key) is not None
+        stuck[0] = 0
+        assert await evict(config, store, peers, "n2", lambda line: None, accept_losses=False) == 1
+    assert await store.get(drive.key) is None
     await store.close()
 
 

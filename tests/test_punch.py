@@ -3,7 +3,10 @@
 import pytest
 
 from coordinator.consistency import check
+from coordinator.lease_table import OPEN, LeaseTable, Need
+from coordinator.operations import Operations
 from csvfs.errors import Conflict, IsADirectory
+from csvfs.ids import Incarnation, InodeNo, NodeName
 from csvfs.units import BLOCK_SIZE
 from tests.metadata_members import TestVolume
 from tests.test_service import cluster_of
@@ -48,6 +51,30 @@ async def test_only_the_holder_of_the_write_lease_punches(tmp_path):
             await first.acquire(1, READ)
             await first.call("seek", ino=1, block=0, hole=True)
         assert await second.read(ino, 1) == b"o" * BLOCK_SIZE
+
+
+def test_a_hole_that_was_asked_for_under_an_earlier_write_lease_is_refused():
+    """Its mount gave up waiting, gave the lease back and has written there since: a late hole would take that away."""
+    volume, ino = fragmented()
+    table, session = LeaseTable(), (NodeName("n1"), Incarnation(1))
+    operations = Operations(volume.metadata, table)
+
+    def acquire() -> None:
+        ticket, _ = table.begin(session, {InodeNo(ino): Need.WRITE})
+        table.finish(ticket)
+
+    acquire()
+    late = operations.by_name["punch"](session, {"ino": ino, "block": 0, "count": 100})
+    acquire()  # the lease stays the same
+    in_time = operations.by_name["punch"](session, {"ino": ino, "block": 0, "count": 2})
+    with volume.batch():
+        assert in_time.apply()["reached"] == 0
+    table.release(session, InodeNo(ino), OPEN)
+    acquire()
+    before = volume.metadata.layout(ino, 0, 200)
+    with volume.batch(), pytest.raises(Conflict, match="under an earlier lease"):
+        late.apply()
+    assert volume.metadata.layout(ino, 0, 200) == before
 
 
 def fragmented() -> tuple[TestVolume, int]:

@@ -158,11 +158,11 @@ def evict_command(node: str, dry_run: bool, yes: bool, as_json: bool) -> None:
     for line in against.losses:
         note(line)
 
-    async def work(here: Here) -> int:
+    async def work(here: Here, peers: Peers) -> int:
         with progress(f"evicting node {node}"):
-            return await node_evict.evict(here.config, here.store, node, note)
+            return await node_evict.evict(here.config, here.store, peers, node, note, accept_losses=yes)
 
-    drives = run_here(work)
+    drives = run_with_peers(work)
     if as_json:
         print_json({"node": node, "drives": drives})
     else:

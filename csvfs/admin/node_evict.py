@@ -6,8 +6,8 @@ Order      1. `evicted/<node>`: a node that runs sees it, kills its processes an
            2. `revoked/<serial>` of its certificate; its member of the store is removed
            3. the keys of its drives go, and with them `nodes/<node>`: coordinators make their copies elsewhere, as of
               drives that are gone for good
-Refused    when slabs would be left with too few in-sync copies elsewhere (--yes: all the same), and, always, when the
-           cluster store would be without a majority.
+Refused    when slabs would be left with too few in-sync copies elsewhere (--yes: all the same), looked at before 1 and
+           again before 3, and, always, when the cluster store would be without a majority.
 Kept       `incarnations/<node>`: numbers that were fenced must not come back.
 """
 
@@ -50,6 +50,7 @@ from csvfs.store.opening import etcd_place, is_etcd
 from csvfs.wire.control import pack_value
 
 LEASE_END_S = 60.0  # a node's lease is at most that long; etcd counts it anew when it elects a leader
+TAKEOVER_S = 60.0
 POLL_S = 0.2
 CHANGE_ATTEMPTS = 10
 
@@ -124,9 +125,12 @@ async def _why_needed(place: EtcdPlace, members: list[StoreMember], own: StoreMe
     return says
 
 
-async def evict(config: NodeConfig, store: ClusterStore, node: str, say: Say) -> int:
+async def evict(
+    config: NodeConfig, store: ClusterStore, peers: Peers, node: str, say: Say, *, accept_losses: bool
+) -> int:
     """Do it; returns how many drives went with it. `check_evict` was asked before.
 
+    accept_losses   also where slabs are left with too few copies, which nobody can bring back afterwards
     Raises   TimedOut: it still runs. Conflict, Unavailable: run it again.
     Cancel   run it again to finish.
     """
@@ -140,7 +144,25 @@ async def evict(config: NodeConfig, store: ClusterStore, node: str, say: Say) ->
     say(f"node {node} is out: its certificate is revoked")
     if is_etcd(config.store) and await _remove_member(etcd_place(config.store), node, address):
         say("its member of the cluster store is removed")
+    if not accept_losses and node not in view.witnesses:
+        await _wait_dispensable(store, peers, node)
     return await _forget(store, node)
+
+
+async def _wait_dispensable(store: ClusterStore, peers: Peers, node: str) -> None:
+    """Its drives go for good now, and since it was asked copies elsewhere may have dropped out. Volumes that it
+    coordinated are being taken over."""
+    losses: list[str] = []
+    with trio.move_on_after(TAKEOVER_S):
+        while True:
+            view = await read_cluster_view(store)
+            losses = objections(view, node, await ask_volumes(view, peers, node), "").losses
+            if not losses:
+                return
+            await trio.sleep(POLL_S)
+    raise Conflict(
+        f"node {node} is out, but its drives are kept: {'; '.join(losses)}; run this again later, or with --yes"
+    )
 
 
 def _address(view: ClusterView, node: str) -> str:

@@ -41,12 +41,16 @@ async def create_cluster(store: ClusterStore, name: str) -> Record:
 
 async def set_quarantine(store: ClusterStore, departures: int) -> Record:
     """After how many departures within an hour a node is quarantined; 0: never. Raises NotFound, Conflict."""
-    cluster = await require_cluster(store)
-    put = Put(CLUSTER_KEY, cluster.packed_with(quarantine=departures), cluster.lease)
-    result = await store.transact([Compare(CLUSTER_KEY, cluster.revision)], [put])
+    return await _set(store, await require_cluster(store), quarantine=departures)
+
+
+async def _set(store: ClusterStore, record: Record, **values: object) -> Record:
+    """Raises Conflict."""
+    put = Put(record.key, record.packed_with(**values), record.lease)
+    result = await store.transact([Compare(record.key, record.revision)], [put])
     if not result.succeeded:
-        raise Conflict("the cluster was changed by somebody else meanwhile; try again")
-    return Record(CLUSTER_KEY, {**cluster.value, "quarantine": departures}, result.revision)
+        raise Conflict(f"the {record.key} was changed by somebody else meanwhile; try again")
+    return Record(record.key, {**record.value, **values}, result.revision)
 
 
 async def create_pool(store: ClusterStore, name: str, slab_size: int) -> Record:
@@ -66,12 +70,7 @@ async def create_pool(store: ClusterStore, name: str, slab_size: int) -> Record:
 
 async def set_auto_claim(store: ClusterStore, on: bool) -> Record:
     """Whether nodes claim eligible drives by themselves. Raises NotFound (no pool), Conflict, Unavailable."""
-    pool = await require_pool(store)
-    put = Put(POOL_KEY, pool.packed_with(auto_claim=on), pool.lease)
-    result = await store.transact([Compare(POOL_KEY, pool.revision)], [put])
-    if not result.succeeded:
-        raise Conflict("the pool was changed by somebody else meanwhile; try again")
-    return Record(POOL_KEY, {**pool.value, "auto_claim": on}, result.revision)
+    return await _set(store, await require_pool(store), auto_claim=on)
 
 
 async def require_cluster(store: ClusterStore) -> Record:

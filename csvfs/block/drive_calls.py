@@ -158,12 +158,10 @@ class DriveCalls:
     async def install(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         volume = _client(link).volume
-        alone = optional_field(args, "alone", list) or []
-        if not all(isinstance(number, int) for number in alone):
+        numbers = optional_field(args, "alone", list) or []
+        if not all(isinstance(number, int) for number in numbers):
             raise BadRequest("argument 'alone' must be numbers of items")
-        counted_alone = set(alone)
-        refused = []
-        rows = self._rows(args, 4)
+        alone, rows, refused = set(numbers), self._rows(args, 4), []
         if not all(isinstance(drive_id, bytes) for drive_id, _, _, _ in rows):
             raise BadRequest("items must name drives by their ids")
         for number, (drive_id, slab, epoch, role) in enumerate(rows):
@@ -172,7 +170,7 @@ class DriveCalls:
                 if role not in (ROLE_IN_SYNC, ROLE_JOINING) or not isinstance(epoch, int) or not isinstance(slab, int):
                     raise BadRequest(f"role {role!r} at epoch {epoch!r} cannot be installed")
                 await self._service.install(
-                    served, volume, SlabId(slab), Epoch(epoch), role, term, alone=number in counted_alone
+                    served, volume, SlabId(slab), Epoch(epoch), role, term, alone=number in alone
                 )
             except CsvfsError as error:
                 refused.append([drive_id, slab, str(error)])

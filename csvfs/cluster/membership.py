@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 import trio
 
 from csvfs.errors import CsvfsError, Unavailable
-from csvfs.ids import DriveId, NodeName, Term
+from csvfs.ids import DriveId, NodeName, Term, id_bytes
 from csvfs.store.interface import Change, ClusterStore, Item
 from csvfs.wire.control import unpack_value
 
 logger = logging.getLogger(__name__)
 RETRY_INTERVAL_S = 0.2
-ID_SIZE = 16  # bytes
 
 Map = dict[str, Any]
 T = TypeVar("T")
@@ -122,10 +121,7 @@ class View:
 
 
 def _drive_id(text: str) -> DriveId:
-    drive = bytes.fromhex(text)
-    if len(drive) != ID_SIZE:
-        raise ValueError(f"a drive id has {ID_SIZE} bytes, not {len(drive)}")
-    return DriveId(drive)
+    return DriveId(id_bytes(bytes.fromhex(text)))
 
 
 def _unpack_map(packed: bytes | None) -> Map | None:

@@ -27,7 +27,6 @@ INODES_MAX = 1 << 20
 _OVERFLOWED, _END, _FIRST = 0, 1, 2
 _TABLE_SIZE = 8 * (_FIRST + INODES_MAX)  # bytes; pages that nobody writes to take no memory
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-_ROUNDS = 2  # dirty pages cannot be written any more: the first round makes them clean, the second takes them
 
 
 class InodeTable:
@@ -89,10 +88,12 @@ class HeldSession:
                 numbers = memoryview(table).cast("Q")
                 inodes, overflowed = _inodes_in(numbers), numbers[_OVERFLOWED]
                 numbers.release()
-            for _ in range(_ROUNDS):
-                for ino in inodes:
-                    self._invalidate(ino)
-            if overflowed:
+            left = [ino for ino in inodes if self._invalidate(ino)]
+            left = [ino for ino in left if self._invalidate(ino)]
+            if inodes:
+                self._tell(abi.pack_inc_epoch())  # names too, where the kernel caches them
+            if left or overflowed:
+                log.error("%d inodes of a mount that ended keep pages: all caches of this machine are dropped", len(left))
                 os.sync()
                 DROP_CACHES.write_text("1\n")
         except OSError as error:
@@ -101,13 +102,18 @@ class HeldSession:
             os.close(self._device)
             os.close(self._table)
 
-    def _invalidate(self, ino: int) -> None:
+    def _invalidate(self, ino: int) -> bool:
+        """Whether something of it may be left. Dirty pages cannot be written any more: a first try makes them clean."""
+        # ENOENT: the kernel does not know the inode. EPERM: this was never mounted.
+        return self._tell(abi.pack_inval_inode(ino, 0, 0)) not in (0, errno.ENOENT, errno.EPERM)
+
+    def _tell(self, message: bytes) -> int:
+        """The errno."""
         try:
-            os.write(self._device, abi.pack_inval_inode(ino, 0, 0))
+            os.write(self._device, message)
         except OSError as error:
-            # ENOENT: the kernel does not know it any more. EIO: dirty pages, which cannot be written back.
-            if error.errno not in (errno.ENOENT, errno.EIO, errno.ENOTCONN, errno.ENODEV, errno.EBUSY, errno.EPERM):
-                raise
+            return error.errno or errno.EIO
+        return 0
 
 
 def _inodes_in(numbers: memoryview) -> list[int]:

@@ -105,10 +105,12 @@ class Holes:
             )
 
     async def _window(self, state: FileState, first: int, last: int, size: int) -> None:
-        grows = size > state.size
+        grows, losses = size > state.size, state.losses
         if grows:
             await self._writes.zero_tail(state)
             await self._writes.clear_gap(state, last)
+        if state.losses != losses:  # what lies behind the end was not known all the time
+            raise LeaseLost(f"the write lease of inode {state.ino} was lost; space is asked for again")
         self._reports.set_time(state, time.time_ns())
         await self._reports.fill(state, first, last - first, size if grows else 0)
         if grows:
