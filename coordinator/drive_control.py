@@ -145,7 +145,7 @@ class DriveControl:
         await self.call(node, "fence", {"writer": writer, "min_incarnation": min_incarnation})
 
     async def settle_writer(self, node: NodeName, writer: str, min_incarnation: Incarnation) -> None:
-        """What an evicted writer had marked is equal on all members by now."""
+        """An evicted writer is over: what it marked and was not made equal is nobody's."""
         await self.call(node, "settle", {"writer": writer, "min_incarnation": min_incarnation})
 
     async def active(self, node: NodeName, writer: str | None) -> list[tuple[DriveId, SlabId, list[int]]]:
@@ -161,6 +161,11 @@ class DriveControl:
     async def stamp(self, member: Member, slab: SlabId, epoch: Epoch, chunks: list[int]) -> None:
         args = {"drive": member.drive, "slab": slab, "epoch": epoch, "chunks": chunks}
         await self.call(member.node, "stamp", args)
+
+    async def equal(self, member: Member, slab: SlabId, epoch: Epoch, chunks: list[int]) -> None:
+        """Chunks were made the same on all members."""
+        args = {"drive": member.drive, "slab": slab, "epoch": epoch, "chunks": chunks}
+        await self.call(member.node, "equal", args)
 
     async def pull(
         self, target: Member, source: Member, descriptor: SlabDescriptor, chunks: list[int] | None

@@ -17,8 +17,9 @@ from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.sessions import Session
 from coordinator.slab_changes import SlabChanges
-from csvfs.errors import CsvfsError, Fenced, Unavailable
-from csvfs.ids import METADATA_SLAB_ID_MIN, Incarnation, NodeName, SlabId
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, NotFound, Unavailable
+from csvfs.ids import METADATA_SLAB_ID_MIN, Incarnation, NodeName, SlabId, VolumeId
+from csvfs.wire.block_messages import Member
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ CONTACT_S_MAX = 4.5
 class Eviction:
     """Makes sure that nothing of a session can land or be served any more."""
 
-    def __init__(self, changes: SlabChanges, control: DriveControl, facts: ClusterFacts) -> None:
+    def __init__(
+        self, volume: VolumeId, changes: SlabChanges, control: DriveControl, facts: ClusterFacts
+    ) -> None:
+        self._volume = volume
         self._changes = changes
         self._control = control
         self._facts = facts
@@ -73,6 +77,8 @@ class Eviction:
         if chunks:
             log.info("making %d slabs equal that %s was writing", len(chunks), session.writer)
             await self._changes.equalize(chunks, lost)
+        for slab in lost:
+            await self._check_out_of_service(slab)
         if lost:
             # Nobody can read them, and whoever brings them back begins at a new epoch, from one copy; until then
             # the chunks stay marked (I3). The leases need not wait for it.
@@ -105,6 +111,31 @@ class Eviction:
                 f"node {node} holds the last copies of {len(kept)} slabs, the first is {kept[0]}, "
                 "and its drive server cannot be reached"
             )
+
+    async def _check_out_of_service(self, slab: SlabId) -> None:
+        """Raises Unavailable while two in-sync copies may be in service: then both go on, unequal, when they can be
+        reached again. Those whose server has ended or started anew are judged first, and one of them goes on."""
+        descriptor = self._changes.book.current(slab)
+        serving = [member.node for member in descriptor.in_sync if await self._may_be_in_service(member, slab)]
+        if len(serving) > 1:
+            raise Unavailable(
+                f"slab {slab} cannot be made equal on nodes {', '.join(serving)}: their drive servers cannot be "
+                "reached, and may serve it"
+            )
+
+    async def _may_be_in_service(self, member: Member, slab: SlabId) -> bool:
+        if self._facts.server(member.node) is None:
+            return False  # it has ended, or its node's lease has
+        try:
+            copies = await self._control.copies(member.node, member.drive)
+        except Fenced:
+            raise
+        except (DriveFailed, NotFound):
+            return False  # the server answers: the drive is not open there
+        except CsvfsError:
+            return True
+        ours = (copy for copy in copies if (copy.volume, copy.slab) == (self._volume, slab))
+        return any(copy.in_service for copy in ours)
 
     def _is_writable_member(self, slab: SlabId, drive: bytes) -> bool:
         try:

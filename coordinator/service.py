@@ -137,7 +137,7 @@ class Service:
         self.resync = self.healing.resync
         self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus, metadata_changes)
         self.desk = SessionDesk(
-            metadata, self.batches, Eviction(self.changes, control, facts), facts,
+            metadata, self.batches, Eviction(setup.volume, self.changes, control, facts), facts,
             reclaim_timeout_s=setup.reclaim_timeout_s,
         )  # fmt: skip
         self.leases = Leases(

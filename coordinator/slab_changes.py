@@ -257,7 +257,18 @@ class SlabChanges:
                 failing = source
             await self.failed(slab, descriptor.epoch, [failing.drive], f"cannot be made equal: {error}")
             return False
+        for member in descriptor.writable:
+            await self._tell_equal(member, descriptor, chunks)
         return True
+
+    async def _tell_equal(self, member: Member, descriptor: SlabDescriptor, chunks: list[int]) -> None:
+        """I3: until a member has heard it, it lists the chunks as active; one that never does costs a copy of them."""
+        try:
+            await self.control.equal(member, descriptor.slab, descriptor.epoch, chunks)
+        except Fenced:
+            raise
+        except CsvfsError as error:
+            log.info("chunks of slab %d stay active on node %s: %s", descriptor.slab, member.node, error)
 
     async def _is_sources_fault(self, error: CsvfsError, descriptor: SlabDescriptor) -> bool:
         """Whether a pull failed because of the first in-sync member, which it reads from.

@@ -96,6 +96,9 @@ class _Control:
     async def stamp(self, *args: Any) -> None:
         """Done."""
 
+    async def equal(self, *args: Any) -> None:
+        """Heard."""
+
     async def register_term(self, node: str) -> None:
         """Every node can be reached."""
 

@@ -146,6 +146,10 @@ class BlockService:
                 client.fenced = True
                 client.link.close(Fenced(f"{writer} incarnation {client.incarnation} was evicted"))
 
+    def is_over(self, volume: bytes, writer: str, incarnation: Incarnation) -> bool:
+        """Whether nothing of it lands any more."""
+        return incarnation < self._fences.get((VolumeId(volume), writer), 0)
+
     def check_term(self, volume: VolumeId, term: int) -> None:
         """Register `term`, or refuse it. Raises Fenced when a higher one is registered."""
         registered = self._terms.get(volume, 0)

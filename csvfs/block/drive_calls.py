@@ -67,6 +67,8 @@ class DriveCalls:
                 "trim": self.trim,
                 "active": self.active,
                 "stamp": self.stamp,
+                "equal": self.equal,
+                "unequal": self.unequal,
                 "pull": self.pull,
                 "load": self.load,
                 "list_slabs": self.list_slabs,
@@ -230,7 +232,7 @@ class DriveCalls:
     # -- recovery --------------------------------------------------------------------------------
 
     def active(self, link: Link, args: dict[str, Any]) -> list[list[Any]]:
-        """Chunks marked by the writer, and those nobody in this process's life has marked."""
+        """Chunks marked by the writer, those nobody in this process's life has marked, and unsettled ones."""
         volume = _client(link).volume
         writer = optional_field(args, "writer", str)
         marks = self._service.marks
@@ -246,21 +248,40 @@ class DriveCalls:
                         chunk
                         for chunk in _active_chunks(copy)
                         if (copy, chunk) in of_writer
+                        or marks.is_unsettled((copy, chunk))
                         or ((copy, chunk) not in of_all and not marks.is_resting((copy, chunk)))
                     ]
                     if chunks:
                         rows.append([served.drive_id, copy.slab, chunks])
         return rows
 
-    def stamp(self, link: Link, args: dict[str, Any]) -> None:
-        _, copy = self._copy(link, args)
+    def _chunks(self, copy: SlabCopy, args: dict[str, Any]) -> list[int]:
+        """Of a call about chunks at the installed epoch."""
         epoch = Epoch(field(args, "epoch", int))
         if epoch != copy.epoch:
             raise StaleEpoch(f"slab {copy.slab} is at epoch {copy.epoch}, not {epoch}")
         chunks = field(args, "chunks", list)
         if not all(isinstance(chunk, int) and 0 <= chunk < copy.block_count // BLOCKS_PER_CHUNK for chunk in chunks):
             raise BadRequest(f"chunks out of range for slab {copy.slab}")
-        copy.stamp_chunks(chunks, epoch)
+        return chunks
+
+    def stamp(self, link: Link, args: dict[str, Any]) -> None:
+        _, copy = self._copy(link, args)
+        copy.stamp_chunks(self._chunks(copy, args), copy.epoch)
+
+    def equal(self, link: Link, args: dict[str, Any]) -> None:
+        """The chunks are the same on all members: what fenced writers left there, nobody has to look for any more."""
+        _, copy = self._copy(link, args)
+        active = set(copy.active_chunks())
+        chunks = [(copy, chunk) for chunk in self._chunks(copy, args) if chunk in active]
+        self._service.marks.made_equal(chunks, self._service.is_over)
+
+    def unequal(self, link: Link, args: dict[str, Any]) -> list[int]:
+        """Active chunks that may have what other members lack: asked by pulls from here, at their end."""
+        _, copy = self._copy(link, args)
+        marks = self._service.marks
+        marks.sweep()
+        return [chunk for chunk in copy.active_chunks() if marks.is_incomplete((copy, chunk))]
 
     async def pull(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         self._check_term(link, args)
@@ -278,6 +299,7 @@ class DriveCalls:
             epoch=Epoch(field(args, "epoch", int)),
             since=Epoch(field(args, "since", int)),
             chunks=chunks,
+            marks=self._service.marks,
             # Named chunks are those a dead writer left unequal: other programs wait for them.
             pacer=self._pacer(served, speed) if chunks is None else None,
             even_if_lost=bool(optional_field(args, "even_if_lost", bool)),
@@ -288,6 +310,7 @@ class DriveCalls:
             await pull.run()
             await self._service.flush(served)
             marks = self._service.marks
+            marks.forget_unsettled((copy, chunk) for chunk in pull.settled_chunks())
             copy.clear_active([chunk for chunk in pull.settled_chunks() if not marks.is_marked((copy, chunk))])
         finally:
             if served.drive is not None:

@@ -20,6 +20,7 @@ from csvfs.block.bus_reads import read_blocks
 from csvfs.block.compression import Asking
 from csvfs.block.pace import INTERVAL_S, Load, Pacer
 from csvfs.block.slab_copy import SlabCopy
+from csvfs.block.writer_marks import MarkBook
 from csvfs.errors import BadRequest, Corrupt, CsvfsError, ProtocolError, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation, id_bytes
 from csvfs.net.engine import Engine
@@ -66,10 +67,12 @@ class Pull:
         epoch: Epoch,
         since: Epoch,
         chunks: list[int] | None,
+        marks: MarkBook,
         pacer: Pacer | None = None,
         even_if_lost: bool = False,
     ) -> None:
         """
+        marks          of the drive server: what is pulled is unsettled there until it is known to be on all members
         pacer          None: as fast as it goes, for somebody waits for it
         even_if_lost   go on over blocks that have rotted on the source and are not here either (`lost`)
         """
@@ -94,6 +97,8 @@ class Pull:
         self._epochs: dict[int, int] = {}  # what the source's chunks are stamped with
         self._active_before = copy.active_chunks()
         self._pulled: list[int] = []
+        self._unequal: set[int] = set()  # of those, what other members may lack
+        self._marks = marks
         self._pacer = pacer
         self._even_if_lost = even_if_lost
         self._checksums = array("I")  # of the source's blocks
@@ -130,8 +135,18 @@ class Pull:
                 nursery.cancel_scope.cancel()
             if failure is not None:
                 raise failure
+            self._unequal = await self._ask_unequal(link, args)
         finally:
             link.close()
+
+    async def _ask_unequal(self, link: Link, args: dict[str, Any]) -> set[int]:
+        """Asked at the end: what was read before was marked there before, or is on all members by now."""
+        if self._chunks is not None:
+            return set(self._pulled)  # other members may have to be made equal yet
+        unequal = await link.call("unequal", {**args, "epoch": self._epoch}, timeout_s=TABLE_TIMEOUT_S)
+        if not isinstance(unequal, list):
+            raise ProtocolError(f"{link.peer} answered unequal with {type(unequal).__name__}")
+        return set(self._pulled).intersection(chunk for chunk in unequal if isinstance(chunk, int))
 
     async def _watch_source_forever(self, link: Link) -> None:
         """Learn how much the source's own programs notice."""
@@ -182,6 +197,7 @@ class Pull:
     async def _copy_run(self, link: Link, index: int, first: int, count: int) -> None:
         copy = self._copy
         block, blocks = first * BLOCKS_PER_CHUNK, count * BLOCKS_PER_CHUNK
+        self._marks.note_unsettled((copy, chunk) for chunk in range(first, first + count))
         if self._pacer is not None:
             await self._pacer.take(count * CHUNK_SIZE)
         try:
@@ -234,11 +250,12 @@ class Pull:
         link.request(Kind.HEAL, head + packed, bytes(data), lambda frame, error: None)
 
     def settled_chunks(self) -> list[int]:
-        """Chunks that need not be active any more once the drive was flushed, unless a writer marked them
-        since."""
+        """Chunks that are on all members by now: they need not be active any more once the drive was flushed, unless a
+        writer marked them since."""
         if self._copy.epoch != self._epoch:
             return []
-        return sorted(set(self._pulled).union(self._active_before if self._chunks is None else ()))
+        settled = set(self._pulled).union(self._active_before if self._chunks is None else ())
+        return sorted(settled - self._unequal)
 
 
 def _runs(chunks: list[int]) -> list[tuple[int, int]]:

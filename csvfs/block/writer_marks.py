@@ -4,7 +4,11 @@ Place      block floor, under the drive server. No I/O: it says what may be unma
 Why        A chunk with a write that may not be on all members must be found after its writer died. The drive keeps
            the bit (FORMAT.md, "Slot metadata"); here stands whose it is, so that the writer's word that it is
            complete on all members (`completed_below`) can take it away again.
-Rule       A bit goes only after the write is complete *and* the drive has been flushed since.
+Rule       A bit goes only after the write is complete, or the coordinator has made the chunk equal on all members,
+           *and* the drive has been flushed since.
+Pulled     What a copy was given by a pull may be such a write, too: the source has it, others may not. Then the chunk is
+           as **unsettled** here as it is there, until the coordinator says that it is equal everywhere. Else the source
+           could die, and nobody would know that the others differ.
 Rest       It does not go at once: a chunk written now is likely to be written again, and each change of a bit is one
            more page for the next flush, where a small synced write has two others (data and checksum). So a
            chunk that may be unmarked **rests** for REST_S since its last flush, RESTING_MAX of them per drive.
@@ -12,7 +16,7 @@ Rest       It does not go at once: a chunk written now is likely to be written a
            at most. A flush that covers many chunks has pages enough of its own: its chunks do not rest.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from csvfs.ids import Incarnation
@@ -50,6 +54,7 @@ class MarkBook:
     def __init__(self) -> None:
         self._writers: dict[tuple[bytes, str, Incarnation], WriterMarks] = {}
         self._awaiting_flush: dict[Any, set[Chunk]] = {}  # by drive
+        self._unsettled: set[Chunk] = set()  # pulled, and maybe not on all members
         # By drive: when they were flushed, the longest ago first. Those that were marked again stay here until
         # they are looked at.
         self._resting: dict[Any, dict[Chunk, float]] = {}
@@ -71,9 +76,37 @@ class MarkBook:
         }
 
     def settle(self, volume: bytes, writer: str, min_incarnation: Incarnation) -> None:
-        """The members were made equal where older incarnations wrote: their marks may go after a flush."""
+        """Older incarnations are over. What was not made equal of what they marked stays active, as nobody's: it is on a
+        copy that was out of its slab, and is copied anew when it returns."""
         for key in [key for key in self._writers if key[:2] == (volume, writer) and key[2] < min_incarnation]:
-            self._await_flush(self._writers.pop(key).marks)
+            del self._writers[key]
+
+    def made_equal(self, chunks: Iterable[Chunk], is_over: Callable[[bytes, str, Incarnation], bool]) -> None:
+        """Chunks are the same on all members: marks there may go after a flush, but for those of writers not over."""
+        equal = set(chunks)
+        for key, marks in self._writers.items():
+            if is_over(*key):
+                for chunk in equal.intersection(marks.marks):
+                    del marks.marks[chunk]
+        self._unsettled -= equal
+        self._await_flush(equal)
+
+    def note_unsettled(self, chunks: Iterable[Chunk]) -> None:
+        """Chunks are about to be pulled, from where they may not be on all members."""
+        self._unsettled.update(chunks)
+
+    def forget_unsettled(self, chunks: Iterable[Chunk]) -> None:
+        """What was pulled is on all members."""
+        self._unsettled.difference_update(chunks)
+
+    def is_unsettled(self, chunk: Chunk) -> bool:
+        """It was pulled, and nobody has said that it is equal everywhere."""
+        return chunk in self._unsettled
+
+    def is_incomplete(self, chunk: Chunk) -> bool:
+        """Of an active chunk: it may have content that other members lack. Call `sweep` first."""
+        awaits_flush = chunk in self._awaiting_flush.get(chunk[0].drive, ())
+        return self._is_written(chunk) or not (awaits_flush or chunk in self._resting.get(chunk[0].drive, ()))
 
     def sweep(self) -> None:
         """Move complete marks to those that wait for a flush."""
@@ -128,9 +161,11 @@ class MarkBook:
 
     def is_marked(self, chunk: Chunk) -> bool:
         """Some write to it is not known to be complete, or not flushed yet."""
-        return any(chunk in marks.marks for marks in self._writers.values()) or chunk in self._awaiting_flush.get(
-            chunk[0].drive, ()
-        )
+        return self._is_written(chunk) or chunk in self._awaiting_flush.get(chunk[0].drive, ())
+
+    def _is_written(self, chunk: Chunk) -> bool:
+        """A write or a pull to it is not known to be on all members."""
+        return chunk in self._unsettled or any(chunk in marks.marks for marks in self._writers.values())
 
     def is_resting(self, chunk: Chunk) -> bool:
         """It is active on the drive only because it rests: all its writes are complete and flushed."""
@@ -141,6 +176,7 @@ class MarkBook:
         for marks in self._writers.values():
             for chunk in [chunk for chunk in marks.marks if chunk[0].drive is drive]:
                 del marks.marks[chunk]
+        self._unsettled = {chunk for chunk in self._unsettled if chunk[0].drive is not drive}
         self._awaiting_flush.pop(drive, None)
         self._resting.pop(drive, None)
 
@@ -149,6 +185,7 @@ class MarkBook:
         for marks in self._writers.values():
             for chunk in [chunk for chunk in marks.marks if chunk[0] is copy]:
                 del marks.marks[chunk]
+        self._unsettled = {chunk for chunk in self._unsettled if chunk[0] is not copy}
         for waiting in self._awaiting_flush.values():
             waiting.difference_update([chunk for chunk in waiting if chunk[0] is copy])
         for resting in self._resting.values():

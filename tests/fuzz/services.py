@@ -124,6 +124,7 @@ DRIVE_CALLS = {
     "create_slab": ("drive", "slab", "epoch", "term", "role"), "delete_slab": ("drive", "slab", "term"),
     "install": ("term", "items", "alone"), "fence": ("writer", "min_incarnation"), "register_term": ("term",),
     "trim": ("items",), "active": ("writer",), "stamp": ("drive", "slab", "epoch", "chunks"),
+    "equal": ("drive", "slab", "epoch", "chunks"), "unequal": ("drive", "slab"),
     "pull": ("drive", "slab", "epoch", "source", "since", "chunks", "term", "speed", "even_if_lost"),
     "list_slabs": ("drive",), "scrub": ("drive", "slab", "block", "count", "rate_mib_s"), "scrub_tables": ("drive",),
     "heal_from": ("drive", "slab", "epoch", "source", "blocks", "term"), "settle": ("writer", "min_incarnation"),

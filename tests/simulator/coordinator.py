@@ -222,7 +222,7 @@ class SimService:
         self.log = MetadataLog(bus, self.journal, self.book.slabs, self.setup.slab_blocks)
         book = DataBook(self.journal, self.commit, self._wait_durable)  # type: ignore[arg-type]
         self.changes = SlabChanges(book, self.control)
-        self.eviction = Eviction(self.changes, self.control, self.facts)
+        self.eviction = Eviction(self.setup.volume, self.changes, self.control, self.facts)
         for key in sorted(self.journal.sessions):
             self.sessions[key] = Session(0, (NodeName(key[0]), Incarnation(key[1])))
 
