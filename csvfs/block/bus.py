@@ -314,9 +314,11 @@ class Bus:
         if late:
             self._given_up.add(state.descriptor.slab, late, error)
 
-    def _fail_parked(self, state: SlabState, error: CsvfsError) -> None:
+    def _fail_parked(self, state: SlabState, error: Fenced) -> None:
+        """This writer is over. Its writes are never complete (I3): some members may have taken them, and their marks are
+        what tells the owner to make all equal."""
         for write in state.take_parked():
-            write.complete = True
+            write.attempt += 1  # late answers of members mean nothing any more
             write.finish(error)
 
     def waiting(self) -> list[SlabState]:

@@ -1,0 +1,127 @@
+"""`tools/check_states`: visit the states of small worlds, and print a counterexample in words if there is one."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import click
+
+from tests.states.data_world import DataWorld
+from tests.states.explorer import Outcome, World, explore
+from tests.states.lease_world import LeaseSetup, LeaseWorld
+from tests.states.mutants import MUTANTS, broken
+from tests.states.schedule import stepped
+from tests.states.takeover_world import TakeoverWorld
+from tests.states.world import Setup
+
+DEPTH_MAX = 60
+
+
+@dataclass(slots=True, frozen=True)
+class Check:
+    """A world, and how much of it the test command visits."""
+
+    make: Callable[[], World]
+    states: int
+
+
+def _data(**settings: object) -> Callable[[], World]:
+    return lambda: DataWorld(Setup(**settings))  # type: ignore[arg-type]
+
+
+def _takeover(**settings: object) -> Callable[[], World]:
+    return lambda: TakeoverWorld(Setup(**settings))  # type: ignore[arg-type]
+
+
+def checks(members: int, faults: int | None) -> dict[str, Check]:
+    """Of `members` members; `faults` None: as many as each world is best with."""
+
+    def of(number: int) -> int:
+        return number if faults is None else faults
+
+    everything = ("writer", "coordinator", "server", "cut", "late")
+    out = "ABC"[members - 1]
+    return {
+        "eviction": Check(
+            _data(members=members, dead=True, faults=("coordinator", "server", "cut"), faults_max=of(3)), 2_000
+        ),
+        "eviction beside a resync": Check(
+            _data(members=members, dead=True, out=(out,), faults=("coordinator", "server", "cut"), faults_max=of(2)), 1_500
+        ),
+        "writing": Check(_data(members=members, writes=(0, 0), later=(0,), faults=everything, faults_max=of(2)), 2_000),
+        "writing, two things at once": Check(
+            _data(members=members, writes=(0, 1), faults=everything, faults_max=of(2), tasks_max=2), 1_500
+        ),
+        "takeover": Check(_takeover(members=members, writes=(0, 1), later=(0,), faults=everything, faults_max=of(2)), 2_500),
+        "leases": Check(lambda: LeaseWorld(LeaseSetup(requests_max=3, inodes=1)), 8_000),
+        "leases of two inodes": Check(lambda: LeaseWorld(LeaseSetup(requests_max=3, inodes=2, evictions_max=0)), 8_000),
+    }
+
+
+def run(make: Callable[[], World], *, depth: int, states: int | None, seconds: float | None) -> Outcome:
+    """With what the product logs kept quiet."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with stepped():
+            return explore(make, depth_max=depth, states_max=states, seconds_max=seconds, progress=_progress)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _progress(outcome: Outcome) -> None:
+    if sys.stderr.isatty():
+        print(f"\rdepth {outcome.depth}, {outcome.states:,} states, {outcome.seconds:.0f} s", end="", file=sys.stderr)
+
+
+def describe(name: str, outcome: Outcome) -> str:
+    """One paragraph for people."""
+    rate = outcome.transitions / max(outcome.seconds, 0.001)
+    bound = "all there are" if outcome.complete else f"complete to depth {outcome.depth - 1}"
+    text = (
+        f"{name}: {outcome.states:,} states, {outcome.transitions:,} transitions, {bound}, "
+        f"{outcome.seconds:.0f} s ({rate:.0f}/s)"
+    )
+    if outcome.violation:
+        steps = "\n".join(f"  {number:2}. {step}" for number, step in enumerate(outcome.trace, 1))
+        text += f"\n{outcome.violation}, after {len(outcome.trace)} steps:\n{steps}"
+    return text
+
+
+@click.command()
+@click.option("--depth", default=DEPTH_MAX, show_default=True, help="steps from the first state")
+@click.option("--members", type=click.Choice(["2", "3"]), default="2", show_default=True, help="of the slab")
+@click.option("--faults", type=click.IntRange(0, 6), default=None, help="in one trace; default: of each world")
+@click.option("--states", type=int, default=None, help="in each world; default: those of the test command; 0: all")
+@click.option("--seconds", type=float, default=None, help="for each world")
+@click.option("--only", default=None, help="one world")
+@click.option("--mutant", type=click.Choice(list(MUTANTS)), default=None, help="with a rule broken, in its world")
+@click.option("--json", "as_json", is_flag=True)
+def main(
+    depth: int, members: str, faults: int | None, states: int | None, seconds: float | None, only: str | None,
+    mutant: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Visit the states of small worlds breadth-first. Exit status 1: an invariant does not hold."""
+    outcomes: dict[str, Outcome] = {}
+    if mutant is not None:
+        with broken(mutant):
+            outcomes[mutant] = run(MUTANTS[mutant].make, depth=depth, states=states, seconds=seconds)
+    else:
+        for name, check in checks(int(members), faults).items():
+            if only in (None, name):
+                limit = check.states if states is None else states or None
+                outcomes[name] = run(check.make, depth=depth, states=limit, seconds=seconds)
+                if not as_json:
+                    print(describe(name, outcomes[name]), flush=True)
+    if as_json:
+        print(json.dumps({name: asdict(outcome) for name, outcome in outcomes.items()}, indent=2))
+    elif mutant is not None:
+        print(describe(mutant, outcomes[mutant]))
+    sys.exit(any(outcome.violation for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    assert os.environ.get("PYTHONHASHSEED"), "run tools/check_states"
+    main()
