@@ -8,8 +8,8 @@ import trio
 
 from coordinator.drive_control import DriveControl
 from coordinator.lease_table import WRITE
-from csvfs.block.writer_marks import MarkBook, REST_S
-from csvfs.errors import Unavailable
+from csvfs.block.writer_marks import REST_S, MarkBook
+from csvfs.errors import Fenced, Unavailable
 from csvfs.ids import Incarnation
 from csvfs.wire.block_messages import block_checksum, slab_seed
 from tests.block_cluster import SLAB, BlockCluster, write
@@ -136,3 +136,17 @@ async def test_I5_leases_do_not_pass_on_while_two_copies_may_go_on_unequal(
         await cluster.wait(lambda: len(service.changes.book.current(slab).in_sync) == 2)
         contents = {bytes(cluster.copy(node, slab).read_blocks(block, 1)[1]) for node in ("n1", "n2")}
         assert contents == {found[0]}, "all members agree, and with what was read"
+
+
+async def test_I3_writes_of_a_writer_that_is_over_never_count_as_complete(tmp_path: Path, nursery: Any) -> None:
+    """It heard of its fence from one member, told the others that all was complete, and they forgot what it had left."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    bus = cluster.bus()
+    await write(bus, 0, pattern(1))
+    args = {"writer": "mount/n1", "min_incarnation": 2}
+    await cluster.owner.links.call(cluster.servers[0].node, "fence", args, timeout_s=60)
+    complete = bus.completed_below()
+    with trio.fail_after(60), pytest.raises(Fenced):
+        await write(bus, 16, pattern(2))  # the other two take it
+    assert bus.completed_below() == complete
