@@ -43,21 +43,26 @@ def checks(members: int, faults: int | None) -> dict[str, Check]:
         return number if faults is None else faults
 
     everything = ("writer", "coordinator", "server", "cut", "late")
-    out = "ABC"[members - 1]
+    out = ("ABC"[members - 1],)
     return {
-        "eviction": Check(
-            _data(members=members, dead=True, faults=("coordinator", "server", "cut"), faults_max=of(3)), 2_000
+        "eviction, members out of reach": Check(
+            _data(members=members, dead=True, faults=("cut",), faults_max=of(2)), 9_000
+        ),
+        "eviction, processes killed": Check(
+            _data(members=members, dead=True, faults=("coordinator", "server"), faults_max=of(2)), 4_000
         ),
         "eviction beside a resync": Check(
-            _data(members=members, dead=True, out=(out,), faults=("coordinator", "server", "cut"), faults_max=of(2)), 1_500
+            _data(members=members, dead=True, out=out, ahead=out, faults=everything, faults_max=of(1)), 4_000
         ),
-        "writing": Check(_data(members=members, writes=(0, 0), later=(0,), faults=everything, faults_max=of(2)), 2_000),
-        "writing, two things at once": Check(
-            _data(members=members, writes=(0, 1), faults=everything, faults_max=of(2), tasks_max=2), 1_500
+        "writing": Check(_data(members=members, writes=(0, 0), later=(0,), faults=everything, faults_max=of(1)), 4_000),
+        "writing, two changes at once": Check(
+            _data(members=members, writes=(0, 1), faults=everything, faults_max=of(2), tasks_max=2), 3_000
         ),
-        "takeover": Check(_takeover(members=members, writes=(0, 1), later=(0,), faults=everything, faults_max=of(2)), 2_500),
-        "leases": Check(lambda: LeaseWorld(LeaseSetup(requests_max=3, inodes=1)), 8_000),
-        "leases of two inodes": Check(lambda: LeaseWorld(LeaseSetup(requests_max=3, inodes=2, evictions_max=0)), 8_000),
+        "takeover": Check(
+            _takeover(members=members, writes=(0, 1), later=(0,), faults=everything, faults_max=of(1)), 4_000
+        ),
+        "leases": Check(lambda: LeaseWorld(LeaseSetup(requests_max=3, inodes=1)), 6_000),
+        "leases of two inodes": Check(lambda: LeaseWorld(LeaseSetup(requests_max=2, inodes=2, evictions_max=0)), 6_000),
     }
 
 

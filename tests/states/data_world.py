@@ -133,6 +133,10 @@ class DataWorld(SlabWorld):
         self._term = 0
         self._begin_coordinator()
         self._add_mount("m1")
+        for name in setup.ahead:
+            server = self.servers[NodeName(name)]
+            end = self.writers["m1"].links.ready(server.node).link.end
+            server.write(end, 1, 1, server.epoch, setup.writes[0], 1)
         for value, block in enumerate(setup.writes, 1):
             self.writers["m1"].write(block, value)
         if setup.dead:

@@ -131,17 +131,6 @@ class _Equal:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _settled_before_installed() -> list[Patch]:
-    """A descriptor is told to writers before its epoch is installed."""
-
-    async def settle(self: SlabChanges, slabs: Any) -> dict[SlabId, CsvfsError]:
-        for slab in slabs:
-            self._note_settled(self.book.current(slab))
-        return {}
-
-    return [(SlabChanges, "settle", settle)]
-
-
 def _not_made_equal() -> list[Patch]:
     """An evicted writer's chunks are left as they are."""
 
@@ -224,9 +213,6 @@ MUTANTS: dict[str, Mutant] = {
     "the store does not check the term": Mutant(
         ("I1",), _takeover(faults=("writer", "cut"), faults_max=2), _term_not_checked_in_the_store
     ),
-    "told before it is installed": Mutant(
-        ("I2", "I3"), _data(faults=("cut",), faults_max=1, writes=(0, 0)), _settled_before_installed
-    ),
     "copies are not made equal": Mutant(("I5",), _data(dead=True, faults=(), faults_max=0), _not_made_equal),
     "leases pass on while members are out of reach": Mutant(
         ("I5",), _data(dead=True, faults=("cut",), faults_max=2), _passed_on_while_out_of_reach
@@ -235,7 +221,7 @@ MUTANTS: dict[str, Mutant] = {
         ("I3",), _data(members=3, dead=True, faults=(), faults_max=0), _pulled_is_settled
     ),
     "marks go where nothing was made equal": Mutant(
-        ("I3", "I5"), _data(members=3, faults=("cut", "writer"), faults_max=2), _marks_go_with_the_writer
+        ("I3",), _data(out=("B",), ahead=("B",), dead=True, faults=(), faults_max=0), _marks_go_with_the_writer
     ),
     "a fenced writer's writes count as complete": Mutant(
         ("I3",), _data(faults=("writer",), faults_max=1), _fenced_writes_are_complete

@@ -27,6 +27,7 @@ class Setup:
     writes      blocks that the first writer has just sent writes of, in this order
     later       blocks that its successor writes
     out         members that are out of sync at first
+    ahead       of these, those that took the first write before they left, as nobody else did
     dead        the first writer has died at once: what it sent is on its way
     faults      kinds of faults: writer, coordinator, server, cut, late
     tasks_max   of the coordinator at a time
@@ -36,6 +37,7 @@ class Setup:
     writes: tuple[int, ...] = (0,)
     later: tuple[int, ...] = ()
     out: tuple[str, ...] = ()
+    ahead: tuple[str, ...] = ()
     dead: bool = False
     faults: tuple[str, ...] = ("writer", "coordinator", "server", "cut", "late")
     faults_max: int = 2
