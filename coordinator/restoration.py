@@ -196,7 +196,28 @@ async def _carry_out(changes: SlabChanges, judgements: dict[SlabId, Judgement]) 
     changed = [slab for slab, result in outcome.items() if not isinstance(result, CsvfsError)]
     changes.unsettle(changed)
     failures = await changes.settle(changed)
+    await _stamp_kept(changes, {slab for slab in changed if judgements[slab].kept is not None and slab not in failures})
     return [slab for slab in judgements if slab in failures or slab not in changed]
+
+
+async def _stamp_kept(changes: SlabChanges, slabs: set[SlabId]) -> None:
+    """Of a copy that goes on alone, what a dead writer left there is the truth from now on: its active chunks are stamped
+    with a new epoch, which all other members will miss, and need not be active any more.
+
+    Where this fails they stay active, and every resync from there copies them. Raises Fenced.
+    """
+    nodes = {member.node for slab in slabs for member in changes.book.current(slab).in_sync}
+    chunks: dict[SlabId, set[int]] = {}
+    try:
+        for node in sorted(nodes):
+            for drive, slab, marked in await changes.control.active(node, None):
+                if slab in slabs and any(member.drive == drive for member in changes.book.current(slab).in_sync):
+                    chunks.setdefault(slab, set()).update(marked)
+        await changes.equalize(chunks)
+    except Fenced:
+        raise
+    except CsvfsError as error:
+        log.info("active chunks of %d slabs stay active: %s", len(slabs), error)
 
 
 async def forget_lost_copies(changes: SlabChanges, census: Census) -> None:

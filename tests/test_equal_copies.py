@@ -8,8 +8,9 @@ import trio
 
 from coordinator.drive_control import DriveControl
 from coordinator.lease_table import WRITE
+from csvfs.block import slab_state
 from csvfs.block.writer_marks import REST_S, MarkBook
-from csvfs.errors import Fenced, Unavailable
+from csvfs.errors import Fenced, StaleEpoch, Unavailable
 from csvfs.ids import Incarnation
 from csvfs.wire.block_messages import block_checksum, slab_seed
 from tests.block_cluster import SLAB, BlockCluster, write
@@ -150,3 +151,41 @@ async def test_I3_writes_of_a_writer_that_is_over_never_count_as_complete(tmp_pa
     with trio.fail_after(60), pytest.raises(Fenced):
         await write(bus, 16, pattern(2))  # the other two take it
     assert bus.completed_below() == complete
+
+
+async def test_I5_a_copy_that_joins_is_not_read(tmp_path: Path, nursery: Any) -> None:
+    """Its reader had got its lease after the copy had gone out, by a descriptor in which it was in sync."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    bus = cluster.bus()
+    await write(bus, 0, pattern(1))
+    joining = cluster.servers[0]  # of the node that the bus is on
+    await cluster.owner.commit(slab_state.drop_members(cluster.owner.descriptors[SLAB], [joining.drive_id]))
+    await write(bus, 0, pattern(2))
+    reader = cluster.bus("mount/n2")
+    reader.learn(slab_state.new_slab(SLAB, [(server.drive_id, server.node) for server in cluster.servers]))
+    await cluster.owner.commit(slab_state.begin_joining(cluster.owner.descriptors[SLAB], joining.drive_id))
+    for _ in range(20):
+        assert bytes(await reader.read(SLAB, 0, 1)) == pattern(2)
+        reader.learn(cluster.owner.descriptors[SLAB])
+    with pytest.raises(StaleEpoch):
+        await cluster.owner.links.call(joining.node, "locate", {"drive": joining.drive_id, "slab": SLAB}, timeout_s=60)
+
+
+async def test_I7_a_resync_copies_what_a_dead_writer_left_on_its_source(tmp_path: Path, nursery: Any) -> None:
+    """Both members started anew before its chunks could be made equal. One went on; the other, which had missed nothing
+    since, came back without what the first had more."""
+    cluster = BlockCluster(tmp_path, nursery)
+    await cluster.start()
+    bus = cluster.bus()
+    await write(bus, 0, pattern(1))
+    await bus.flush([SLAB])
+    source, target, third = cluster.servers
+    write_copy(source.copy(), 16, pattern(2))  # at an epoch before the target goes out
+    drop = [target.drive_id, third.drive_id]
+    await cluster.owner.commit(slab_state.drop_members(cluster.owner.descriptors[SLAB], drop))
+    await cluster.owner.resync(SLAB, target)
+    assert bytes(target.copy().read_blocks(16, 1)[1]) == pattern(2)
+    assert 1 in target.copy().active_chunks(), "the third may come back without it as well"
+    await cluster.owner.resync(SLAB, third)
+    assert bytes(third.copy().read_blocks(16, 1)[1]) == pattern(2)

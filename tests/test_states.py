@@ -5,10 +5,12 @@ A failure prints the shortest way there, in words. Worlds, and what in them is t
 
 import pytest
 
-from tests.states.__main__ import DEPTH_MAX, checks, describe, run
-from tests.states.mutants import MUTANTS, broken
+from tests.states.__main__ import DEPTH_MAX, checks, describe, run, run_walks
+from tests.states.explorer import Outcome
+from tests.states.mutants import MUTANTS, Mutant, broken
 
 MUTANT_STATES_MAX = 20_000
+WALKS = 60
 
 
 @pytest.mark.slow
@@ -20,6 +22,9 @@ def test_no_state_breaks_an_invariant(name: str, members: int) -> None:
     outcome = run(check.make, depth=DEPTH_MAX, states=check.states // 2, seconds=None)
     assert not outcome.violation, describe(name, outcome)
     assert outcome.complete or outcome.states >= check.states // 2
+    deeper = run_walks(check.make, WALKS, seed=1)
+    assert not deeper.violation, describe(name, deeper, WALKS)
+    assert deeper.transitions > WALKS
 
 
 @pytest.mark.slow
@@ -28,7 +33,13 @@ def test_the_state_checker_finds(name: str) -> None:
     """A broken rule, by its shortest counterexample; the true code passes the same world, as far as that."""
     mutant = MUTANTS[name]
     with broken(name):
-        outcome = run(mutant.make, depth=DEPTH_MAX, states=MUTANT_STATES_MAX, seconds=None)
-    assert outcome.violation.startswith(mutant.breaks), describe(name, outcome)
-    true = run(mutant.make, depth=DEPTH_MAX, states=outcome.states, seconds=None)
-    assert not true.violation, describe(name, true)
+        found = _explored(mutant, MUTANT_STATES_MAX)
+    assert found.violation.startswith(mutant.breaks), describe(name, found, mutant.walks)
+    true = _explored(mutant, found.states)
+    assert not true.violation, describe(name, true, mutant.walks)
+
+
+def _explored(mutant: Mutant, states: int) -> Outcome:
+    if mutant.walks:
+        return run_walks(mutant.make, mutant.walks, seed=1)
+    return run(mutant.make, depth=DEPTH_MAX, states=states, seconds=None)

@@ -50,6 +50,7 @@ from csvfs.wire.block_messages import (
     FLUSH_HEAD,
     READ_COMPRESSED,
     ROLE_IN_SYNC,
+    ROLE_JOINING,
     unpack_checksums,
     unpack_drive_indexes,
 )
@@ -244,6 +245,7 @@ class BlockService:
         client, copy = self._resolve(link, index, slab)
         if epoch > copy.epoch:
             raise StaleEpoch(f"slab {slab} is at epoch {copy.epoch} on node {self.node}, not yet {epoch}")
+        self.check_in_sync(copy)
         self._check_range(copy, block, count)
         compressed = bool(flags & READ_COMPRESSED)
         got = None if compressed else copy.read_blocks_nowait(block, count)
@@ -311,6 +313,12 @@ class BlockService:
         if healed:
             log.warning("slab %d on node %s: %d blocks from %d on healed", slab, self.node, healed, block)
         link.reply(frame.request_id, healed)
+
+    def check_in_sync(self, copy: SlabCopy) -> None:
+        """I5: a copy that joins has not all it will have. Who reads there goes by an epoch at which it was in sync, and may
+        have got its lease after the copy had gone out. Raises StaleEpoch: ask the owner."""
+        if copy.role == ROLE_JOINING:
+            raise StaleEpoch(f"slab {copy.slab} on node {self.node} is being brought in sync at epoch {copy.epoch}")
 
     def _check_range(self, copy: SlabCopy, block: int, count: int) -> None:
         if block + count > copy.block_count:

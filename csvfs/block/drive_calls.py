@@ -210,6 +210,7 @@ class DriveCalls:
         served = self._drive(args)
         slab = SlabId(field(args, "slab", int))
         copy = self._service.drives.copy_in_service(served, _client(link).volume, slab)
+        self._service.check_in_sync(copy)
         layout = served.opened().layout
         return {
             "slot": copy.slot,

@@ -5,7 +5,8 @@ Rule       The coordinator has installed the epoch on all members before it asks
            an earlier epoch is on the source already, and every later one comes here by itself: blocks written
            here since the epoch was installed are skipped (BlockService.install begins to note them).
 What       chunks given            these (making members equal after a writer died)
-           since > 0               chunks the source stamped with `since` or later, and those active here
+           since > 0               chunks the source stamped with `since` or later, and those active here, and those where the
+                                   source may be ahead of other members: of a writer that died before `since`
            since 0                 every chunk that source or target ever wrote
 """
 
@@ -121,7 +122,8 @@ class Pull:
                 raise ProtocolError(f"{link.peer} does not serve the source drive of slab {self._copy.slab}")
             args = {"drive": self._source.drive, "slab": self._copy.slab}
             table = await link.call("read_table", args, timeout_s=TABLE_TIMEOUT_S)
-            chunks = self._stale_chunks(table)
+            ahead = await self._ask_unequal(link, args) if self._chunks is None else set()
+            chunks = self._stale_chunks(table, ahead)
             self.chunk_count = len(chunks)
             self.bytes_total = len(chunks) * CHUNK_SIZE
             failure = None
@@ -135,18 +137,20 @@ class Pull:
                 nursery.cancel_scope.cancel()
             if failure is not None:
                 raise failure
-            self._unequal = await self._ask_unequal(link, args)
+            # Asked again at the end: what was read before was marked there before, or is on all members by now. Where
+            # members are being made equal, others may have to be yet.
+            settled = self._chunks is None
+            self._unequal = await self._ask_unequal(link, args) if settled else set(self._pulled)
         finally:
             link.close()
 
     async def _ask_unequal(self, link: Link, args: dict[str, Any]) -> set[int]:
-        """Asked at the end: what was read before was marked there before, or is on all members by now."""
-        if self._chunks is not None:
-            return set(self._pulled)  # other members may have to be made equal yet
-        unequal = await link.call("unequal", {**args, "epoch": self._epoch}, timeout_s=TABLE_TIMEOUT_S)
+        """Chunks of the source that may have what other members lack."""
+        unequal = await link.call("unequal", args, timeout_s=TABLE_TIMEOUT_S)
         if not isinstance(unequal, list):
             raise ProtocolError(f"{link.peer} answered unequal with {type(unequal).__name__}")
-        return set(self._pulled).intersection(chunk for chunk in unequal if isinstance(chunk, int))
+        chunk_count = self._copy.block_count // BLOCKS_PER_CHUNK
+        return {chunk for chunk in unequal if isinstance(chunk, int) and 0 <= chunk < chunk_count}
 
     async def _watch_source_forever(self, link: Link) -> None:
         """Learn how much the source's own programs notice."""
@@ -161,7 +165,7 @@ class Pull:
                 return  # the copying will say what is wrong, if anything is
             await trio.sleep(INTERVAL_S)
 
-    def _stale_chunks(self, table: dict[str, Any]) -> list[int]:
+    def _stale_chunks(self, table: dict[str, Any], ahead: set[int]) -> list[int]:
         theirs = array("I", table["chunk_epochs"])
         ours = array("I", bytes(self._copy.chunk_epochs()))
         chunk_count = self._copy.block_count // BLOCKS_PER_CHUNK
@@ -173,7 +177,7 @@ class Pull:
             return sorted(set(self._chunks))
         if self._since:
             stale = {chunk for chunk in range(chunk_count) if theirs[chunk] >= self._since}
-            return sorted(stale.union(self._active_before))
+            return sorted(stale.union(self._active_before, ahead))
         return [chunk for chunk in range(chunk_count) if theirs[chunk] or ours[chunk]]
 
     async def _copy_chunks(self, link: Link, index: int, chunks: list[int]) -> None:

@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import click
 
 from tests.states.data_world import DataWorld
-from tests.states.explorer import Outcome, World, explore
+from tests.states.explorer import Outcome, World, explore, walk
 from tests.states.lease_world import LeaseSetup, LeaseWorld
 from tests.states.mutants import MUTANTS, broken
 from tests.states.schedule import stepped
@@ -18,6 +19,9 @@ from tests.states.takeover_world import TakeoverWorld
 from tests.states.world import Setup
 
 DEPTH_MAX = 60
+_FAULTS = (
+    "is killed", "is cut off", "is not answered in time", "does not answer", "lease ends", "is lost", "is evicted"
+)  # fmt: skip
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,19 +80,32 @@ def run(make: Callable[[], World], *, depth: int, states: int | None, seconds: f
         logging.disable(logging.NOTSET)
 
 
+def run_walks(make: Callable[[], World], walks: int, seed: int) -> Outcome:
+    """As `run`, by random walks."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with stepped():
+            return walk(make, walks, seed=seed, is_fault=lambda step: any(words in step for words in _FAULTS))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _progress(outcome: Outcome) -> None:
     if sys.stderr.isatty():
         print(f"\rdepth {outcome.depth}, {outcome.states:,} states, {outcome.seconds:.0f} s", end="", file=sys.stderr)
 
 
-def describe(name: str, outcome: Outcome) -> str:
+def describe(name: str, outcome: Outcome, walks: int = 0) -> str:
     """One paragraph for people."""
     rate = outcome.transitions / max(outcome.seconds, 0.001)
     bound = "all there are" if outcome.complete else f"complete to depth {outcome.depth - 1}"
-    text = (
-        f"{name}: {outcome.states:,} states, {outcome.transitions:,} transitions, {bound}, "
-        f"{outcome.seconds:.0f} s ({rate:.0f}/s)"
-    )
+    if walks:
+        text = f"{name}: {walks:,} walks, {outcome.transitions:,} steps, {outcome.seconds:.0f} s ({rate:.0f}/s)"
+    else:
+        text = (
+            f"{name}: {outcome.states:,} states, {outcome.transitions:,} transitions, {bound}, "
+            f"{outcome.seconds:.0f} s ({rate:.0f}/s)"
+        )
     if outcome.violation:
         steps = "\n".join(f"  {number:2}. {step}" for number, step in enumerate(outcome.trace, 1))
         text += f"\n{outcome.violation}, after {len(outcome.trace)} steps:\n{steps}"
@@ -101,29 +118,35 @@ def describe(name: str, outcome: Outcome) -> str:
 @click.option("--faults", type=click.IntRange(0, 6), default=None, help="in one trace; default: of each world")
 @click.option("--states", type=int, default=None, help="in each world; default: those of the test command; 0: all")
 @click.option("--seconds", type=float, default=None, help="for each world")
+@click.option("--walks", type=int, default=0, help="random ones in each world, instead of breadth-first")
+@click.option("--seed", type=int, default=1, show_default=True, help="of the first walk")
 @click.option("--only", default=None, help="one world")
 @click.option("--mutant", type=click.Choice(list(MUTANTS)), default=None, help="with a rule broken, in its world")
 @click.option("--json", "as_json", is_flag=True)
 def main(
-    depth: int, members: str, faults: int | None, states: int | None, seconds: float | None, only: str | None,
-    mutant: str | None, as_json: bool,
+    depth: int, members: str, faults: int | None, states: int | None, seconds: float | None, walks: int, seed: int,
+    only: str | None, mutant: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Visit the states of small worlds breadth-first. Exit status 1: an invariant does not hold."""
-    outcomes: dict[str, Outcome] = {}
+    worlds = checks(int(members), faults)
     if mutant is not None:
-        with broken(mutant):
-            outcomes[mutant] = run(MUTANTS[mutant].make, depth=depth, states=states, seconds=seconds)
-    else:
-        for name, check in checks(int(members), faults).items():
-            if only in (None, name):
-                limit = check.states if states is None else states or None
-                outcomes[name] = run(check.make, depth=depth, states=limit, seconds=seconds)
-                if not as_json:
-                    print(describe(name, outcomes[name]), flush=True)
+        worlds = {mutant: Check(MUTANTS[mutant].make, 0)}
+    outcomes: dict[str, Outcome] = {}
+    with broken(mutant) if mutant is not None else nullcontext():
+        for name, check in worlds.items():
+            if only not in (None, name):
+                continue
+            limit = check.states if states is None else states
+            if mutant is not None and states is None:
+                walks = walks or MUTANTS[mutant].walks
+            if walks:
+                outcomes[name] = run_walks(check.make, walks, seed)
+            else:
+                outcomes[name] = run(check.make, depth=depth, states=limit or None, seconds=seconds)
+            if not as_json:
+                print(describe(name, outcomes[name], walks), flush=True)
     if as_json:
         print(json.dumps({name: asdict(outcome) for name, outcome in outcomes.items()}, indent=2))
-    elif mutant is not None:
-        print(describe(mutant, outcomes[mutant]))
     sys.exit(any(outcome.violation for outcome in outcomes.values()))
 
 

@@ -205,19 +205,20 @@ class DataWorld(SlabWorld):
         return self.reaches(COORDINATOR, server.node) and not is_whole
 
     def who(self) -> tuple[str, ...]:
-        return COORDINATOR, self.holder
+        return (COORDINATOR, self.holder) if self.writers[self.holder].alive else (COORDINATOR,)
 
     def more_faults(self) -> Iterator[Step]:
         first = self.writers["m1"]
         if "writer" in self.setup.faults and first.alive and "m1" not in self.ended:
             yield "m1 is killed", lambda: self.kill_writer(first)
-            yield "m1 does not answer, and is evicted", self._evict_living
+            if self.coordinator is not None and not any(task.name == "evict m1" for task in self.tasks):
+                yield "m1 does not answer, and is evicted", self._evict_living
         if "coordinator" in self.setup.faults and self.coordinator is not None:
             yield "the coordinator is killed", self._kill_coordinator
 
     def _evict_living(self) -> None:
-        if self.coordinator is not None:
-            self.add(Task("evict m1", COORDINATOR, self.coordinator.evict(self.writers["m1"])))
+        assert self.coordinator is not None
+        self.add(Task("evict m1", COORDINATOR, self.coordinator.evict(self.writers["m1"])))
 
     def _kill_coordinator(self) -> None:
         self.coordinator = None
@@ -235,7 +236,7 @@ class DataWorld(SlabWorld):
         heir = self.writers["m2"]
         known = heir.bus.descriptor(SLAB) or self.descriptor
         members = [self.servers[member.node] for member in known.in_sync]
-        served = [server for server in members if server.in_service and server.epoch >= known.epoch]
+        served = [server for server in members if server.serves_reads(known.epoch)]
         pending = {block for block, value in heir.sent if value not in heir.acked}
         for block in set(range(BLOCKS)) - pending:
             if len({server.values[block] for server in served}) > 1:

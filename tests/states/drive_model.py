@@ -2,7 +2,7 @@
 
 Place      state checker, under the worlds.
 A model    of what is I/O in the product, and the only one of the block layer:
-             hello, fence, check_term, _write, install       csvfs/block/block_service.py
+             hello, fence, check_term, _write, _read, install csvfs/block/block_service.py
              register_term, settle, equal, unequal, active,
              stamp, list_slabs, create_slab, pull            csvfs/block/drive_calls.py, pull.py (`run`, `_stale_chunks`,
                                                              `_copy_run`, `settled_chunks`)
@@ -121,6 +121,10 @@ class DriveServer:
         self.values[block] = value
         end.marks.below = below
         end.marks.marks[(self, block)] = sequence
+
+    def serves_reads(self, epoch: int) -> bool:
+        """Whether a READ at `epoch` is answered with data."""
+        return self.in_service and epoch <= self.epoch and self.role == ROLE_IN_SYNC
 
     def _mark(self, chunk: int, epoch: int) -> None:
         self.active.add(chunk)
@@ -264,7 +268,7 @@ class PullModel:
     def read(self, source: DriveServer) -> None:
         if not source.up or not source.in_service or not source.exists:
             raise Unavailable("the source does not serve")
-        if self.epoch > source.epoch:
+        if not source.serves_reads(self.epoch):
             raise StaleEpoch("not installed at the source")
         self.pulled = {chunk: (source.values[chunk], source.stamps[chunk]) for chunk in self._stale(source)}
         self.unequal = set(self.pulled) if self.chunks is not None else source.unequal()
@@ -274,7 +278,7 @@ class PullModel:
             return sorted(set(self.chunks))
         if self.since:
             stale = {chunk for chunk in range(BLOCKS) if source.stamps[chunk] >= self.since}
-            return sorted(stale | self.active_before)
+            return sorted(stale | self.active_before | source.unequal())
         return [chunk for chunk in range(BLOCKS) if source.stamps[chunk] or self.target.stamps[chunk]]
 
     def store(self) -> dict[str, Any]:

@@ -4,11 +4,14 @@ Place      state checker, bottom. Knows nothing of slabs: a world offers steps, 
 How        Breadth-first over states, told apart by a fingerprint. Coroutines of the product cannot be copied, so a
            state is reached anew by doing the steps that led to it: a world must be a function of its steps.
 Shortest   the first trace that shows something wrong has the fewest steps of all.
+Walks      go deeper than breadth-first ever gets: one step after the other, drawn by a seed. What they find is made as
+           short as leaving out steps can make it.
 """
 
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from random import Random
 from time import monotonic
 from typing import Protocol
 
@@ -119,3 +122,63 @@ def explore(
                 frontier.append(_Node(node, step, node.depth + 1))
     outcome.seconds, outcome.complete = monotonic() - began, True
     return outcome
+
+
+WALK_STEPS_MAX = 140
+FAULT_WEIGHT = 0.25  # of other steps: else all faults happen at the beginning
+
+
+def walk(make: Callable[[], World], walks: int, *, seed: int, is_fault: Callable[[str], bool]) -> Outcome:
+    """As many random walks, or until an invariant does not hold. `states` counts what was passed, twice what was met
+    twice."""
+    began = monotonic()
+    outcome = Outcome()
+    for number in range(walks):
+        rng = Random(seed + number)
+        world, trace = make(), list[str]()
+        try:
+            while len(trace) < WALK_STEPS_MAX and (steps := world.steps()):
+                weights = [FAULT_WEIGHT if is_fault(step) else 1.0 for step in steps]
+                trace.append(rng.choices(steps, weights)[0])
+                world.do(trace[-1])
+                world.check()
+                outcome.transitions += 1
+        except Violation as violation:
+            outcome.trace = _shortened(make, tuple(trace), str(violation)[:2])
+            outcome.violation = _violation_of(make, outcome.trace) or str(violation)
+            break
+        finally:
+            outcome.depth = max(outcome.depth, len(trace))
+    outcome.states, outcome.seconds = outcome.transitions, monotonic() - began
+    return outcome
+
+
+def _violation_of(make: Callable[[], World], trace: tuple[str, ...]) -> str | None:
+    """What a trace leads to; None: nothing wrong, or one of its steps cannot happen."""
+    world = make()
+    try:
+        for step in trace:
+            if step not in world.steps():
+                return None
+            world.do(step)
+            world.check()
+    except Violation as violation:
+        return str(violation)
+    return None
+
+
+def _shortened(make: Callable[[], World], trace: tuple[str, ...], number: str) -> tuple[str, ...]:
+    """Without the steps that a violation of the same invariant does not need."""
+    size = 8
+    while size:
+        shorter = None
+        for start in range(len(trace)):
+            tried = trace[:start] + trace[start + size :]
+            if (_violation_of(make, tried) or "").startswith(number):
+                shorter = tried
+                break
+        if shorter is None:
+            size //= 2
+        else:
+            trace = shorter
+    return trace

@@ -19,10 +19,10 @@ from csvfs.block.bus import Bus
 from csvfs.block.bus_writes import PendingWrite
 from csvfs.block.writer_marks import MarkBook
 from csvfs.errors import CsvfsError, Fenced, LastCopy
-from csvfs.ids import DriveId, SlabId
+from csvfs.ids import DriveId, Incarnation, SlabId
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_IN_SYNC, SlabDescriptor
 from tests.states.data_world import DataWorld
-from tests.states.drive_model import DriveServer, PullModel
+from tests.states.drive_model import VOLUME, DriveServer, PullModel, ServerEnd
 from tests.states.explorer import World
 from tests.states.lease_world import LeaseSetup, LeaseWorld
 from tests.states.takeover_world import TakeoverWorld
@@ -33,11 +33,12 @@ Patch = tuple[Any, str, Any]
 
 @dataclass(slots=True, frozen=True)
 class Mutant:
-    """`breaks` names the invariant that has to be found broken first: the begin of the violation."""
+    """`breaks`: which invariants may be found broken first. `walks`: how many are tried to find it; 0: breadth-first."""
 
     breaks: tuple[str, ...]
     make: Callable[[], World]
     patches: Callable[[], list[Patch]]
+    walks: int = 0
 
 
 def _install_before_commit() -> list[Patch]:
@@ -101,13 +102,28 @@ def _fence_answered_early() -> list[Patch]:
     return [(DriveServer, "_call_fence", fence)]
 
 
+def _joining_copies_are_read() -> list[Patch]:
+    """A drive server answers reads from copies that are being brought in sync (as it was)."""
+
+    def serves_reads(self: DriveServer, epoch: int) -> bool:
+        return self.in_service and epoch <= self.epoch
+
+    return [(DriveServer, "serves_reads", serves_reads)]
+
+
 def _term_not_checked_by_drives() -> list[Patch]:
-    """A drive server takes calls and writes of any term."""
+    """A drive server takes calls and writes of any term, also by links of earlier ones."""
 
     def check_term(self: DriveServer, term: int) -> None:
         self.term = max(term, self.term)
 
-    return [(DriveServer, "check_term", check_term)]
+    def hello(self: DriveServer, writer: str, incarnation: int) -> ServerEnd:
+        end = ServerEnd(writer, incarnation)
+        end.marks = self.marks.writer(VOLUME, writer, Incarnation(incarnation))
+        self.ends.append(end)
+        return end
+
+    return [(DriveServer, "check_term", check_term), (DriveServer, "hello", hello)]
 
 
 def _term_not_checked_in_the_store() -> list[Patch]:
@@ -208,14 +224,17 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "a fence is answered early": Mutant(("I5", "I6"), _data(faults=("writer",), faults_max=1), _fence_answered_early),
     "drives do not check the term": Mutant(
-        ("I5", "I6", "I2", "I3"), _takeover(faults=("writer",), faults_max=1), _term_not_checked_by_drives
+        ("I5", "I6", "I2", "I3"), _takeover(dead=True, faults=(), faults_max=0), _term_not_checked_by_drives
     ),
     "the store does not check the term": Mutant(
-        ("I1",), _takeover(faults=("writer", "cut"), faults_max=2), _term_not_checked_in_the_store
+        ("I1",), _takeover(faults=("writer", "cut"), faults_max=2), _term_not_checked_in_the_store, 1000
+    ),
+    "joining copies are read": Mutant(
+        ("I5",), _data(dead=True, faults=("coordinator", "server"), faults_max=2), _joining_copies_are_read, 2000
     ),
     "copies are not made equal": Mutant(("I5",), _data(dead=True, faults=(), faults_max=0), _not_made_equal),
     "leases pass on while members are out of reach": Mutant(
-        ("I5",), _data(dead=True, faults=("cut",), faults_max=2), _passed_on_while_out_of_reach
+        ("I5",), _data(dead=True, faults=("cut",), faults_max=2, rests=False), _passed_on_while_out_of_reach
     ),
     "what was pulled counts as settled": Mutant(
         ("I3",), _data(members=3, dead=True, faults=(), faults_max=0), _pulled_is_settled

@@ -31,6 +31,7 @@ class Setup:
     dead        the first writer has died at once: what it sent is on its way
     faults      kinds of faults: writer, coordinator, server, cut, late
     tasks_max   of the coordinator at a time
+    rests       chunks may be unmarked by their writers' word: without, there are fewer states
     """
 
     members: int = 2
@@ -42,6 +43,7 @@ class Setup:
     faults: tuple[str, ...] = ("writer", "coordinator", "server", "cut", "late")
     faults_max: int = 2
     tasks_max: int = 1
+    rests: bool = True
 
 
 class SlabWorld:
@@ -209,6 +211,7 @@ class SlabWorld:
         for server in self.servers.values():
             if not server.up:
                 yield f"{server.node} starts", server.start
+            if not (server.up and self.setup.rests):
                 continue
             if server.can_unmark():
                 yield f"{server.node} flushes, and its chunks rest", server.flush_and_rest
