@@ -17,6 +17,7 @@ from coordinator.slab_book import MetadataBook
 from csvfs.block.server_links import ServerAddress
 from csvfs.errors import Corrupt, CsvfsError, Disconnected, Fenced, ProtocolError, Unavailable
 from csvfs.ids import Incarnation, NodeName, SlabId, VolumeId, id_bytes
+from csvfs.net.tls import Identity
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire import control
 from csvfs.wire.block_messages import (
@@ -43,7 +44,9 @@ ReadLocal = Callable[[SlabId, int, int], "bytes | bytearray | None"]
 class _Connection:
     """One request at a time."""
 
-    def __init__(self, server: ServerAddress, hello: dict[str, Any], *, local: bool) -> None:
+    def __init__(
+        self, server: ServerAddress, hello: dict[str, Any], identity: Identity | None, *, local: bool
+    ) -> None:
         address: Any = server.unix_path if local and server.unix_path else (server.address, server.port)
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.incarnation = server.incarnation
@@ -53,6 +56,8 @@ class _Connection:
         try:
             self._socket.settimeout(CONNECT_TIMEOUT_S)
             self._socket.connect(address)
+            if identity is not None and family != socket.AF_UNIX:
+                self._socket = identity.shake_hands_blocking(self._socket, server.node)
             self._socket.settimeout(READ_TIMEOUT_S)
             answer = control.unpack_value(self.request(Kind.CALL, control.pack_call("hello", hello)).head)
             self.indexes = {
@@ -109,8 +114,10 @@ class BlockReader:
         term: int,
         local_node: NodeName,
         blocks_per_slab: int,
+        identity: Identity | None = None,
     ) -> None:
         self._book = book
+        self._identity = identity
         self._directory = directory
         self._hello = {
             "cluster": cluster, "volume": volume, "writer": "coordinator-reader",
@@ -192,7 +199,7 @@ class BlockReader:
             raise Unavailable(f"node {node} runs no drive server now")
         if connection is None or connection.incarnation != server.incarnation:
             self._drop(node)
-            connection = _Connection(server, self._hello, local=node == self._local_node)
+            connection = _Connection(server, self._hello, self._identity, local=node == self._local_node)
             self._connections[node] = connection
         return connection
 

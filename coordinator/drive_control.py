@@ -200,7 +200,7 @@ class DriveControl:
             "drive": target.drive,
             "slab": descriptor.slab,
             "epoch": descriptor.epoch,
-            "source": {"address": where[0], "port": where[1], "drive": source.drive},
+            "source": {"address": where[0], "port": where[1], "drive": source.drive, "node": source.node},
             "since": target.since,
             "chunks": chunks,
             "term": self.term,
@@ -259,7 +259,8 @@ class DriveControl:
             raise Unavailable(f"node {source.node} runs no drive server now")
         args = {
             "drive": target.drive, "slab": descriptor.slab, "epoch": descriptor.epoch, "term": self.term,
-            "source": {"address": where[0], "port": where[1], "drive": source.drive}, "blocks": blocks,
+            "source": {"address": where[0], "port": where[1], "drive": source.drive, "node": source.node},
+            "blocks": blocks,
         }  # fmt: skip
         answer = await self._pull_links.call(target.node, "heal_from", args, timeout_s=PULL_TIMEOUT_S)
         try:

@@ -58,6 +58,9 @@ class FrontDesk:
             link.reply_error(frame.request_id, BadRequest(f"frames of kind {frame.kind} are not served here"))
             return
         name, args = unpack_call(frame.head)
+        if name == "host_status":
+            link.reply(frame.request_id, {"node": self._node, "refused": link.engine.refusals.counts})
+            return
         try:
             service = self._find(field(args, "volume", str))
             if not self._may_serve():

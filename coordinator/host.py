@@ -44,8 +44,10 @@ from csvfs.ids import Incarnation, NodeName, Term, VolumeId
 from csvfs.net.calls import field
 from csvfs.net.engine import Engine
 from csvfs.net.link import Listener
+from csvfs.net.tls import Identity, open_identity
 from csvfs.store.interface import ClusterStore
 from csvfs.store.opening import open_store
+from csvfs.store.revoked import follow_revoked_forever
 from csvfs.units import SLAB_SIZE_DEFAULT
 from csvfs.wire.control import pack_value, unpack_value
 
@@ -93,9 +95,10 @@ class Host:
         repair_speed: int = SPEED_DEFAULT,
         serve: Any = serve_volume,
         rng: Random | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.node = node
-        self.engine = Engine()
+        self.engine = Engine(identity)
         self.view = View()
         self.facts = ClusterFacts(self.view)
         self._address = address
@@ -125,6 +128,8 @@ class Host:
                 nursery.start_soon(self.engine.run_forever)
                 desk = FrontDesk(self.node, self._find_service, self._may_serve, nursery)
                 await nursery.start(keep_view_forever, self._store, self.view)
+                if self.engine.identity is not None:
+                    await nursery.start(follow_revoked_forever, self._store, self.engine.identity.revoke)
                 listeners.append(Listener(self.engine, (self._address, self._port), desk.accept))
                 self._port = listeners[0].port
                 if self._unix_path is not None:
@@ -409,6 +414,7 @@ async def serve(config: NodeConfig) -> int:
         write_timeout_ms=config.options.write_timeout_ms,
         drive_retire_ms=config.options.drive_retire_ms,
         repair_speed=config.options.repair_speed - 1,
+        identity=open_identity(config),
     )
     await run_until_signalled(host.run)
     return 0

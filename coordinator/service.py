@@ -243,8 +243,12 @@ class Service:
     # -- calls -----------------------------------------------------------------------------------
 
     async def hello(self, link: Link, args: Args) -> dict[str, Any]:
-        """A mount introduces itself; the link is its from now on. Raises Fenced, and as `desk.welcome`."""
+        """A mount introduces itself; the link is its from now on.
+
+        Raises  Fenced, and as `desk.welcome`. AccessDenied: it is of another node than the link's certificate.
+        """
         node, incarnation = NodeName(field(args, "node", str)), Incarnation(arguments.number(args, "incarnation"))
+        link.require_node(node)
         session = await self.desk.welcome(node, incarnation)
         if link.closed is not None:
             raise link.closed

@@ -77,11 +77,11 @@ class VolumeLinks:
         self.writes.close()
 
 
-def block_reader(facts: ClusterFacts, cluster: bytes, setup: VolumeSetup) -> MakeReader:
+def block_reader(engine: Engine, facts: ClusterFacts, cluster: bytes, setup: VolumeSetup) -> MakeReader:
     def make(book: MetadataBook, bus: Bus) -> Reader:
         reader = BlockReader(
             book, facts.server, cluster=cluster, volume=setup.volume, term=setup.term,
-            local_node=setup.node, blocks_per_slab=setup.slab_blocks,
+            local_node=setup.node, blocks_per_slab=setup.slab_blocks, identity=engine.identity,
         )  # fmt: skip
         reader.read_local = bus.read_local
         return reader
@@ -127,7 +127,7 @@ async def serve_volume(
         silence_ms_max=write_timeout_ms,
     )
     changes.on_settled = bus.learn
-    reader = (make_reader or block_reader(facts, cluster, setup))(book, bus)
+    reader = (make_reader or block_reader(engine, facts, cluster, setup))(book, bus)
     metadata = None
     started = trio.current_time()
     try:

@@ -33,6 +33,9 @@ STORE_PEER_PORT = 4  # and for other members
 JOIN_PORT = 5  # of the join desk, where new nodes get their certificates
 PORT_COUNT = 10
 
+TLS_NONE = "none"  # tls_dir: connections between nodes are not encrypted, and who connects is not asked who it is
+_ETCD = "etcd:"
+
 # A unix socket's path has at most 107 bytes; ours are `<run_dir>/<role>.sock`.
 RUN_DIR_LENGTH_MAX = 80
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,30}[A-Za-z0-9])?")
@@ -165,6 +168,7 @@ class NodeConfig:
     options: Options
     path: Path  # of the file it was read from
     witness: bool = False  # runs a member of the cluster store and nothing else
+    tls_dir: Path | None = None  # has ca.crt, node.crt, node.key; None: connections between nodes are not encrypted
 
     @property
     def drive_server_port(self) -> int:
@@ -229,7 +233,8 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadRequest(f"{path} is not TOML: {error}") from None
     allowed = {
-        "node", "address", "port_base", "store", "run_dir", "cluster_root", "witness", "drives", "options", *PLACE_LEVELS
+        "node", "address", "port_base", "store", "run_dir", "cluster_root", "witness", "tls_dir", "drives", "options",
+        *PLACE_LEVELS,
     }  # fmt: skip
     _refuse_unknown(table, allowed, path)
     node = _text(table, "node", path)
@@ -251,6 +256,7 @@ def parse_config(text: bytes, path: Path) -> NodeConfig:
         options=_options(table.get("options", {}), path),
         path=path.absolute(),
         witness=_switch(table, "witness", path),
+        tls_dir=_tls_dir(table, path),
     )
 
 
@@ -324,6 +330,15 @@ def _absolute(table: Mapping[str, Any], name: str, path: Path, default: str) -> 
     if not value.is_absolute():
         raise BadRequest(f"{path}: {name} {str(value)!r} must be an absolute path")
     return value
+
+
+def _tls_dir(table: Mapping[str, Any], path: Path) -> Path | None:
+    """Where the node's certificates lie: beside those of an etcd, unless said otherwise. None: "none" was said, or the
+    cluster store is a file, which all nodes being on one machine have."""
+    store = _text(table, "store", path)
+    beside_etcd = store.removeprefix(_ETCD) if store.startswith(_ETCD) else TLS_NONE
+    said = _text(table, "tls_dir", path, beside_etcd)
+    return None if said == TLS_NONE else _absolute(table, "tls_dir", path, beside_etcd)
 
 
 def _number(table: Mapping[str, Any], name: str, default: int, low: int, high: int, path: Path) -> int:

@@ -711,7 +711,7 @@ def lab_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 LAB = Path("/lab")
-UP = {"nodes": 3, "drives": 3, "drive_size": 4 * GIB, "store": "embedded"}
+UP = {"nodes": 3, "drives": 3, "drive_size": 4 * GIB, "store": "embedded", "tls": True}
 
 
 @pytest.mark.parametrize(
@@ -722,6 +722,7 @@ UP = {"nodes": 3, "drives": 3, "drive_size": 4 * GIB, "store": "embedded"}
             ("up", "--dir", "/lab", "--nodes", "5", "--drives", "1", "--drive-size", "1G"),
             ("lab_up", LAB, {**UP, "nodes": 5, "drives": 1, "drive_size": GIB}),
         ),
+        (("up", "--dir", "/lab", "--no-tls"), ("lab_up", LAB, {**UP, "tls": False})),
         (("kill", "n1", "--dir", "/lab"), ("lab_kill", LAB, "n1", "all")),
         (("kill", "--dir", "/lab", "n1", "--role", "drives"), ("lab_kill", LAB, "n1", "drives")),
         (("start", "n1", "--dir", "/lab"), ("lab_start", LAB, "n1")),

@@ -11,10 +11,10 @@ import trio
 
 from csvfs.admin import etcd_members
 from csvfs.admin.cluster_ca import is_pair, issue, make_authority, make_request, write_certificates
-from csvfs.admin.cluster_view import CERTIFICATES, EVICTED, NODES, REVOKED
+from csvfs.admin.cluster_view import CERTIFICATES, EVICTED, NODES
 from csvfs.admin.etcd_member import write_member
 from csvfs.admin.etcd_members import StoreMember, absence_objection, gets_member, removal_objection
-from csvfs.admin.join_admission import TOKENS, Admission, evicted_at, make_token, revoked_serials
+from csvfs.admin.join_admission import TOKENS, Admission, evicted_at, make_token
 from csvfs.admin.join_client import ask, ask_standing, ask_to_join, tls_for
 from csvfs.admin.join_desk import CONNECTIONS_MAX, JoinDesk
 from csvfs.admin.join_messages import MESSAGE_SIZE_MAX, SIZE, JoinAnswer, JoinRequest, pack_message
@@ -26,6 +26,7 @@ from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_http import Endpoint
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import Delete
+from csvfs.store.revoked import REVOKED, revoked_serials
 from csvfs.wire.control import pack_value, unpack_value
 from tests.etcd_server import EtcdServer, free_ports, needs_etcd, running_etcd
 

@@ -14,6 +14,7 @@ import trio
 from csvfs.admin.peers import Peers, open_peers
 from csvfs.config import NodeConfig, load_config
 from csvfs.errors import BadRequest, CsvfsError
+from csvfs.net.tls import open_identity
 from csvfs.store.interface import ClusterStore
 from csvfs.store.opening import open_store
 from csvfs.units import parse_size
@@ -112,7 +113,7 @@ def run_with_peers(work: Callable[[Here, Peers], Awaitable[T]]) -> T:
     """As run_here, for commands that also call drive servers and coordinators."""
 
     async def with_peers(here: Here) -> T:
-        async with open_peers() as peers:
+        async with open_peers(open_identity(here.config)) as peers:
             return await work(here, peers)
 
     return run_here(with_peers)

@@ -42,14 +42,15 @@ def lab_group() -> None:
 @click.option("--drives", type=click.IntRange(1, DRIVES_MAX), default=3, show_default=True, help="Per node.")
 @click.option("--drive-size", type=SIZE, default=4 * GIB, show_default="4G", help="Sparse files.")
 @click.option("--store", type=click.Choice(["embedded", "etcd"]), default="embedded", show_default=True)
+@click.option("--tls/--no-tls", default=True, show_default=True, help="Between nodes.")
 @dir_option
-def up_command(nodes: int, drives: int, drive_size: int, store: str, directory: Path) -> None:
+def up_command(nodes: int, drives: int, drive_size: int, store: str, tls: bool, directory: Path) -> None:
     """Start a new lab, or what is not running of one that is there."""
     if drive_size < DRIVE_SIZE_MIN:
         raise BadRequest(
             f"drives of {format_size(drive_size)} are too small: at least {format_size(DRIVE_SIZE_MIN)}"
         )
-    lab.lab_up(directory, nodes=nodes, drives=drives, drive_size=drive_size, store=store)
+    lab.lab_up(directory, nodes=nodes, drives=drives, drive_size=drive_size, store=store, tls=tls)
     where = "" if directory == LAB_DIR_DEFAULT else f" --dir {directory}"
     note(f"the lab is up; next: csvfs lab exec{where} n1 -- csvfs volume create Volume1")
 

@@ -75,6 +75,9 @@ def print_status(status: ClusterStatus, console: Console) -> None:
     if status.nodes:
         columns = ("NODE", "STATE", "ADDRESS", "DRIVES", "NOTE")
         console.print(make_table(columns, [node_row(node) for node in status.nodes]))
+        for node in status.nodes:
+            if node.refused:
+                console.print(f"{node.name} refused {refused_text(node.refused)}", style="yellow")
     else:
         console.print("no nodes yet: start one with csvfs node run")
     console.print()
@@ -98,6 +101,13 @@ def pool_line(status: ClusterStatus) -> str:
     if pool.nodes_unknown:
         line += f" (without {', '.join(pool.nodes_unknown)})"
     return line
+
+
+def refused_text(counts: dict[str, int]) -> str:
+    """`3 connections: 2 no certificate, 1 not tls`."""
+    total = sum(counts.values())
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(counts.items()))
+    return f"{total} connection{'s' if total != 1 else ''}: {reasons}"
 
 
 def node_row(node: NodeStatus) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ from pathlib import Path
 import trio
 
 from csvfs.admin.child import spawn, wait_dead
-from csvfs.admin.cluster_ca import issue, key_digest_of, make_authority, serial_of, write_certificates
-from csvfs.admin.cluster_view import CERTIFICATES, CLUSTER_KEY, NODES, read_record
+from csvfs.admin.cluster_ca import issue, make_authority, write_certificates
+from csvfs.admin.cluster_view import CLUSTER_KEY, NODES, read_record
 from csvfs.admin.etcd_member import (
     etcd_program,
     member_argv,
@@ -29,6 +29,7 @@ from csvfs.admin.etcd_member import (
     write_member,
     write_revoked,
 )
+from csvfs.admin.join_admission import certificate_key
 from csvfs.admin.node_setup import (
     NodePlan,
     Wish,
@@ -143,12 +144,9 @@ async def _make_keys(plan: CreatePlan, store: ClusterStore, place: EtcdPlace) ->
         cluster = found  # an earlier try got as far as this
     config = plan.node.config
     certificate = place.certificate_path.read_text()
-    issued = {
-        "serial": f"{serial_of(certificate):x}", "certificate": certificate,
-        "key": key_digest_of(certificate), "witness": False,
-    }  # fmt: skip
-    for key, value in ((CERTIFICATES + config.node, issued), (NODES + config.node, {"address": config.address})):
-        await store.transact([Compare(key, 0)], [Put(key, pack_value(value))])
+    node = Put(NODES + config.node, pack_value({"address": config.address}))
+    for put in (certificate_key(config.node, certificate, is_witness=False), node):
+        await store.transact([Compare(put.key, 0)], [put])
     return cluster.id()
 
 

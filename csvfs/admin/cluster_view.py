@@ -19,7 +19,7 @@ NODES, ALIVE, SERVERS, COORDINATORS = "nodes/", "alive/", "servers/", "coordinat
 DRIVES, VOLUMES, OWNERS, TERMS = "drives/", "volumes/", "owner/", "term/"
 MAINTENANCE = "maintenance/"
 CERTIFICATES, WITNESSES = "certificates/", "witnesses/"  # admin/join_admission.py says what is in them
-EVICTED, REVOKED = "evicted/", "revoked/"
+EVICTED = "evicted/"
 QUARANTINE, STANDING, REACH = "quarantine/", "standing/", "reach/"  # admin/node_standing.py
 
 DRIVE_OK = "ok"  # as the drive server says it

@@ -28,6 +28,7 @@ from csvfs.admin import join_token
 from csvfs.admin.cluster_ca import (
     fingerprint,
     key_digest,
+    key_digest_of,
     read_authority,
     requested_key,
     serial_of,
@@ -39,7 +40,6 @@ from csvfs.admin.cluster_view import (
     CLUSTER_KEY,
     EVICTED,
     NODES,
-    REVOKED,
     WITNESSES,
     Record,
     read_record,
@@ -54,6 +54,7 @@ from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_http import Endpoint
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
+from csvfs.store.revoked import revoked_key, revoked_serials
 from csvfs.wire.control import pack_value
 
 TOKENS = "tokens/"
@@ -167,16 +168,12 @@ class Admission:
         self, token: Record, claim: dict[str, Any], known: _Known, request: JoinRequest, address: str, certificate: str
     ) -> bool:
         at = (WITNESSES if request.is_witness else NODES) + request.node
-        issued = {
-            "serial": f"{serial_of(certificate):x}", "certificate": certificate, "key": claim["key"],
-            "witness": request.is_witness,
-        }  # fmt: skip
         compares = [Compare(token.key, token.revision)]
         compares += [Compare(prefix + request.node, 0) for prefix in (NODES, WITNESSES, CERTIFICATES)]
         changes: list[Put | Delete] = [
             Put(token.key, token.packed_with(used=claim), token.lease),
             Put(at, pack_value({"address": address})),
-            Put(CERTIFICATES + request.node, pack_value(issued)),
+            certificate_key(request.node, certificate, is_witness=request.is_witness),
         ]
         if known.evicted is not None:
             compares.append(Compare(known.evicted.key, known.evicted.revision))
@@ -212,15 +209,18 @@ class Admission:
         )
 
 
-async def revoked_serials(store: ClusterStore) -> list[int]:
-    """Of certificates that are not taken any more. A key that is no number is left out: it revokes nothing."""
-    names = [item.key.removeprefix(REVOKED) for item in await store.list(REVOKED)]
-    return [int(name, 16) for name in names if name and all(letter in "0123456789abcdef" for letter in name)]
+def certificate_key(node: str, certificate: str, *, is_witness: bool) -> Put:
+    """What the store keeps of a certificate (PEM) that was issued."""
+    value = {
+        "serial": f"{serial_of(certificate):x}", "certificate": certificate, "key": key_digest_of(certificate),
+        "witness": is_witness,
+    }  # fmt: skip
+    return Put(CERTIFICATES + node, pack_value(value))
 
 
 async def evicted_at(store: ClusterStore, node: str, serial: int) -> int:
     """When (s since 1970) the node with that certificate was evicted; 0: it was not."""
-    for key in (f"{REVOKED}{serial:x}", EVICTED + node):
+    for key in (revoked_key(serial), EVICTED + node):
         record = await read_record(store, key)
         if record is not None and record.text("node", node) == node:
             return max(record.number("when"), 1)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ from csvfs.admin.lab_processes import (
     run_in_node,
     start_node,
 )
-from csvfs.admin.lab_store import in_store, make_store_files
+from csvfs.admin.lab_store import certificate_keys, in_store, make_store_files
 from csvfs.admin.mount_points import mounted_paths, unmount_lazily
 from csvfs.cluster.membership import item_map
 from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound, TimedOut, Unavailable
@@ -63,18 +64,19 @@ def lab_up(
     drives: int = 3,
     drive_size: int = 4 * GIB,
     store: str = "embedded",
+    tls: bool = True,
     with_pool: bool = True,
     say: Say = print,
 ) -> None:
     """Bring a lab up; of one that is there, start what is not running.
 
-    Args     drives, drive_size: per node, and bytes of each (sparse). with_pool: format the drives and make
-             the pool. say: gets a line per step.
+    Args     drives, drive_size: per node, and bytes of each (sparse). tls: between nodes. with_pool: format the drives
+             and make the pool. say: gets a line per step.
     Raises   NotPermitted, NotSupported: no lab can run here. BadRequest. Conflict: there is one with other
              numbers. TimedOut: a node does not come up; its log is named, and everything is left for you to
              look at.
     """
-    plan = LabPlan(nodes, drives, drive_size, store)
+    plan = LabPlan(nodes, drives, drive_size, store, tls)
     files = lab_files(directory)
     require_lab()
     with contextlib.suppress(NotFound):
@@ -90,11 +92,11 @@ def lab_up(
     make_network(files, files.nodes())
     say(f"{nodes} nodes with {drives} drives of {format_size(drive_size)} in {files.directory}")
     if plan.store == STORE_EMBEDDED:
-        in_store(files, _create_cluster)
+        in_store(files, partial(_create_cluster, files))
     for node in files.nodes():
         _start(files, node)
     if plan.store != STORE_EMBEDDED:  # now its members are being started
-        _wait_store(files, lambda: in_store(files, _create_cluster))
+        _wait_store(files, lambda: in_store(files, partial(_create_cluster, files)))
     for node in files.nodes():
         _wait_alive(files, node)
         say(f"{node.name} is alive at {node.address}")
@@ -314,9 +316,11 @@ def _run_checked(files: LabFiles, node: LabNode, argv: list[str]) -> None:
         raise CsvfsError(f"`{' '.join(argv)}` on {node.name} ended with {result.returncode}: {reason[-1]}")
 
 
-async def _create_cluster(store: ClusterStore) -> None:
+async def _create_cluster(files: LabFiles, store: ClusterStore) -> None:
     cluster = {"id": secrets.token_bytes(16), "name": "lab", "created": int(time.time())}
     await store.transact([Compare("cluster", 0)], [Put("cluster", pack_value(cluster))])  # else it is there
+    for put in certificate_keys(files):
+        await store.transact([Compare(put.key, 0), Compare(f"evicted/{put.key.rpartition('/')[2]}", 0)], [put])
 
 
 def _make_cluster_root() -> None:

@@ -5,7 +5,8 @@ Layout     DIR/lab.json                what it was made with; written first, rem
            DIR/store/store.db          the embedded cluster store; of etcd: who its members are, its authority
            DIR/netns                   the lab's own network namespace, with the bridge in it
            DIR/nodes/n1/node.toml, netns, gate, run/ (sockets, logs), root/ (its /clusterstorage), drives/,
-                        etcd/ (store/etcd_place.py)
+                        etcd/ (store/etcd_place.py), or tls/ with the certificates alone, as there
+           DIR/ca/                      the authority of a lab without etcd
 Names      A namespace is kept by a bind mount inside DIR, and all interfaces live in namespaces: nothing of a
            lab has a name outside DIR, so labs never collide.
 """
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from csvfs.admin.files import write_whole
+from csvfs.config import TLS_NONE
 from csvfs.errors import BadRequest, Corrupt, NotFound
 
 LAB_DIR_DEFAULT = Path("/var/tmp/csvfs-lab")
@@ -35,6 +37,7 @@ class LabPlan:
     drives: int  # per node
     drive_size: int  # bytes
     store: str
+    tls: bool = True  # between nodes; etcd itself always has it
 
     def __post_init__(self) -> None:
         for name, value, most in (("nodes", self.nodes, NODES_MAX), ("drives", self.drives, DRIVES_MAX)):
@@ -79,6 +82,10 @@ class LabNode:
         return self.directory / "etcd"
 
     @property
+    def tls(self) -> Path:
+        return self.directory / "tls"
+
+    @property
     def root(self) -> Path:
         return self.directory / "root"
 
@@ -107,6 +114,10 @@ class LabFiles:
     @property
     def store(self) -> Path:
         return self.directory / "store" / "store.db"
+
+    @property
+    def authority(self) -> Path:
+        return self.store.parent if self.plan().store == STORE_ETCD else self.directory / "ca"
 
     @property
     def store_url(self) -> str:
@@ -176,11 +187,14 @@ def make_files(files: LabFiles, plan: LabPlan) -> None:
 
 def _node_toml(plan: LabPlan, files: LabFiles, node: LabNode) -> str:
     store = f"etcd:{node.etcd}" if plan.store == STORE_ETCD else f"{files.store_url}?gate={node.gate}"
+    tls_dir: Path | str = node.etcd if plan.store == STORE_ETCD else node.tls
+    tls_dir = tls_dir if plan.tls else TLS_NONE
     return (
         f'node = "{node.name}"\n'
         f'address = "{node.address}"\n'
         f"port_base = {PORT_BASE}\n"
         f'store = "{store}"\n'
         f'run_dir = "{node.run_dir}"\n'
+        f'tls_dir = "{tls_dir}"\n'
         f'[drives]\nclaim = ["{node.directory}/drives/*"]\n'  # never the disks of this machine
     )

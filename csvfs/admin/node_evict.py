@@ -25,7 +25,6 @@ from csvfs.admin.cluster_view import (
     NODES,
     QUARANTINE,
     REACH,
-    REVOKED,
     STANDING,
     WITNESSES,
     ClusterView,
@@ -47,6 +46,7 @@ from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.interface import ClusterStore, Compare, Delete, Put
 from csvfs.store.opening import etcd_place, is_etcd
+from csvfs.store.revoked import REVOKED
 from csvfs.wire.control import pack_value
 
 LEASE_END_S = 60.0  # a node's lease is at most that long; etcd counts it anew when it elects a leader

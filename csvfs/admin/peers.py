@@ -14,6 +14,7 @@ from csvfs.admin.cluster_view import ClusterView, Record
 from csvfs.errors import CsvfsError, Unavailable
 from csvfs.net.engine import Engine
 from csvfs.net.link import Address, connect
+from csvfs.net.tls import Identity
 
 CALL_TIMEOUT_S = 2.0  # for connecting and answering together: an administrator waits, perhaps in the dark
 ADMIN_WRITER = "admin"  # the one writer that may be connected several times at once
@@ -36,18 +37,25 @@ class Peers:
             "writer": ADMIN_WRITER,
             "incarnation": 1,
         }
-        return await self._call(_address(server), hello, name, args)
+        return await self._call(_address(server), node, hello, name, args)
 
-    async def ping(self, address: Address) -> None:
-        """Whether a drive server is there. Raises Disconnected, TimedOut: it is not. Cancel safe."""
-        await self._call(address, None, "ping", {})
+    async def ping(self, address: Address, node: str) -> None:
+        """Whether a node's drive server is there. Raises Disconnected, TimedOut: it is not. Cancel safe."""
+        await self._call(address, node, None, "ping", {})
+
+    async def host(self, view: ClusterView, node: str, name: str) -> Any:
+        """One call to a node's coordinator host. Raises Unavailable or what it answers. Cancel safe."""
+        host = view.coordinators.get(node)
+        if host is None:
+            raise Unavailable(f"node {node} runs no coordinator host")
+        return await self._call(_address(host), node, None, name, {})
 
     async def coordinator(self, view: ClusterView, volume: str, name: str, **args: Any) -> Any:
         """One call to a volume's coordinator. Raises Unavailable or what it answers. Cancel safe."""
         owner = view.owners.get(volume)
         if owner is None:
             raise Unavailable(f"volume {volume} has no coordinator at the moment")
-        return await self._call(_address(owner), None, name, {"volume": volume, **args})
+        return await self._call(_address(owner), owner.text("node"), None, name, {"volume": volume, **args})
 
     async def coordinator_slowly(
         self, view: ClusterView, volume: str, name: str, timeout_s: float, **args: Any
@@ -56,22 +64,23 @@ class Peers:
         owner = view.owners.get(volume)
         if owner is None:
             raise Unavailable(f"volume {volume} has no coordinator at the moment")
-        return await self._call(_address(owner), None, name, {"volume": volume, **args}, timeout_s)
+        return await self._call(_address(owner), owner.text("node"), None, name, {"volume": volume, **args}, timeout_s)
 
     async def local(self, path: str, name: str, timeout_s: float) -> Any:
         """One call to a process of this node by its unix socket. Raises Unavailable or what it answers. Cancel safe."""
-        return await self._call(path, None, name, {}, timeout_s)
+        return await self._call(path, "", None, name, {}, timeout_s)
 
     async def _call(
         self,
         address: Address,
+        node: str,
         hello: dict[str, Any] | None,
         name: str,
         args: dict[str, Any],
         timeout_s: float | None = None,
     ) -> Any:
         deadline = trio.current_time() + (timeout_s or CALL_TIMEOUT_S)
-        link = await connect(self._engine, address, timeout_s=CALL_TIMEOUT_S)
+        link = await connect(self._engine, address, timeout_s=CALL_TIMEOUT_S, node=node)
         try:
             if hello is not None:
                 await link.call("hello", hello, timeout_s=_left_s(deadline))
@@ -92,9 +101,9 @@ def _address(record: Record) -> Address:
 
 
 @asynccontextmanager
-async def open_peers() -> AsyncIterator[Peers]:
-    """An engine that runs while the context is entered."""
-    engine = Engine()
+async def open_peers(identity: Identity | None = None) -> AsyncIterator[Peers]:
+    """An engine that runs while the context is entered. `identity`: this node's; None: without TLS."""
+    engine = Engine(identity)
     failure: CsvfsError | None = None
     try:
         async with trio.open_nursery() as nursery:

@@ -16,6 +16,7 @@ from csvfs.cluster.reach import UNREACHED_AFTER_S, Report
 from csvfs.config import NodeConfig
 from csvfs.errors import CsvfsError, Disconnected, NotFound, TimedOut, Unavailable
 from csvfs.net.link import Address
+from csvfs.net.tls import open_identity
 from csvfs.store.interface import ClusterStore
 from csvfs.wire.control import pack_value
 
@@ -64,7 +65,7 @@ async def report_reach_forever(config: NodeConfig, store: ClusterStore, view: Vi
     """Until cancelled, or the lease has ended."""
     sightings = Sightings()
     told: Report | None = None
-    async with open_peers() as peers:
+    async with open_peers(open_identity(config)) as peers:
         while True:
             await _look(peers, sightings, view, config.node)
             report = sightings.report(view.servers, view.alive, trio.current_time())
@@ -84,7 +85,7 @@ async def report_reach_forever(config: NodeConfig, store: ClusterStore, view: Vi
 async def _look(peers: Peers, sightings: Sightings, view: View, own: str) -> None:
     async def try_one(node: str, address: Address) -> None:
         try:
-            await peers.ping(address)
+            await peers.ping(address, node)
             answers = True
         except (Disconnected, TimedOut, OSError):
             answers = False

@@ -73,6 +73,7 @@ class NodeStatus:
     drives: int
     drives_bad: list[str]  # paths
     note: str = ""
+    refused: dict[str, int] = field(default_factory=dict)  # connections, by net/refusals.Reason, since its processes started
 
 
 @dataclass(slots=True)
@@ -170,11 +171,14 @@ async def collect_status(
     volumes: dict[str, Any] = {}
     figures: dict[str, Any] = {}
     volume_errors: dict[str, str] = {}
+    hosts: dict[str, Any] = {}
     async with trio.open_nursery() as nursery:
         for node in view.servers:
             nursery.start_soon(
                 answer_or_error, peers.drive_server(view, node, "status"), node, servers, server_errors
             )
+        for node in view.coordinators if ask_coordinators else ():
+            nursery.start_soon(answer_or_error, peers.host(view, node, "host_status"), node, hosts, {})
         for name in view.volumes if ask_coordinators else ():
             for call, answers in (("volume_status", volumes), ("statfs", figures)):
                 nursery.start_soon(
@@ -186,7 +190,7 @@ async def collect_status(
     drives = drive_statuses(view, servers)
     return ClusterStatus(
         cluster=view.cluster.text("name") if view.cluster else None,
-        nodes=node_statuses(view, drives, server_errors),
+        nodes=node_statuses(view, drives, server_errors, [servers, hosts]),
         drives=drives,
         pool=pool_status(view, drives),
         volumes=[
@@ -270,8 +274,12 @@ def _reported_drive(reply: Any, hex_id: str) -> dict[str, Any] | None:
 
 
 def node_statuses(
-    view: ClusterView, drives: list[DriveStatus], server_errors: dict[str, str]
+    view: ClusterView,
+    drives: list[DriveStatus],
+    server_errors: dict[str, str],
+    answers: Iterable[dict[str, Any]] = (),
 ) -> list[NodeStatus]:
+    """`answers`: of the nodes' processes, by node: whom they refused."""
     found = []
     for name in view.node_names:
         own = [drive for drive in drives if drive.node == name]
@@ -292,9 +300,20 @@ def node_statuses(
                 drives=len(own),
                 drives_bad=[d.path for d in own if up and not note and _is_bad(d)],
                 note="; ".join(said for said in (state_reason(view, name), note) if said),
+                refused=_refused(answer.get(name) for answer in answers),
             )
         )
     return found
+
+
+def _refused(replies: Iterable[Any]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for reply in replies:
+        counts = reply.get("refused") if isinstance(reply, dict) else None
+        for reason, count in (counts if isinstance(counts, dict) else {}).items():
+            if isinstance(reason, str) and isinstance(count, int):
+                total[reason] = total.get(reason, 0) + count
+    return total
 
 
 def _is_bad(drive: DriveStatus) -> bool:

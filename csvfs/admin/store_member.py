@@ -15,10 +15,8 @@ from collections.abc import AsyncIterator
 import trio
 
 from csvfs.admin.child import Child, ChildPlan
-from csvfs.admin.cluster_view import REVOKED
 from csvfs.admin.etcd_member import member_argv, write_revoked
 from csvfs.admin.etcd_members import StoreMember, list_members, promote
-from csvfs.admin.join_admission import revoked_serials
 from csvfs.config import NodeConfig
 from csvfs.errors import CsvfsError
 from csvfs.ids import Incarnation
@@ -27,6 +25,7 @@ from csvfs.store.etcd_client import EtcdClient
 from csvfs.store.etcd_messages import Refused
 from csvfs.store.etcd_place import EtcdPlace
 from csvfs.store.opening import etcd_place, is_etcd
+from csvfs.store.revoked import REVOKED, revoked_serials
 
 logger = logging.getLogger(__name__)
 ROLE_STORE = "store"

@@ -107,7 +107,6 @@ class BlockService:
         self._terms: dict[VolumeId, int] = {}
         self._flushers: dict[int, Flusher] = {}
         self.drive_failed = trio.Event()  # replaced by drive_watch.py, which looks after the drives when it is set
-        self.refused = 0  # frames and links refused, for status
 
     # -- links -----------------------------------------------------------------------------------
 
@@ -117,13 +116,17 @@ class BlockService:
         link.on_close = self._on_close
 
     def _on_close(self, link: Link, error: CsvfsError) -> None:
-        if isinstance(error, ProtocolError):
-            self.refused += 1
         if link.owner is not None:
             self.clients.discard(link.owner)
 
     def hello(self, link: Link, volume: VolumeId, writer: str, incarnation: Incarnation) -> None:
-        """Bind the link to a writer's incarnation; earlier links of the writer end (I4). Raises Fenced."""
+        """Bind the link to a writer's incarnation; earlier links of the writer end (I4).
+
+        Raises  Fenced. AccessDenied: the writer is of another node than the link's certificate.
+        """
+        kind, _, rest = writer.partition("/")
+        if kind in ("mount", "server"):
+            link.require_node(rest.partition("/")[0])
         key = (volume, writer)
         fence = self._fences.get(key, Incarnation(0))
         if incarnation < fence:

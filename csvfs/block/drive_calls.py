@@ -436,6 +436,6 @@ class DriveCalls:
             "node": NodeName(service.node),
             "drives": rows,
             "pulls": pulls,
-            "refused": service.refused,
+            "refused": self._engine.refusals.counts,
             "clients": sorted({client.writer for client in service.clients}),
         }

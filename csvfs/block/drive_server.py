@@ -33,8 +33,10 @@ from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, VolumeId
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, Listener
+from csvfs.net.tls import open_identity
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.store.opening import open_store
+from csvfs.store.revoked import follow_revoked_forever
 from csvfs.wire.control import unpack_value
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class DriveServer:
     ) -> None:
         self.config = config
         self.store = store
-        self.engine = Engine()
+        self.engine = Engine(open_identity(config))
         self.liveness = Liveness(config.liveness_path, numbers.node_incarnation)
         self.service = BlockService(self.engine, config.node, cluster, numbers.incarnation, self.liveness.may_serve)
         self.calls = DriveCalls(self.service, self.engine)
@@ -78,6 +80,8 @@ class DriveServer:
                 self.service.nursery = nursery
                 nursery.start_soon(self.engine.run_forever)
                 nursery.start_soon(beat_forever)
+                if self.engine.identity is not None:
+                    await nursery.start(follow_revoked_forever, self.store, self.engine.identity.revoke)
                 await self._read_drives()
                 with trio.move_on_after(OPEN_WAIT_S):
                     while any(served.opening_since is not None for served in self.service.drives):

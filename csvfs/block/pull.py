@@ -45,11 +45,15 @@ class Source:
     address: str
     port: int
     drive: DriveId
+    node: str = ""  # whose certificate it must show, where there is TLS
 
     @staticmethod
     def from_wire(value: dict[str, Any]) -> "Source":
         try:
-            return Source(str(value["address"]), int(value["port"]), DriveId(id_bytes(value["drive"])))
+            return Source(
+                str(value["address"]), int(value["port"]), DriveId(id_bytes(value["drive"])),
+                str(value.get("node") or ""),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise BadRequest(f"not a source to pull from: {error!r}") from None
 
@@ -113,7 +117,10 @@ class Pull:
     async def run(self) -> None:
         """Copy all stale chunks. Raises StaleEpoch (the slab moved on: start anew), Unavailable, Corrupt."""
         link = await connect(
-            self._engine, (self._source.address, self._source.port), timeout_s=CONNECT_TIMEOUT_S
+            self._engine,
+            (self._source.address, self._source.port),
+            timeout_s=CONNECT_TIMEOUT_S,
+            node=self._source.node,
         )
         try:
             hello = await link.call("hello", self._hello, timeout_s=CONNECT_TIMEOUT_S)

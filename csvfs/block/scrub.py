@@ -107,7 +107,9 @@ class Healer:
             "cluster": self._cluster, "volume": copy.volume, "writer": self._writer,
             "incarnation": Incarnation(epoch),
         }  # fmt: skip
-        link = await connect(self._engine, (source.address, source.port), timeout_s=CONNECT_TIMEOUT_S)
+        link = await connect(
+            self._engine, (source.address, source.port), timeout_s=CONNECT_TIMEOUT_S, node=source.node
+        )
         healed, left = 0, []
         try:
             answer = await link.call("hello", hello, timeout_s=CONNECT_TIMEOUT_S)

@@ -146,7 +146,7 @@ class ServerLinks:
         address: Address = (server.address, server.port)
         if node == self._local_node and server.unix_path:
             address = server.unix_path
-        link = await connect(self.engine, address, timeout_s=CONNECT_TIMEOUT_S)
+        link = await connect(self.engine, address, timeout_s=CONNECT_TIMEOUT_S, node=node)
         try:
             answer = await link.call("hello", self._hello, timeout_s=CONNECT_TIMEOUT_S)
             opened = _parse_hello(node, link, answer)

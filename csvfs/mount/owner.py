@@ -22,6 +22,11 @@ class VolumeOwner:
         host, port = owner.get("address"), owner.get("port")
         return (host, port) if isinstance(host, str) and isinstance(port, int) else None
 
+    @property
+    def node(self) -> str:
+        """Whose process is at `address()`; empty: there is none."""
+        return str(self._view.owners.get(self._volume, {}).get("node") or "")
+
     async def wait_change(self, known: Address | None) -> None:
         """Returns when `address()` is not `known`. Cancel safe."""
         while self.address() == known:

@@ -10,7 +10,6 @@ Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced),
 import logging
 import sys
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +38,9 @@ from csvfs.mount.relay import LEASE_NONE, PYFUSE3_TASKS_MAX, Relay
 from csvfs.mount.session import Session
 from csvfs.net.engine import Engine
 from csvfs.net.link import connect
+from csvfs.net.tls import open_identity
 from csvfs.store.opening import open_store
+from csvfs.store.revoked import follow_revoked_forever
 from csvfs.volume.file_io import BlockBus
 from csvfs.wire.block_messages import SlabDescriptor
 
@@ -97,7 +98,7 @@ class MountProcess:
         self._incarnation = incarnation
         self._liveness = Liveness(config.liveness_path, node_incarnation)
         self._mount_point = config.cluster_root / volume_name
-        self._engine = Engine()
+        self._engine = Engine(open_identity(config))
         self._view = View()
         self._end = trio.Event()
         self._held = inherited_session()
@@ -116,6 +117,8 @@ class MountProcess:
                 nursery.start_soon(call_when_signalled, self._end.set)
                 nursery.start_soon(self._engine.run_forever)
                 nursery.start_soon(keep_view_forever, store, self._view)
+                if self._engine.identity is not None:
+                    nursery.start_soon(follow_revoked_forever, store, self._engine.identity.revoke)
                 with trio.CancelScope() as serving:
                     nursery.start_soon(self._cancel_at_end, serving)
                     await self._serve(nursery)
@@ -152,12 +155,15 @@ class MountProcess:
         node = self._config.node
         options = self._config.options
         guard = Guard(self._liveness.may_serve)
+        owner_view = VolumeOwner(self._view, self._volume_name)
         session = Session(
             volume=self._volume_name,
             node=node,
             incarnation=self._incarnation,
-            owner=VolumeOwner(self._view, self._volume_name),
-            connect=partial(connect, self._engine, timeout_s=options.connect_timeout_ms / 1000),
+            owner=owner_view,
+            connect=lambda address: connect(
+                self._engine, address, timeout_s=options.connect_timeout_ms / 1000, node=owner_view.node
+            ),
             on_fenced=self._fail,
             on_contact=guard.contact,
             news=lambda: waits.news(self._facts(guard, session, bus)),

@@ -10,13 +10,21 @@ Hot waits  A trio wake-up costs about 20 us, several times per write. While I/O 
            ends, pyfuse3's socket) says so: `trio_due`, `trio_awaited`.
 Batches    Within a batch, links only collect what they send; it leaves in one sendmsg per link at the batch's
            end (`at_batch_end`). Outside of a batch it leaves at once.
+Alarms     for what must not last (`after`): rare, and looked at between batches.
+Who        `identity`: this node towards others, None: connections are not encrypted. `refusals`: who was turned away.
+           Both belong to the process, as the engine does.
 """
 
+import heapq
+import itertools
 import select
 import time
 from collections.abc import Callable
 
 import trio
+
+from csvfs.net.refusals import Refusals
+from csvfs.net.tls import Identity
 
 EventHandler = Callable[[int], None]
 
@@ -32,7 +40,11 @@ DEADLINE_S_MIN = 0.002
 class Engine:
     """Owns the epoll descriptor and the handlers of all descriptors registered in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, identity: Identity | None = None) -> None:
+        self.identity = identity
+        self.refusals = Refusals()
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []  # heap; the number keeps their order
+        self._alarm_numbers = itertools.count()
         self._epoll = select.epoll()
         self._handlers: dict[int, EventHandler] = {}
         self._at_batch_end: list[Callable[[], None]] = []
@@ -62,6 +74,24 @@ class Engine:
         """Run `function` once when the current batch has been handled. Only within a batch."""
         self._at_batch_end.append(function)
 
+    def after(self, delay_s: float, function: Callable[[], None]) -> None:
+        """Run `function` once, in the engine's task, `delay_s` from now at the earliest. It cannot be taken back.
+
+        Only from a handler: an engine that waits already would not hear of it.
+        """
+        heapq.heappush(self._alarms, (time.monotonic() + delay_s, next(self._alarm_numbers), function))
+
+    def _ring(self) -> None:
+        while self._alarms and self._alarms[0][0] <= time.monotonic():
+            heapq.heappop(self._alarms)[2]()
+
+    async def _wait(self, fd: int) -> None:
+        if not self._alarms:
+            await trio.lowlevel.wait_readable(fd)
+            return
+        with trio.move_on_after(max(0.0, self._alarms[0][0] - time.monotonic())):
+            await trio.lowlevel.wait_readable(fd)
+
     async def run_forever(self) -> None:
         """Handle events until cancelled. An exception of a handler is a bug and ends it."""
         poll = self._epoll.poll
@@ -69,12 +99,14 @@ class Engine:
         fd = self._epoll.fileno()
         checkpoint_due_ns = time.monotonic_ns() + CHECKPOINT_INTERVAL_NS
         while True:
+            if self._alarms:
+                self._ring()
             events = poll(0, EVENTS_PER_POLL)
             if not events and self._may_wait_hot():
                 events = poll(HOT_WAIT_S, EVENTS_PER_POLL)
             if not events:
                 self.trio_due = False
-                await trio.lowlevel.wait_readable(fd)
+                await self._wait(fd)
                 checkpoint_due_ns = time.monotonic_ns() + CHECKPOINT_INTERVAL_NS
                 continue
             self.in_batch = True

@@ -5,6 +5,9 @@ Owns       its socket and buffers. Its owner sets `on_frame` (requests of the pe
 Limits     one receive buffer of RECEIVE_BUFFER_SIZE; at most OUTGOING_SIZE_MAX bytes wait for a slow peer, then
            the link is closed.
 Errors     ProtocolError or a broken socket closes the link: every waiting request is answered with Disconnected.
+Peers      A TCP connection of a process with an identity is TLS, and no link before its handshake is over
+           (handshakes.py): no byte of a stranger reaches the parser of frames. A unix socket takes root and the user of
+           this process.
 """
 
 import contextlib
@@ -20,8 +23,19 @@ from typing import Any
 
 import trio
 
-from csvfs.errors import CsvfsError, Disconnected, ProtocolError, ResultTooLarge, TimedOut, Unavailable
+from csvfs.errors import (
+    AccessDenied,
+    CsvfsError,
+    Disconnected,
+    ProtocolError,
+    ResultTooLarge,
+    TimedOut,
+    Unavailable,
+)
 from csvfs.net.engine import Engine
+from csvfs.net.handshakes import Reception, shake_hands
+from csvfs.net.refusals import Reason, Refused
+from csvfs.net.tls import Seal
 from csvfs.units import MIB
 from csvfs.wire import control
 from csvfs.wire.frames import (
@@ -41,6 +55,7 @@ RECEIVE_BUFFER_SIZE = 2 * FRAME_SIZE_MAX  # a whole frame always fits behind the
 OUTGOING_SIZE_MAX = 256 * MIB
 SOCKET_BUFFER_SIZE = 4 * MIB
 IOVECS_MAX = 512  # below IOV_MAX (1,024)
+ACCEPTED_AT_ONCE_MAX = 64  # then whoever is connected has its turn
 PEER_SILENT_MS_MAX = 8_000  # TCP gives a peer up that acknowledges nothing for this long
 
 _ANSWERS = frozenset((int(Kind.REPLY), int(Kind.ERROR), int(Kind.WRITTEN), int(Kind.READ_DATA)))
@@ -60,7 +75,12 @@ def _ignore_frame(link: "Link", frame: Frame) -> None:
 class Link:
     """One connection. All methods run in the engine's thread; none but `call` awaits."""
 
-    def __init__(self, engine: Engine, sock: socket.socket, peer: str, *, accepting: bool) -> None:
+    peer_node: str | None = None  # whose certificate was verified, or by a unix socket our own; None: nobody knows
+    _seal: Seal | None = None
+
+    def __init__(
+        self, engine: Engine, sock: socket.socket, peer: str, *, accepting: bool, seal: Seal | None = None
+    ) -> None:
         self.engine = engine
         self.peer = peer
         self.closed: CsvfsError | None = None
@@ -80,6 +100,12 @@ class Link:
         self._outgoing_size = 0
         self._flush_due = False
         self._blocked = False
+        identity = engine.identity
+        if identity is not None and seal is not None:
+            self._seal, self.peer_node = seal, seal.peer.node
+            identity.opened(self, seal.peer.serial, self.close)
+        elif identity is not None and sock.family == socket.AF_UNIX:
+            self.peer_node = identity.node
         _tune(sock)
         engine.register(self._fd, select.EPOLLIN, self._on_events)
 
@@ -108,10 +134,12 @@ class Link:
 
     def _flush(self) -> None:
         self._flush_due = False
-        outgoing = self._outgoing
-        while outgoing and self.closed is None:
+        outgoing, seal = self._outgoing, self._seal
+        while (outgoing or (seal is not None and seal.unsent is not None)) and self.closed is None:
             try:
-                if len(outgoing) == 1:
+                if seal is not None:
+                    sent = seal.send(self._socket, outgoing)
+                elif len(outgoing) == 1:
                     sent = self._socket.send(outgoing[0])
                 else:
                     sent = self._socket.sendmsg([outgoing[i] for i in range(min(len(outgoing), IOVECS_MAX))])
@@ -152,8 +180,19 @@ class Link:
         """The user of the process at the other end of a unix socket, as the kernel says; None: of another machine."""
         if self.closed is not None or self._socket.family != socket.AF_UNIX:
             return None
-        packed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        return int(_PEER_CREDENTIALS.unpack(packed)[1])
+        return peer_uid(self._socket)
+
+    def require_node(self, node: str) -> None:
+        """The peer says that it is of `node`. Raises AccessDenied: its certificate is another node's."""
+        if self.peer_node is not None and self.peer_node != node:
+            text = f"{self.peer} says that it is node {node[:32]!r}"
+            self.engine.refusals.note(Reason.WRONG_NODE, self.host, text)
+            raise AccessDenied(f"{text}, which its certificate does not")
+
+    @property
+    def host(self) -> str:
+        """The peer without its port."""
+        return self.peer.rpartition(":")[0] or self.peer
 
     @property
     def waiting_count(self) -> int:
@@ -230,10 +269,20 @@ class Link:
             self._flush()
         if mask & ~select.EPOLLOUT and self.closed is None:
             self._receive()
+            if self._seal is not None:
+                self.take_opened()
+
+    def take_opened(self) -> None:
+        """Handle what the socket has given already and the seal still has: no event tells of it."""
+        while self._seal is not None and self.closed is None and self._seal.has_more:
+            self._receive()
 
     def _receive(self) -> None:
         try:
-            received = self._socket.recv_into(self._view[self._end :])
+            if self._seal is not None:
+                received = self._seal.receive_into(self._socket, self._view[self._end :])
+            else:
+                received = self._socket.recv_into(self._view[self._end :])
         except BlockingIOError:
             return
         except OSError as error:
@@ -246,7 +295,7 @@ class Link:
         try:
             self._handle_frames()
         except ProtocolError as error:
-            log.warning("closing the connection to %s: %s", self.peer, error)
+            self.engine.refusals.note(Reason.MALFORMED, self.host, str(error))
             self.close(error)
 
     def _handle_frames(self) -> None:
@@ -287,6 +336,8 @@ class Link:
             return
         self.closed = error or Disconnected(f"connection to {self.peer} was closed here")
         self.engine.unregister(self._fd)
+        if self._seal is not None and self.engine.identity is not None:
+            self.engine.identity.closed(self)
         self._socket.close()
         self._outgoing.clear()
         waiting, self._waiting = self._waiting, {}
@@ -305,14 +356,24 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_SILENT_MS_MAX)
 
 
+def peer_uid(sock: socket.socket) -> int:
+    """The user at the other end of a unix socket."""
+    packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return int(_PEER_CREDENTIALS.unpack(packed)[1])
+
+
 def describe_address(address: Address) -> str:
     return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
 
 
-async def connect(engine: Engine, address: Address, *, timeout_s: float) -> Link:
-    """Open a link. Raises Unavailable (refused, unreachable) or TimedOut. Cancel safe."""
+async def connect(engine: Engine, address: Address, *, timeout_s: float, node: str = "") -> Link:
+    """Open a link. `node`: whose certificate a process at a TCP address must show, where there is TLS.
+
+    Raises Unavailable (refused, unreachable; as Refused: it is somebody else) or TimedOut. Cancel safe.
+    """
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    seal = None
     try:
         sock.setblocking(False)
         with trio.move_on_after(timeout_s) as scope:
@@ -323,14 +384,15 @@ async def connect(engine: Engine, address: Address, *, timeout_s: float) -> Link
             failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if failure:
                 raise OSError(failure, "connect failed")
+            if engine.identity is not None and family != socket.AF_UNIX:
+                seal = await shake_hands(sock, engine.identity, node)
         if scope.cancelled_caught:
             raise TimedOut(f"{describe_address(address)} did not accept a connection within {timeout_s:g} s")
-        return Link(engine, sock, describe_address(address), accepting=False)
-    except OSError as error:
+        return Link(engine, sock, describe_address(address), accepting=False, seal=seal)
+    except (OSError, Refused) as error:
         sock.close()
-        raise Unavailable(
-            f"cannot connect to {describe_address(address)}: {error.strerror or error}"
-        ) from None
+        reason = f"cannot connect to {describe_address(address)}: {getattr(error, 'strerror', None) or error}"
+        raise (Refused(error.reason, reason) if isinstance(error, Refused) else Unavailable(reason)) from None
     except BaseException:
         sock.close()
         raise
@@ -343,6 +405,7 @@ class Listener:
         """Binds and listens. Port 0: any free one, see `port`. Raises OSError when the address is taken."""
         self._engine = engine
         self._on_link = on_link
+        self._reception = Reception(engine, self._welcome)
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         if isinstance(address, str):
@@ -357,7 +420,7 @@ class Listener:
         engine.register(self._socket.fileno(), select.EPOLLIN, self._on_events)
 
     def _on_events(self, mask: int) -> None:
-        while True:
+        for _ in range(ACCEPTED_AT_ONCE_MAX):
             try:
                 sock, peer = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -365,10 +428,29 @@ class Listener:
             except OSError as error:
                 log.error("cannot accept a connection: %s", error)
                 return
-            name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "a process of this node"
-            self._on_link(Link(self._engine, sock, name, accepting=True))
+            if not isinstance(peer, tuple):
+                self._accept_local(sock)
+            elif self._engine.identity is None:
+                self._on_link(Link(self._engine, sock, f"{peer[0]}:{peer[1]}", accepting=True))
+            else:
+                self._reception.receive(sock, peer)
+
+    def _accept_local(self, sock: socket.socket) -> None:
+        uid = peer_uid(sock)
+        if uid in (0, os.geteuid()):
+            self._on_link(Link(self._engine, sock, "a process of this node", accepting=True))
+        else:
+            sock.close()
+            self._engine.refusals.note(Reason.WRONG_USER, f"user {uid}", "it is neither root nor the user of this process")
+
+    def _welcome(self, sock: socket.socket, peer: tuple[str, int], seal: Seal) -> None:
+        name = f"node {seal.peer.node} at {peer[0]}:{peer[1]}"
+        link = Link(self._engine, sock, name, accepting=True, seal=seal)
+        self._on_link(link)
+        link.take_opened()  # it may have sent its first frame with the end of the handshake
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:
             self._engine.unregister(self._socket.fileno())
             self._socket.close()
+            self._reception.close()

@@ -16,6 +16,7 @@ from csvfs.cluster.liveness import serve_until_ns
 from csvfs.cluster.membership import item_map
 from csvfs.errors import CsvfsError, leaves
 from csvfs.ids import Incarnation, NodeName
+from csvfs.net.refusals import Refusals
 from csvfs.store.interface import Compare, Delete, Put
 from csvfs.wire.control import pack_value
 from tests.simulator.medium import Medium
@@ -40,6 +41,7 @@ class SimEngine:
         self.trio_awaited = 0
         self.process = process
         self.network = process.network
+        self.refusals = Refusals()
 
     async def run_forever(self) -> None:
         await trio.sleep_forever()

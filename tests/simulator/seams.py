@@ -63,7 +63,7 @@ class _Time:
         return self._clock.now
 
 
-async def _connect(engine: Any, address: Any, *, timeout_s: float) -> Any:
+async def _connect(engine: Any, address: Any, *, timeout_s: float, node: str = "") -> Any:
     return await engine.network.connect(engine, address, timeout_s=timeout_s)
 
 
