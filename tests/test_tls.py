@@ -530,7 +530,7 @@ async def test_a_farewell_of_tls_ends_the_link_after_what_came_before_it(places:
         link.send(Kind.WRITE, 1, b"head", b"y" * 4096)
         seal.send(link._socket, link._outgoing)
         with contextlib.suppress(ssl.SSLError):
-            seal._session.unwrap()
+            seal._write.__self__.unwrap()  # type: ignore[attr-defined]
         link._socket.send(seal._outgoing.read())
         await until(lambda: server.links and server.links[0].closed is not None)
         assert server.payloads == [b"y" * 4096]
@@ -616,6 +616,8 @@ def test_a_socket_that_takes_nothing_is_told_once_what_was_sealed(places: dict[s
     with pytest.raises(BlockingIOError):
         near.send(wire, [b"second"])  # type: ignore[arg-type]
     wire.takes = None
+    assert near.send(wire, [b"second"]) == 0  # type: ignore[arg-type]
+    assert near.unsent is None
     assert near.send(wire, [b"second"]) == 6  # type: ignore[arg-type]
     assert near.unsent is None
 

@@ -74,12 +74,13 @@ class Seal:
     Errors   OSError, as of a socket: a record that does not verify, or an alert. Nothing of that record is returned.
     """
 
-    __slots__ = ("_ended", "_full", "_incoming", "_outgoing", "_session", "peer", "unsent")
+    __slots__ = ("_ended", "_full", "_incoming", "_outgoing", "_read", "_write", "peer", "unsent")
 
     def __init__(self, session: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, peer: Peer) -> None:
         self.peer = peer
         self.unsent: memoryview | None = None  # sealed, and not taken by the socket yet
-        self._session = session
+        self._read = session.read
+        self._write = session.write
         self._incoming = incoming
         self._outgoing = outgoing
         self._full = False  # the last receive filled its buffer, so there may be more
@@ -92,67 +93,69 @@ class Seal:
         Raises   BlockingIOError: the socket takes nothing, and nothing was sealed. OSError.
         """
         if self.unsent is not None:
-            self._push(sock)
-        write = self._write
-        taken = 0
-        small: list[Bytes] = []
-        small_size = 0
-        for piece in pieces:
-            size = len(piece)
-            if small_size + size > JOINED_SIZE_MAX and small:
-                write(b"".join(small) if len(small) > 1 else small[0])
-                small, small_size = [], 0
-            if size > JOINED_SIZE_MAX:
-                size = min(size, SEAL_SIZE_MAX)
-                write(memoryview(piece)[:size])
-            else:
-                small.append(piece)
-                small_size += size
-            taken += size
-            if taken >= SEAL_SIZE_MAX or size < len(piece):
-                break
-        if small:
-            write(b"".join(small) if len(small) > 1 else small[0])
-        self.unsent = memoryview(self._outgoing.read())
-        try:
-            self._push(sock)
-        except BlockingIOError:
-            pass  # the caller hears it when it comes again
-        return taken
-
-    def _write(self, plain: Bytes) -> None:
-        if self._session.write(plain) != len(plain):  # a memory buffer takes all
-            raise OSError("TLS took a part of what was to be sent")
-
-    def _push(self, sock: Socket) -> None:
-        while self.unsent is not None:
             sent = sock.send(self.unsent)
             self.unsent = self.unsent[sent:] if sent < len(self.unsent) else None
+            return 0
+        taken = self._seal(pieces)
+        sealed = self._outgoing.read()
+        try:
+            sent = sock.send(sealed)
+        except BlockingIOError:  # the caller hears it when it comes again
+            sent = 0
+        if sent < len(sealed):
+            self.unsent = memoryview(sealed)[sent:]
+        return taken
+
+    def _seal(self, pieces: Iterable[Bytes]) -> int:
+        """SEAL_SIZE_MAX bytes and a little, or all: small ones joined to one record, large ones from where they lie."""
+        write = self._write
+        taken = sealed = 0
+        room = JOINED_SIZE_MAX
+        small: list[Bytes] = []
+        for piece in pieces:
+            size = len(piece)
+            if size > room:
+                if small:
+                    sealed += write(b"".join(small))
+                    small, room = [], JOINED_SIZE_MAX
+                if taken >= SEAL_SIZE_MAX:
+                    break
+                if size > JOINED_SIZE_MAX:
+                    part = memoryview(piece)[: SEAL_SIZE_MAX - taken]
+                    sealed += write(part)
+                    taken += len(part)
+                    if len(part) < size:
+                        break
+                    continue
+            small.append(piece)
+            room -= size
+            taken += size
+        if small:
+            sealed += write(b"".join(small) if len(small) > 1 else small[0])
+        if sealed != taken:  # a memory buffer takes all
+            raise OSError("TLS took a part of what was to be sent")
+        return taken
 
     def receive_into(self, sock: Socket, view: memoryview) -> int:
         """Receive and open what there is, as much as fits into `view` (not empty); 0: the connection has ended.
 
         Raises   BlockingIOError: nothing whole has come. OSError: see above; what was whole before it is lost too.
         """
-        incoming = self._incoming
-        if not self.has_more:
+        incoming, read = self._incoming, self._read
+        if not (self._full or self._ended or incoming.pending):
             received = sock.recv_into(_received)
             if received == 0:
                 return 0
             incoming.write(_received_view[:received])
-        read = self._session.read
         end, size = 0, len(view)
         self._full = False
         try:
             while not self._ended:
-                count = read(size - end, view[end:])  # type: ignore[arg-type]  # with a buffer it returns a number
-                assert isinstance(count, int)
+                count: int = read(size - end, view[end:] if end else view)  # type: ignore[arg-type, assignment]
                 end += count
                 self._ended = count == 0
-                if end == size:
-                    self._full = True
-                    break
-                if not incoming.pending:
+                self._full = end == size
+                if self._full or not incoming.pending:
                     break
         except ssl.SSLWantReadError:
             pass
