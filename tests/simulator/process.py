@@ -41,6 +41,7 @@ class SimEngine:
         self.trio_awaited = 0
         self.process = process
         self.network = process.network
+        self.identity = None  # simulated connections are not encrypted
         self.refusals = Refusals()
 
     async def run_forever(self) -> None:
