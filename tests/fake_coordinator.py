@@ -205,6 +205,8 @@ class FakeCoordinator:
                 self.drives.trim(*file.blocks.pop(at), 1)
             file.size = size
         file.mtime = changes.get("mtime_ns") or file.mtime
+        if changes.get("mode") is not None:
+            file.mode = stat.S_IFMT(file.mode) | changes["mode"]
         self._changed(file)
         reply = {"attr": file.attr(), "lease": self.table.held(session, InodeNo(ino))}
         self.perform(self.table.finish(ticket))

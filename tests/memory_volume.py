@@ -19,6 +19,7 @@ from csvfs.errors import (
 )
 from csvfs.mount.channel import WRITE_APPEND
 from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
+from csvfs.mount.set_id import mode_after_write
 from csvfs.units import GIB
 
 READ_LEASE, WRITE_LEASE = 2, 3
@@ -225,6 +226,14 @@ class MemoryVolume:
         if offset >= size:
             return None
         return offset if whence == os.SEEK_DATA else size
+
+    def set_id_is_due(self, ino: int) -> bool:
+        mode = self._inode(ino).attr()[1]
+        return mode_after_write(mode) != mode
+
+    async def clear_set_id(self, ino: int) -> None:
+        inode = self._inode(ino)
+        inode.mode = mode_after_write(inode.mode)
 
     # ---- session
 

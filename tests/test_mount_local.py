@@ -319,6 +319,21 @@ async def test_a_write_by_another_user_takes_the_set_uid_bit(mount: Mount) -> No
     assert stat.S_IMODE((await mount.do(file.stat)).st_mode) == 0o777
 
 
+@pytest.mark.parametrize("nowait", [True, False])
+async def test_a_direct_write_by_another_user_takes_set_uid_and_set_gid_and_one_by_root_does_not(
+    mount: Mount, nowait: bool
+) -> None:
+    mount.volume.nowait = nowait
+    file = mount.path / "f"
+    await mount.do(lambda: file.write_bytes(bytes(4096)))
+    direct = ("dd", "if=/dev/zero", "of=f", "bs=4096", "count=1", "conv=notrunc", "oflag=direct")
+    await mount.do(lambda: os.chmod(file, 0o6777))
+    await mount.run(*direct)
+    assert stat.S_IMODE((await mount.do(file.stat)).st_mode) == 0o6777
+    await mount.run(*direct, user=1000)
+    assert stat.S_IMODE((await mount.do(file.stat)).st_mode) == 0o777
+
+
 async def test_modes_are_enforced_and_new_files_belong_to_their_maker(mount: Mount) -> None:
     await mount.do(lambda: os.chmod(mount.path, 0o777))
     await mount.run("sh", "-c", "touch mine; mkdir closed; chmod 700 closed", user=1000)

@@ -263,6 +263,18 @@ async def test_attributes_of_other_layers_are_not_kept(
         with pytest.raises(FUSEError) as caught:
             await operations.set_attribute(ino, name, b"1", 0)
         assert caught.value.errno == errno.EOPNOTSUPP
+    with pytest.raises(FUSEError) as caught:
+        await operations.set_attribute(ino, b"user.", b"1", 0)
+    assert caught.value.errno == errno.EINVAL
+
+
+async def test_trusted_attributes_are_listed_for_root_alone(operations: VolumeOperations) -> None:
+    ino = await make_file(operations)
+    for name in (b"user.a", b"trusted.a"):
+        await operations.set_attribute(ino, name, b"1", 0)
+    root: Any = SimpleNamespace(uid=0, gid=0, pid=1, umask=0)
+    assert sorted(await operations.listxattr(ino, root)) == [b"trusted.a", b"user.a"]
+    assert await operations.listxattr(ino, CONTEXT) == [b"user.a"]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ class Files(Leases, Protocol):
     async def statfs(self) -> dict[str, int]: ...
     async def fallocate(self, ino: int, offset: int, length: int, mode: int) -> None: ...
     async def seek(self, ino: int, offset: int, whence: int) -> int | None: ...
+    def set_id_is_due(self, ino: int) -> bool: ...
+    async def clear_set_id(self, ino: int) -> None: ...
 
 
 class Names(Protocol):
@@ -262,6 +264,8 @@ class Channel:
         if len(data) != size or size > abi.IO_SIZE_MAX:
             self._reply_errno(unique, errno.EINVAL)
             return
+        clears = write_flags & abi.WRITE_KILL_SUIDGID and self._files.set_id_is_due(node)
+        write_flags &= ~abi.WRITE_KILL_SUIDGID
         if flags & os.O_APPEND:
             write_flags |= WRITE_APPEND
         keeps_buffer = size > COPY_SIZE_MAX and self._hand_out_buffer()
@@ -272,20 +276,22 @@ class Channel:
             buffered = self._files.buffered_write(node, offset, size)
         done = _Write(self, unique, size, data if keeps_buffer else None, buffered)
         try:
-            taken = self._files.write_nowait(node, offset, data, write_flags, done)
+            taken = not clears and self._files.write_nowait(node, offset, data, write_flags, done)
         except Exception as error:
             done(error)
             return
         if taken:
             self.inline_count += 1
         else:
-            self._start(unique, self._write, node, offset, data, write_flags, done)
+            self._start(unique, self._write, node, offset, data, write_flags, done, clears)
 
     async def _write(
-        self, unique: int, node: int, offset: int, data: memoryview, write_flags: int, done: Done
+        self, unique: int, node: int, offset: int, data: memoryview, write_flags: int, done: Done, clears: bool
     ) -> None:
         outcome: Exception | None = Unavailable("the mount ended during a write")  # cancelled
         try:
+            if clears:
+                await self._files.clear_set_id(node)
             await self._files.write(node, offset, data, write_flags)
             outcome = None
         except Exception as error:

@@ -32,6 +32,7 @@ from csvfs.mount.leases import Coordinator, KeptInodes, Leases
 from csvfs.mount.read_path import ReadPath
 from csvfs.mount.recall import KernelNotifier, Recaller
 from csvfs.mount.reports import Reports
+from csvfs.mount.set_id import SetId
 from csvfs.mount.truncation import Truncation
 from csvfs.mount.write_path import WritePath
 from csvfs.volume.file_io import BlockBus, Data, WriteDone
@@ -89,6 +90,7 @@ class FileTable:
         self._holes = Holes(
             self.leases, coordinator, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
         )
+        set_id = SetId(self.leases, coordinator, notifier, self.getattr)
         # Bound once: the channel calls them for every request.
         self.read_nowait = self._reads.read_nowait
         self.write_nowait = self._writes.write_nowait
@@ -97,6 +99,8 @@ class FileTable:
         self.truncate = self._truncation.truncate
         self.fallocate = self._holes.fallocate
         self.seek = self._holes.seek
+        self.set_id_is_due = set_id.is_due
+        self.clear_set_id = set_id.clear
         self.stamp = self.leases.stamp
         self.recalled_since = self.leases.recalled_since
         self.changed_since = self.leases.changed_since

@@ -100,6 +100,7 @@ FOPEN_NOFLUSH = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
 WRITE_CACHE = 1 << 0  # in write_flags: write-back of dirty mmapped pages
+WRITE_KILL_SUIDGID = 1 << 2  # in write_flags: the caller may not keep set-uid and set-gid bits
 FSYNC_FDATASYNC = 1 << 0
 
 NOTIFY_INVAL_INODE = 2

@@ -32,6 +32,7 @@ COOKIE_OF_PARENT = 2  # of `..`; the coordinator's cookies are above
 # Attributes of the kernel or of other layers, which the volume does not keep: file capabilities (the mount is
 # nosuid), and ACLs (modes alone are checked).
 _NAMESPACES_KEPT = (b"user.", b"trusted.", b"security.")
+_TRUSTED = b"trusted."
 _CAPABILITY = b"security.capability"
 
 Attr = list  # [ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, generation]
@@ -380,7 +381,8 @@ class VolumeOperations(pyfuse3.Operations):
     @fuse_errors
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         names: list[bytes] = (await self._session.call("listxattr", {"ino": inode, "name": b""}))["names"]
-        return names
+        # As local file systems do: what only root may read, only root sees.
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(_TRUSTED)]
 
     @fuse_errors
     async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
@@ -405,3 +407,5 @@ class VolumeOperations(pyfuse3.Operations):
 def _check_namespace(name: bytes) -> None:
     if not name.startswith(_NAMESPACES_KEPT) or name == _CAPABILITY:
         raise FUSEError(errno.EOPNOTSUPP)
+    if name in _NAMESPACES_KEPT:
+        raise FUSEError(errno.EINVAL)  # a namespace without a name in it
