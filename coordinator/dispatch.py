@@ -197,22 +197,29 @@ class Dispatch:
         return Acquisition(session, ino, block, count, before, ticket)
 
     def acquired(self, wanted: Acquisition) -> Reply:
-        """Its ticket has been granted."""
+        """Its ticket has been granted. It is the reply's from now on (`answered`): were it finished before that has
+        left, whoever waits next would recall the lease at once, and the reply could not carry it (T2). Two who wait
+        for each other's lease would then be told all the time that they hold none, and both ask again."""
         session, ino = wanted.session, wanted.ino
         try:
             attr = self._metadata.getattr(ino)
             value: Value = {"attr": attr, "extents": [], "slabs": []}
             if wanted.count:
                 self._add_layout(value, ino, wanted.block, wanted.count)
-        except NotFound:
-            self._leases.release(session, ino, wanted.before)
-            raise
-        finally:
+        except BaseException as error:
+            if isinstance(error, NotFound):
+                self._leases.release(session, ino, wanted.before)
             self._leases.finish(wanted.ticket)
+            raise
         leases: dict[str, tuple[InodeNo, int | None]] = {
             "lease": (ino, self._leases.table.serial(session.key, ino))
         }
-        return Reply(value, leases, self._leases.other_writer(session, ino), self._log.position)
+        return Reply(value, leases, self._leases.other_writer(session, ino), self._log.position, wanted.ticket)
+
+    def answered(self, reply: Reply) -> None:
+        """The reply has left, or never will. Twice does no harm."""
+        if reply.ticket is not None:
+            self._leases.finish(reply.ticket)
 
     def _add_layout(self, value: dict[str, Any], ino: InodeNo, block: int, count: int) -> None:
         extents = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)

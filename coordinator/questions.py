@@ -12,6 +12,7 @@ from typing import Any
 from coordinator import arguments
 from coordinator.arguments import Args
 from coordinator.extents import FILE_BLOCKS_MAX
+from coordinator.lease_table import Ticket
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
 from coordinator.sessions import Session
@@ -28,12 +29,14 @@ class Reply:
 
     `position`: of the log, when this was computed: sent once that is durable. 0: it depends on no change.
     `writer`: the session to be asked for the size and times in `value["attr"]` first.
+    `ticket`: keeps others off until the reply has left; finished then, also if it never does.
     """
 
     value: Any
     leases: dict[str, tuple[InodeNo, int | None]] = field(default_factory=dict)
     writer: Session | None = None
     position: int = 0
+    ticket: Ticket | None = None
 
 
 class Questions:

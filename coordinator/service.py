@@ -308,6 +308,8 @@ class Service:
         if reply is None:
             raise BadRequest(f"call {name!r} is not served here")
         if reply.writer is not None:
+            # Without the lease, so nobody has to be kept off: who asks the writer may wait for a second.
+            self.dispatch.answered(reply)
             self._start_task(self._complete, caller, reply)
         else:
             self._answer_when_durable(caller, reply, None)
@@ -343,8 +345,11 @@ class Service:
             await self._complete(caller, await self._async_calls[caller.name](caller.session, args))
 
     async def _complete(self, caller: Caller, reply: Reply) -> None:
-        await self.dispatch.complete(reply)
-        self._answer(caller, reply, None)
+        try:
+            await self.dispatch.complete(reply)
+            self._answer(caller, reply, None)
+        finally:
+            self.dispatch.answered(reply)
 
     async def _wait_to_acquire(self, caller: Caller, wanted: Acquisition) -> None:
         await self.leases.wait(caller.session, wanted.ticket)
@@ -405,6 +410,9 @@ class Service:
         except Exception:
             self._report_bug(caller)
             return
+        finally:
+            if reply is not None:
+                self.dispatch.answered(reply)
         self._call_count -= 1
 
     def _report_bug(self, caller: Caller) -> None:
