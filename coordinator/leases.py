@@ -43,7 +43,7 @@ BUSY_S_MAX = 120.0  # for one recall; the io_timeout is 60 s unless somebody has
 class Leases:
     """The lease table, and the calls it makes necessary.
 
-    report   what a writer told when it gave its lease back: (ino, size, mtime_ns or None, atime_ns or None);
+    report   what a writer told when it gave its lease back: (ino, size or 0, mtime_ns or None, atime_ns or None);
              it is in the metadata when the call returns
     evict    ends a session that does not answer: returns when it is fenced and its leases have passed on
     lowered  an inode is held by fewer now: `open` leases of deleted files, space granted ahead
@@ -217,11 +217,12 @@ class Leases:
         fields = answer if isinstance(answer, dict) else {}
         kind = fields.get("kind")
         kind = kind if isinstance(kind, int) and NONE <= kind <= WRITE else recall.to_kind
-        size = fields.get("size")
-        if isinstance(size, int) and self.table.held(session.key, recall.ino) == WRITE:
-            # Before the lease passes on: whoever gets it must see the size and times that were written under
-            # it.
-            await self._report(recall.ino, size, _int(fields, "mtime_ns"), _int(fields, "atime_ns"))
+        mtime_ns, atime_ns = _int(fields, "mtime_ns"), _int(fields, "atime_ns")
+        if (mtime_ns or atime_ns) and self.table.held(session.key, recall.ino) == WRITE:
+            # Before the lease passes on: whoever gets it must see the times of what was written under it. Sizes are
+            # committed already, each before its write was answered; and the one that is told here may be that of
+            # before a truncation which has been carried out meanwhile.
+            await self._report(recall.ino, 0, mtime_ns, atime_ns)
             if session.ended:
                 return
         self.perform(self.table.answer(session.key, recall.ino, kind))

@@ -399,6 +399,20 @@ async def test_the_time_of_a_write_is_kept_here_and_reported_later() -> None:
         assert c.coordinator.calls == []
 
 
+async def test_a_time_reported_during_a_truncation_tells_no_size() -> None:
+    """It may be carried out behind the truncation, and a size told there would undo it."""
+    async with cluster() as c:
+        node = await prepared(c)
+        await node.write(FILE, 0, b"n" * BLOCK)
+        c.coordinator.delay = 500
+        c.nursery.start_soon(node.table.truncate, FILE, {"size": BLOCK, "mtime_ns": 1})
+        await settle()
+        assert c.coordinator.names() == ["setattr"] and c.coordinator.files[FILE].size == 4 * BLOCK
+        await node.table.report_times()
+        assert c.coordinator.names() == ["setattr", "commit"]
+        assert (await node.table.getattr(FILE))[6] == c.coordinator.files[FILE].size == BLOCK
+
+
 async def test_a_time_set_by_hand_overrides_that_of_an_earlier_write() -> None:
     async with cluster() as c:
         node = await prepared(c)

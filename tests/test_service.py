@@ -13,7 +13,8 @@ from csvfs.errors import Exists, Fenced, NotFound
 from csvfs.net.link import connect
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import block_checksum, slab_seed
-from csvfs.wire.control import pack_value
+from csvfs.wire.control import pack_call, pack_value
+from csvfs.wire.frames import Kind
 from tests.coordinator_cluster import DRIVE_SIZE, NAME, VOLUME, TestCluster
 
 READ, WRITE = 2, 3
@@ -73,6 +74,47 @@ async def test_a_change_in_a_directory_reaches_the_caches_of_others_first(tmp_pa
         await first.make(b"file")
         assert second.recalls == [{"ino": 1, "kind": 0, "attr": False}]
         assert (await second.call("lookup", parent=1, name=b"file"))["attr"] is not None
+
+
+async def test_three_nodes_that_want_one_write_lease_all_the_time_all_get_it(tmp_path):
+    """Each request is answered with the lease, though others wait for it already: the recall follows the answer."""
+    async with cluster_of(tmp_path) as cluster:
+        mounts = [await cluster.mount(node) for node in ("n1", "n2", "n3")]
+        ino = await mounts[0].make(b"file")
+        answers: list[int] = []
+
+        async def ask(mount):
+            for _ in range(10):
+                reply = await mount.call("acquire", ino=ino, kind=WRITE, block=0, count=0)
+                answers.append(reply["lease"])
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for mount in mounts:
+                    nursery.start_soon(ask, mount)
+        assert answers == [WRITE] * 30
+
+
+async def test_a_truncation_is_not_undone_by_the_size_that_was_told_just_before_it(tmp_path):
+    """A writer that is asked to forget attributes tells its size, and truncates the file in the same breath."""
+    async with cluster_of(tmp_path) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        await first.write(ino, block_of("one") + block_of("two"))
+        truncated = trio.Event()
+
+        def tell_and_truncate(link, frame):
+            link.reply(frame.request_id, {"kind": WRITE, "size": 2 * BLOCK_SIZE, "mtime_ns": 7, "atime_ns": None})
+            first.op += 1
+            args = {"ino": ino, "size": BLOCK_SIZE, "mtime_ns": 9, "op": first.op, "op_done": first.op}
+            link.request(Kind.CALL, pack_call("setattr", args), None, lambda frame, error: truncated.set())
+
+        assert first.link is not None
+        first.link.on_frame = tell_and_truncate
+        await second.change("setxattr", ino=ino, name=b"user.a", value=b"b", flags=0)
+        await truncated.wait()
+        first.link.on_frame = first._on_frame
+        assert (await second.call("getattr", ino=ino))["attr"][6] == BLOCK_SIZE
 
 
 async def test_a_file_that_is_open_elsewhere_outlives_its_name(tmp_path):

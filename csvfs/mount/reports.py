@@ -85,7 +85,8 @@ class Reports:
         if not state.times_dirty or state.lease < LEASE_WRITE:
             return
         mtime_ns = state.mtime_ns
-        args = {"ino": state.ino, "size": state.committed, "mtime_ns": mtime_ns, "atime_ns": None}
+        # Without a size: a truncation may be under way, and this arrive behind it.
+        args = {"ino": state.ino, "size": 0, "mtime_ns": mtime_ns, "atime_ns": None}
         try:
             await self.ask(state, "commit", args)
         except LeaseLost:
