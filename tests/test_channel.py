@@ -488,6 +488,7 @@ async def test_opens_keep_pages_and_direct_ones_go_past_them(setting: Setting) -
         (os.O_RDWR, always),
         (os.O_RDONLY, always | abi.FOPEN_NOFLUSH),
         (os.O_RDWR | os.O_DIRECT, always | abi.FOPEN_DIRECT_IO),
+        (os.O_RDWR | os.O_APPEND, always | abi.FOPEN_DIRECT_IO),
     ]:
         reply = await setting.pass_through(
             abi.OPEN, FILE, abi.OPEN_IN.pack(flags, 0), abi.OPEN_OUT.pack(9, 0, 0)

@@ -318,8 +318,10 @@ class Relay:
         """Pages outlive opens, leases end them. Direct writes of one file go on side by side."""
         fh, _, _ = abi.OPEN_OUT.unpack_from(reply, at)
         flags = abi.FOPEN_KEEP_CACHE | abi.FOPEN_PARALLEL_DIRECT_WRITES
-        if open_flags & os.O_DIRECT:
-            # Without it the kernel takes the inode's lock around each direct write: an eighth of the speed.
+        # O_DIRECT: without it the kernel takes the inode's lock around each direct write: an eighth of the speed.
+        # O_APPEND: the kernel's pages would show the data where it believes the end to be, which another node may
+        # have moved, from the answer until they are taken back.
+        if open_flags & (os.O_DIRECT | os.O_APPEND):
             flags |= abi.FOPEN_DIRECT_IO
         if not abi.may_write(open_flags):
             flags |= abi.FOPEN_NOFLUSH  # nothing to flush at close
