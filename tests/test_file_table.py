@@ -8,6 +8,7 @@ import trio
 
 from coordinator.lease_table import Need
 from csvfs.errors import Conflict, DriveFailed, LeaseLost, NoSpace, NotFound, TimedOut, Unavailable
+from csvfs.mount.file_state import LEASE_NONE, LEASE_READ
 from csvfs.mount.write_path import FUSE_WRITE_CACHE, WRITE_APPEND
 from tests.mount_nodes import Cluster, Node, cluster
 
@@ -397,6 +398,20 @@ async def test_the_time_of_a_write_is_kept_here_and_reported_later() -> None:
         c.coordinator.calls.clear()
         await node.table.report_times()
         assert c.coordinator.calls == []
+
+
+async def test_attributes_told_without_the_lease_are_not_kept_under_it() -> None:
+    """Between the recall of attributes and the change that it is for, a lookup tells what they still are."""
+    async with cluster() as c:
+        node = await prepared(c, blocks=1)
+        await c.node("n2").read(FILE, 0, 1)  # so that this one holds it for reading
+        attr = await node.table.getattr(FILE)
+        assert node.table.getattr_nowait(FILE) == attr and node.table.holds(FILE) == LEASE_READ
+        await node.table.recall(FILE, LEASE_READ, True)
+        node.table.granted(FILE, LEASE_NONE, attr, node.table.stamp())
+        c.coordinator.files[FILE].mode ^= 0o7
+        assert node.table.getattr_nowait(FILE) is None
+        assert (await node.table.getattr(FILE))[1] == c.coordinator.files[FILE].mode
 
 
 async def test_a_time_reported_during_a_truncation_tells_no_size() -> None:

@@ -131,7 +131,9 @@ class Leases:
             kind = LEASE_NONE
         if attr is not None:
             taken = self._take_attributes(state, attr, kind)
-            state.stale = not taken or asked < state.changed_at or self.recalled_since(ino, asked)
+            # Without the lease: somebody is about to change them, and will not ask us again before he does.
+            unleased = kind < LEASE_READ
+            state.stale = not taken or unleased or asked < state.changed_at or self.recalled_since(ino, asked)
             self._stamp += 1
             state.learned_at = self._stamp
             if changed:
