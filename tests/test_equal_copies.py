@@ -122,9 +122,9 @@ async def test_I5_leases_do_not_pass_on_while_two_copies_may_go_on_unequal(
             nursery.start_soon(read)
             with trio.fail_after(60):
                 await tried.wait()
-            await trio.sleep(1.5)  # longer than it takes to evict; a slow machine only makes the test easier
             service = await cluster.wait_serving()
-            assert [session.node for session in service.desk.sessions if session.ended] == ["n1"]
+            await cluster.wait(lambda: [s.node for s in service.desk.sessions if s.ended] == ["n1"])
+            await trio.sleep(1.5)  # longer than it takes to evict; a slow machine only makes the test easier
             if servers_start_anew:
                 for node in ("n1", "n2"):
                     await cluster.kill_server(node)
