@@ -355,6 +355,28 @@ async def test_a_server_that_hangs_is_given_up_though_its_connection_stands(clus
     assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n2"]
 
 
+async def test_members_that_can_be_reached_again_are_written_to_though_their_owner_still_waits(cluster, monkeypatch):
+    """Cut off from all members, a writer asks its owner, which can drop none and waits. The cut is over before that."""
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    asked = trio.Event()
+
+    async def wait_with_the_decision(*failed):
+        asked.set()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(cluster.owner, "slab_failed", wait_with_the_decision)
+    monkeypatch.setattr(bus, "_owner_patience_s", 0.2)
+    with monkeypatch.context() as cut, trio.fail_after(60):
+        cut.setattr(bus.links, "_directory", lambda node: None)
+        bus.links.check_servers()
+        cluster.nursery.start_soon(write, bus, 0, block_of(2))
+        await asked.wait()
+    with trio.fail_after(60):
+        while any(contents(server, 0) != block_of(2) for server in cluster.servers):
+            await trio.sleep(0.01)
+
+
 class ServerThatOwesAnAnswer:
     """A link to a server, seen from `watch_forever`; `progress_ns`: when it last answered."""
 

@@ -76,15 +76,19 @@ class Bus:
         local_node: NodeName,
         silence_ms_max: int = SILENCE_MS_MAX,
         io_timeout_s: float = math.inf,
+        owner_patience_s: float = math.inf,
         make_equal: MakeEqual | None = None,
     ) -> None:
         """
-        silence_ms_max   a server that owes answers and gives none for so long is given up
-        io_timeout_s     a write that its slab's members have not taken for so long is given up (given_up.py)
+        silence_ms_max    a server that owes answers and gives none for so long is given up
+        io_timeout_s      a write that its slab's members have not taken for so long is given up (given_up.py)
+        owner_patience_s  the members are tried again when the owner has not decided for so long: it may be waiting
+                          for one that we could not reach. For owners whose decisions go on without us
         """
         self.links = links
         self.min_copies = 1  # writes wait while fewer are in sync
         self._io_timeout_s = io_timeout_s
+        self._owner_patience_s = owner_patience_s
         self._given_up = GivenUpWrites(make_equal)
         self._silence_ms_max = silence_ms_max
         self._engine = links.engine
@@ -294,9 +298,11 @@ class Bus:
         drives = list(dict.fromkeys(unreachable + failed))
         if not drives and not failures and len(before.in_sync) >= self.min_copies:
             return  # all are reachable (again) and nothing else was wrong: send again
-        self.learn(
-            await self._owner.slab_failed(before.slab, before.epoch, drives, reason or "no reason known")
-        )
+        reason = reason or "no reason known"
+        with trio.move_on_after(self._owner_patience_s) as patience:
+            self.learn(await self._owner.slab_failed(before.slab, before.epoch, drives, reason))
+        if patience.cancelled_caught:
+            raise Unavailable(f"slab {before.slab} epoch {before.epoch}: {reason}; its members are not changed yet")
         if len(state.descriptor.in_sync) < self.min_copies:
             count = len(state.descriptor.in_sync)
             raise Unavailable(

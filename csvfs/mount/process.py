@@ -50,6 +50,7 @@ STORE_WAIT_S = 10.0
 UNMOUNT_WAIT_S = 5.0  # for programs that still use files here; then their accesses fail
 FAREWELL_WAIT_S = 2.0
 RELEASE_BATCH = 1024
+OWNER_PATIENCE_S = 3.0  # see Bus; a call to the coordinator lasts as long as it cannot decide, up to the io_timeout
 
 
 class CoordinatorOfSlabs:
@@ -187,6 +188,7 @@ class MountProcess:
             local_node=node,
             silence_ms_max=options.write_timeout_ms,
             io_timeout_s=options.io_timeout_ms / 1000,
+            owner_patience_s=OWNER_PATIENCE_S,
             make_equal=owner.make_equal,
         )
         self._view.on_change(lambda: self._follow_volume(bus))
