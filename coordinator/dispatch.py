@@ -21,8 +21,8 @@ from coordinator.operations import Needs, Operation, Operations, Value, lease_of
 from coordinator.questions import Questions, Reply
 from coordinator.sessions import Outcome, Session, once
 from coordinator.slab_manager import SlabManager
-from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound
-from csvfs.ids import InodeNo
+from csvfs.errors import BadRequest, Conflict, CsvfsError, Fenced, NotFound
+from csvfs.ids import Incarnation, InodeNo
 
 RELEASE_ITEMS_MAX = 65_536
 ALLOCATE_BLOCKS_MAX = 1 << 20  # 4 GiB in one call
@@ -66,6 +66,7 @@ class Change:
     needs: Needs
     ticket: Ticket
     looked_at: int
+    incarnation: Incarnation  # of the process that asked
 
 
 ChangeDone = Callable[[Reply | None, CsvfsError | None], None]  # exactly one of both
@@ -128,7 +129,8 @@ class Dispatch:
         operation = self._operations.by_name[name](session.key, args)
         needs = operation.needs()
         ticket = self._leases.begin(session, needs)
-        return Change(session, op, op_done, operation, needs, ticket, self._batches.applied_count)
+        applied = self._batches.applied_count
+        return Change(session, op, op_done, operation, needs, ticket, applied, session.incarnation)
 
     def renew_change(self, change: Change) -> None:
         """After NeedsChangedError: new needs, a new ticket."""
@@ -169,6 +171,10 @@ class Dispatch:
                 leases.setdefault(field, (InodeNo(0), None))
             done(Reply(outcome.reply, leases), None)
 
+        if change.session.incarnation != change.incarnation:
+            # The next process sends it again, under the same number.
+            self._leases.finish(change.ticket)
+            raise Fenced(f"another process goes on for {change.session.writer} incarnation {change.incarnation}")
         operation = change.operation
         leases: dict[str, tuple[InodeNo, int | None]] = {}
         transaction = once(self._metadata, change.session, change.op, change.op_done, apply)

@@ -39,16 +39,17 @@ class Eviction:
         self._control = control
         self._facts = facts
 
-    async def fence_out(self, session: Session, *, succeeded: Callable[[], bool]) -> None:
-        """Returns when leases of the session may pass on.
+    async def fence_out(self, session: Session, *, succeeded: Callable[[], bool]) -> set[SlabId]:
+        """Returns when leases of the session may pass on: the slabs that it may have written to without a flush.
 
         Args     succeeded: whether the process is known to serve nothing any more, and need not be waited
                  for: a later incarnation has introduced itself, or it has said goodbye.
         Raises   Fenced: this coordinator is over. Cancel safe: to be begun anew.
         """
+        written: set[SlabId] = set()
         while True:
             try:
-                await self._fence_and_equalize(session)
+                await self._fence_and_equalize(session, written)
                 break
             except Fenced:
                 raise
@@ -60,8 +61,9 @@ class Eviction:
             if left_s <= 0:
                 break
             await trio.sleep(min(left_s, RETRY_S))
+        return written
 
-    async def _fence_and_equalize(self, session: Session) -> None:
+    async def _fence_and_equalize(self, session: Session, written: set[SlabId]) -> None:
         minimum = Incarnation(session.incarnation + 1)
         nodes = self._facts.drive_nodes()
         reached = [node for node in nodes if await self._fence(node, session.writer, minimum)]
@@ -73,6 +75,7 @@ class Eviction:
             for drive, slab, marked in await self._control.active(node, session.writer):
                 if slab < METADATA_SLAB_ID_MIN and self._is_writable_member(slab, drive):
                     chunks.setdefault(slab, set()).update(marked)
+        written.update(chunks)
         lost: list[SlabId] = []
         if chunks:
             log.info("making %d slabs equal that %s was writing", len(chunks), session.writer)

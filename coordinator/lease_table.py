@@ -220,6 +220,32 @@ class LeaseTable:
             self._pump(ino, actions)
         return held, actions
 
+    def rename(self, old: SessionKey, new: SessionKey) -> list[Action]:
+        """Another process goes on with a session: leases and unanswered recalls are its own from now on, without a
+        gap in which somebody else could have got one. What the earlier process waits for is given up."""
+        self._sessions[new] = self._sessions.pop(old, {})
+        waiting: dict[Ticket, None] = {}
+        for inode in self._inodes.values():
+            if old in inode.holders:
+                inode.holders[new] = inode.holders.pop(old)
+            if old in inode.recalls:
+                recall = inode.recalls.pop(old)
+                inode.recalls[new] = Recall(new, recall.ino, recall.to_kind, recall.attr)
+            if old in inode.opened:
+                inode.opened.remove(old)
+                inode.opened.add(new)
+            for ticket in inode.tickets:
+                ticket.asked = {(ino, new if asked == old else asked) for ino, asked in ticket.asked}
+                if ticket.session == old:
+                    ticket.session = new
+                    if not ticket.granted:
+                        waiting[ticket] = None
+        return [action for ticket in waiting for action in self.finish(ticket)]
+
+    def held_by(self, session: SessionKey) -> list[tuple[InodeNo, int]]:
+        """Its leases, by inode number."""
+        return [(ino, self.held(session, ino)) for ino in sorted(self._sessions.get(session, ()))]
+
     def trim(self) -> list[Action]:
         """Recall the longest-held leases of sessions that hold too many. To be called now and then."""
         actions: list[Action] = []

@@ -135,12 +135,22 @@ class Leases:
         self.perform(self.table.release(session.key, ino, kind))
         self._lowered(ino)
 
-    def end_session(self, key: SessionKey) -> None:
-        """It is fenced on every drive, and its writes are equal everywhere: its leases pass on."""
-        held, actions = self.table.end_session(key)
+    def rename(self, old: SessionKey, new: SessionKey) -> None:
+        """Another process goes on with the session `old`, whose calls are refused. Its recalls without an answer are
+        sent again."""
+        self.perform(self.table.rename(old, new))
+        self.perform(list(self.table.recalls_of(new)))
+
+    def interrupt(self, key: SessionKey) -> None:
+        """What waits for a lease of the session, which has ended or pauses, looks up: it hears Fenced."""
         for ticket, event in list(self._granted.items()):
             if ticket.session == key:
                 event.set()
+
+    def end_session(self, key: SessionKey) -> None:
+        """It is fenced on every drive, and its writes are equal everywhere: its leases pass on."""
+        held, actions = self.table.end_session(key)
+        self.interrupt(key)
         self.perform(actions)
         for ino in held:
             self._lowered(ino)

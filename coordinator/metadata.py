@@ -91,6 +91,7 @@ class Metadata:
 
         self.open_session = replies.open_session
         self.end_session = replies.end_session
+        self.relabel_session = replies.relabel
         self.reply_of = replies.reply_of
         self.store_reply = replies.store_reply
         self.op_done = replies.op_done

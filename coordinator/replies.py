@@ -61,6 +61,12 @@ class Replies:
         self._sessions[session.id] = session
         return session
 
+    def relabel(self, session: int, incarnation: int) -> None:
+        """The next process of the same mount goes on with it (session_desk.py, "inherit"): its replies stay."""
+        assert self._database.active, "changes need a batch"
+        self._session(session).incarnation = incarnation
+        self._database.run("UPDATE sessions SET incarnation = ? WHERE id = ?", (incarnation, session))
+
     def end_session(self, session: int) -> None:
         """Forget it and its replies: it was evicted, or has said goodbye. Unknown ones are no error."""
         assert self._database.active, "changes need a batch"

@@ -249,13 +249,15 @@ class Service:
         """
         node, incarnation = NodeName(field(args, "node", str)), Incarnation(arguments.number(args, "incarnation"))
         link.require_node(node)
-        session = await self.desk.welcome(node, incarnation)
+        session = await self.desk.welcome(node, incarnation, inherit=arguments.flag(args, "inherit"))
         if link.closed is not None:
             raise link.closed
         self._check_serving()
         session.attach(link)
         session.last_answer = trio.current_time()
-        return {"term": self.setup.term, "volume": self.setup.volume, "slab_size": self.setup.slab_size}
+        setup = self.setup
+        known = {"term": setup.term, "volume": setup.volume, "slab_size": setup.slab_size}
+        return {**known, "inherited": session.inherited is not None, "unflushed": self.desk.unflushed(session)}
 
     def on_frame(self, link: Link, session: Session, frame: Frame) -> None:
         """One frame of a session's link. Raises ProtocolError: the link is closed."""
@@ -361,6 +363,8 @@ class Service:
 
     async def _wait_to_allocate(self, caller: Caller, args: Args, blocks: int) -> None:
         await self.dispatch.make_space(blocks)
+        if caller.link.closed is not None:
+            raise caller.link.closed  # whoever goes on for it asks anew
         self.dispatch.allocate(caller.session, args, partial(self._allocated, caller, args))
 
     def _start_change(self, caller: Caller, change: Change) -> None:

@@ -18,8 +18,8 @@ from coordinator.eviction import Eviction
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
 from coordinator.sessions import Session, Sessions
-from csvfs.errors import CsvfsError, Fenced
-from csvfs.ids import Incarnation, InodeNo, NodeName
+from csvfs.errors import CsvfsError, Fenced, NotFound
+from csvfs.ids import DriveId, Incarnation, InodeNo, NodeName
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class SessionDesk:
         self._newest: dict[NodeName, Incarnation] = {}  # that have said hello
         self._evicted: dict[NodeName, Incarnation] = {}
         self._evictions: dict[Session, trio.Event] = {}
+        self._inheriting: dict[NodeName, trio.Lock] = {}
         self._due, self._due_evictions = trio.open_memory_channel[tuple[Session, str]](float("inf"))
         self._open = trio.Event()
         self._claimed = trio.Event()
@@ -89,7 +90,7 @@ class SessionDesk:
             while self.sessions.unclaimed:
                 self.evict_dead_nodes()
                 claimed = self._claimed
-                if all(session.ended for session in self.sessions.unclaimed):
+                if all(session.ended and not session.changing for session in self.sessions.unclaimed):
                     break
                 with trio.move_on_after(0.1):
                     await claimed.wait()
@@ -99,14 +100,21 @@ class SessionDesk:
 
     # -- coming ----------------------------------------------------------------------------------
 
-    async def welcome(self, node: NodeName, incarnation: Incarnation) -> Session:
+    async def welcome(self, node: NodeName, incarnation: Incarnation, inherit: bool = False) -> Session:
         """The session of a mount that says hello; its earlier incarnations are evicted first.
 
-        Raises  Fenced: it was evicted, or a later incarnation is known.
+        inherit  It goes on for an earlier process of the same mount, which is dead: what that holds becomes its own.
+                 Where that cannot be, `Session.inherited` of what is returned is None.
+        Raises   Fenced: it was evicted, or a later incarnation is known.
         """
         self._check_not_evicted(node, incarnation)
         self.sessions.check_newest(node, incarnation)
         self._newest[node] = max(incarnation, self._newest.get(node, Incarnation(0)))
+        if inherit:
+            async with self._inheriting.setdefault(node, trio.Lock()):
+                await self._inherit(node, incarnation)
+            self._check_not_evicted(node, incarnation)
+            self.sessions.check_newest(node, incarnation)
         for older in self.sessions.older_of(node, incarnation):
             await self.evict(older, f"incarnation {incarnation} has taken its place")
         session = self.sessions.get((node, incarnation))
@@ -120,6 +128,59 @@ class SessionDesk:
         if session.ended:
             raise Fenced(f"mount of {node}, incarnation {incarnation}, was evicted; it has to start anew")
         return session
+
+    async def _inherit(self, node: NodeName, incarnation: Incarnation) -> None:
+        """The newest session of the node's mount becomes that of its next process, leases and all.
+
+        Nobody else gets one of its leases in between, so its kernel may keep what it caches. What its dead process
+        had on the way to drives either landed on all members or is made equal, and nothing of it lands later (I6).
+        """
+        older = self.sessions.older_of(node, incarnation)
+        session = max(older, key=lambda session: session.incarnation, default=None)
+        if session is None or session.ended:
+            return
+        assert self.leases is not None
+        dead = session.key
+        session.ended = session.changing = True  # its own calls are refused, until the next process is in its place
+        if session.link is not None:
+            session.link.close(Fenced(f"incarnation {incarnation} goes on for {session.writer}"))
+        self.leases.interrupt(dead)
+        try:
+            written = await self._eviction.fence_out(session, succeeded=lambda: True)
+            await self._batches.run(lambda: self._relabel(session, incarnation))
+        except BaseException:
+            self._begin(session, "it could not be taken over")
+            raise
+        finally:
+            session.changing = False
+        self._evicted[node] = max(dead[1], self._evicted.get(node, Incarnation(0)))
+        if session in self._evictions:
+            return  # meanwhile, for another reason
+        self.sessions.rename(session, incarnation)
+        self.leases.rename(dead, session.key)
+        session.ended, session.inherited = False, sorted(written)
+        log.info("incarnation %d goes on for %s, incarnation %d", incarnation, session.writer, dead[1])
+
+    def unflushed(self, session: Session) -> list[list]:
+        """Descriptors of slabs: whoever flushes them has flushed every drive that the session may have written to
+        before its process died. One per drive: a flush is of a whole drive."""
+        wanted: list[list] = []
+        seen: set[DriveId] = set()
+        for slab in session.inherited or ():
+            try:
+                descriptor = self._metadata.slab(slab)
+            except NotFound:
+                continue  # given back meanwhile
+            drives = {member.drive for member in descriptor.writable}
+            if not drives <= seen:
+                wanted.append(descriptor.to_wire())
+                seen |= drives
+        return wanted
+
+    def _relabel(self, session: Session, incarnation: Incarnation) -> None:
+        """In a batch."""
+        self._keep_evicted(session)
+        self._metadata.relabel_session(session.id, incarnation)
 
     def _check_not_evicted(self, node: NodeName, incarnation: Incarnation) -> None:
         if incarnation <= self._evicted.get(node, 0):
@@ -176,13 +237,17 @@ class SessionDesk:
         log.log(level, "evicted %s, incarnation %d", session.writer, session.incarnation)
 
     def _forget(self, session: Session) -> None:
+        """In a batch."""
+        self._keep_evicted(session)
+        self._metadata.end_session(session.id)
+
+    def _keep_evicted(self, session: Session) -> None:
         """In a batch: who was evicted stays evicted, also for the next coordinator."""
         incarnation = max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
         self._metadata.database.run(
             "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)",
             (f"{_EVICTED}{session.node}", str(incarnation).encode()),
         )
-        self._metadata.end_session(session.id)
 
     # -- what they tell --------------------------------------------------------------------------
 

@@ -45,7 +45,8 @@ class ReplyStore(Protocol):
 @dataclass(slots=True, eq=False)
 class Session:
     """`id`: in the database. `reclaimed`: it has said all that it holds. `ended`: evicted or being
-    evicted. `leaving`: it ends by its own wish, and does nothing any more."""
+    evicted, or for the moment in which the next process of its mount takes it over. `leaving`: it ends by its own wish,
+    and does nothing any more."""
 
     id: int
     key: SessionKey
@@ -53,6 +54,8 @@ class Session:
     reclaimed: bool = False
     ended: bool = False
     leaving: bool = False
+    changing: bool = False  # the next process is about to go on with it; `ended` meanwhile
+    inherited: list[int] | None = None  # from a process that died: slabs it may have written to without a flush
     open_files: int | None = None  # as its mount said last, once a second; None: it has not said yet
     busy_until: float = 0.0  # I/O of it waits for a slab, as it said last
     mode: str = ""  # how its I/O goes (csvfs/mount/waits.py), as it said last; empty: not yet
@@ -116,6 +119,12 @@ class Sessions:
 
     def get(self, key: SessionKey) -> Session | None:
         return self._by_key.get(key)
+
+    def rename(self, session: Session, incarnation: Incarnation) -> None:
+        """Another process goes on with it."""
+        self._by_key.pop(session.key, None)
+        session.key = (session.node, incarnation)
+        self._by_key[session.key] = session
 
     def remove(self, session: Session) -> None:
         self._by_key.pop(session.key, None)

@@ -303,6 +303,8 @@ class Mount:
         self.held: dict[int, int] = {}
         self.recalls: list[dict[str, Any]] = []
         self.answers_recalls = True
+        self.inherits = False
+        self.hello: dict[str, Any] = {}
         self.size_reported: int | None = None
         self._scope = trio.CancelScope()
         self._connecting = trio.Lock()
@@ -385,8 +387,9 @@ class Mount:
 
     async def _greet(self, link: Link) -> None:
         link.on_frame = self._on_frame
-        hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation}
-        answer = await link.call("hello", hello, timeout_s=60)
+        hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation, "inherit": self.inherits}
+        answer = self.hello = await link.call("hello", hello, timeout_s=60)
+        self.inherits = False
         if answer["term"] > self.term:
             self.term = answer["term"]
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]

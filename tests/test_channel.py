@@ -14,6 +14,7 @@ from csvfs.mount import channel as channel_module
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount.channel import WRITE_APPEND, Channel
 from csvfs.mount.relay import CACHE_VALID_S, Relay
+from csvfs.mount.request_journal import UNIQUE_RESENT, current_request
 from csvfs.net.engine import Engine
 from tests.memory_volume import READ_LEASE, MemoryVolume
 
@@ -31,6 +32,9 @@ class Names:
 
     def is_absent(self, parent: int, name: bytes) -> bool:
         return (parent, name) in self.absent
+
+    def adopt_listing(self, fh: int, ino: int) -> None:
+        pass
 
     async def fsync_directory(self) -> None:
         await self.volume.call("fsync", {})
@@ -242,7 +246,7 @@ async def test_a_lent_buffer_comes_back_however_its_write_ends(setting: Setting,
         setting.kernel.recv(100)  # one answer each
 
 
-async def test_a_lent_buffer_comes_back_when_its_write_is_cancelled(setting: Setting) -> None:
+async def test_a_write_that_is_cancelled_is_not_answered_so_that_the_next_process_is_asked_for_it(setting: Setting) -> None:
     setting.volume.write_nowait = lambda *_: False  # type: ignore[method-assign]
     setting.volume.write = lambda *_: trio.sleep_forever()  # type: ignore[method-assign,assignment]
     async with trio.open_nursery() as nursery:
@@ -251,8 +255,8 @@ async def test_a_lent_buffer_comes_back_when_its_write_is_cancelled(setting: Set
         while not setting.channel._buffers_out:
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
-    assert setting.channel._buffers_out == 0
-    assert await setting.receive_error() == (1, errno.EAGAIN)
+    setting.send(abi.IOCTL, 2, FILE, bytes(32))
+    assert await setting.receive_error() == (2, errno.ENOTTY)  # the first answer of all
 
 
 async def test_when_too_many_requests_wait_the_kernels_queue_waits(
@@ -582,3 +586,79 @@ async def test_an_unmounted_device_ends_the_session(
     setting.send(abi.READ, 1, FILE, read_body(0, 1))
     with trio.fail_after(60):
         await setting.channel.ended.wait()
+
+
+class Replays:
+    def __init__(self) -> None:
+        self.under_way: list[int] = []
+        self.all_resent = False
+
+    def replay_begins(self, ino: int) -> None:
+        self.under_way.append(ino)
+
+    def replay_ends(self, ino: int) -> None:
+        self.under_way.remove(ino)
+
+    def resent(self) -> None:
+        self.all_resent = True
+
+
+async def test_what_the_kernel_asks_anew_comes_first_and_is_counted_until_it_is_answered(
+    setting: Setting, nursery: trio.Nursery
+) -> None:
+    going = trio.Event()
+
+    async def write(*_: object) -> None:
+        await going.wait()
+
+    setting.volume.write_nowait = lambda *_: False  # type: ignore[method-assign]
+    setting.volume.write = write  # type: ignore[method-assign,assignment]
+    setting.engine.unregister(setting.channel._fd)
+    replays = Replays()
+    setting.send(abi.WRITE, UNIQUE_RESENT | 10, FILE, write_body(0, b"again"))
+    setting.send(abi.READ, UNIQUE_RESENT | 12, FILE, read_body(0, 5))
+    setting.channel.take_over(nursery, replays)
+    assert await setting.receive() == abi.pack_resend()
+    reply = await setting.receive()
+    assert abi.OUT_HEADER.unpack_from(reply)[2] == UNIQUE_RESENT | 12 and reply[16:] == b"hello"
+    with trio.fail_after(60):
+        while not replays.all_resent:
+            await trio.sleep(0.01)
+    assert replays.under_way == [FILE]
+    going.set()
+    reply = await setting.receive()
+    assert abi.WRITE_REPLY.unpack(reply)[2:4] == (UNIQUE_RESENT | 10, 5)
+    assert not replays.under_way
+    assert await setting.ask(abi.IOCTL, FILE, bytes(32)) == errno.ENOTTY  # and everything goes on
+
+
+async def test_a_new_request_says_that_the_kernel_has_asked_all_anew(setting: Setting, nursery: trio.Nursery) -> None:
+    setting.engine.unregister(setting.channel._fd)
+    replays = Replays()
+    setting.send(abi.READ, 14, FILE, read_body(0, 5))
+    setting.channel.take_over(nursery, replays)
+    await setting.receive()
+    assert (await setting.receive())[16:] == b"hello" and replays.all_resent
+
+
+async def test_where_nothing_was_unanswered_nobody_waits_for_it(setting: Setting, nursery: trio.Nursery) -> None:
+    setting.engine.unregister(setting.channel._fd)
+    replays = Replays()
+    setting.channel.take_over(nursery, replays)
+    assert replays.all_resent
+
+
+async def test_I11_a_name_that_is_made_again_for_the_next_process_is_a_call_of_the_same_number(
+    setting: Setting, nursery: trio.Nursery
+) -> None:
+    """The numbers are asked for by the session; here: that each request knows its own while it is served."""
+    seen: list[int] = []
+
+    async def fsync(ino: int) -> None:
+        seen.append(current_request.get())
+
+    setting.volume.fsync = fsync  # type: ignore[method-assign]
+    assert await setting.ask(abi.FSYNC, FILE, bytes(16)) == 0
+    setting.send(abi.FSYNC, UNIQUE_RESENT | 7, FILE, bytes(16))
+    await setting.receive_error()
+    assert seen == [7, 7]

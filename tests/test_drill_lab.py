@@ -32,7 +32,7 @@ def lab() -> Iterator[LabCluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("drill", ["coordinator", "drive"])
+@pytest.mark.parametrize("drill", ["coordinator", "drive", "mount"])
 def test_a_process_is_killed_and_nothing_is_lost_and_no_program_sees_an_error(
     lab: LabCluster, tmp_path: Path, drill: str
 ) -> None:

@@ -1,16 +1,17 @@
-"""The table of inodes that outlives a mount process, and what its parent reads from it."""
+"""The record that outlives a mount process: what its parent reads from it, and the next process."""
 
 import errno
-import mmap
 import os
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from csvfs.errors import BadRequest
-from csvfs.mount import held_session
-from csvfs.mount.held_session import SESSION_ENVIRONMENT, HeldSession, InodeTable, inherited_session
+from csvfs.mount import held_session, inode_rows
+from csvfs.mount.held_session import SESSION_ENVIRONMENT, HeldSession, Record, inherited_session
+from csvfs.mount.inode_rows import InodeRows, Row, rows_in
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def inodes_of(messages: bytes) -> list[int]:
 
 def test_what_the_mount_kept_and_did_not_let_go_is_taken_back(session):
     held, told = session
-    table = InodeTable(held.descriptors[1])
+    table = Record(held.descriptors[1]).inodes
     for ino in range(1, 1000):
         table.add(ino)
         table.add(ino)
@@ -50,7 +51,7 @@ def test_dirty_pages_are_taken_back_at_the_second_try_and_what_stays_then_drops_
 ):
     monkeypatch.setattr(held_session, "DROP_CACHES", tmp_path / "drop")
     held, _ = session
-    table = InodeTable(held.descriptors[1])
+    table = Record(held.descriptors[1]).inodes
     table.add(7)
     table.add(8)
     tries: list[int] = []
@@ -68,38 +69,96 @@ def test_dirty_pages_are_taken_back_at_the_second_try_and_what_stays_then_drops_
     assert len(tries) == min(2, failures + 1)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=80))
-def test_the_table_is_a_set(history):
-    fd = os.memfd_create("test")
-    try:
-        os.ftruncate(fd, held_session._TABLE_SIZE)
-        table, model = InodeTable(fd), set()
-        for adding, ino in history:
-            (table.add if adding else table.remove)(ino)
-            (model.add if adding else model.discard)(ino)
-        with mmap.mmap(fd, held_session._TABLE_SIZE) as memory:
-            numbers = memoryview(memory).cast("Q")
-            assert sorted(held_session._inodes_in(numbers)) == sorted(model)
-            numbers.release()
-    finally:
-        os.close(fd)
+changes = st.lists(
+    st.tuples(st.sampled_from(["add", "remove", "look", "forget", "open", "close", "lease", "lost"]), st.integers(1, 6)),
+    max_size=60,
+)
 
 
-def test_more_inodes_than_the_table_holds_drop_all_caches(session, monkeypatch, tmp_path):
-    monkeypatch.setattr(held_session, "INODES_MAX", 4)
-    monkeypatch.setattr(held_session, "_TABLE_SIZE", mmap.PAGESIZE)
+@given(changes)
+def test_rows_say_what_was_done_and_the_next_process_goes_on_with_them(history):
+    words = memoryview(bytearray(8 * inode_rows.WORDS)).cast("Q")
+    table = InodeRows(words)
+    known, lookups, opens, kinds, lost = set(), Counter(), Counter(), Counter(), set()
+    for at, (what, ino) in enumerate(history):
+        if at == len(history) // 2:
+            table = InodeRows(words)  # another process
+        match what:
+            case "add":
+                table.add(ino)
+                known.add(ino)
+            case "remove" if ino in known:
+                table.remove(ino)
+                known.discard(ino)
+                kinds[ino] = 0
+                lost.discard(ino)
+            case "look":
+                lookups[ino] += 1
+                table.looked_up(ino, lookups[ino])
+            case "forget" if lookups[ino]:
+                lookups[ino] -= 1
+                table.looked_up(ino, lookups[ino])
+            case "open":
+                opens[ino] += 1
+                table.opened(ino, ino % 2 == 0)
+            case "close" if opens[ino]:
+                opens[ino] -= 1
+                table.opened(ino, ino % 2 == 0, -1)
+            case "lease" if ino in known:
+                kinds[ino] = at % 4
+                table.lease(ino, at % 4)
+            case "lost" if ino in known:
+                (lost.discard if at % 3 == 0 else lost.add)(ino)
+                table.lost(ino, at % 3 != 0)
+    expected = [
+        Row(ino, lookups[ino], opens[ino], opens[ino] * (ino % 2 == 0), kinds[ino], False, ino in lost)
+        for ino in range(1, 7)
+        if ino in known or lookups[ino] or opens[ino]
+    ]
+    assert sorted(rows_in(words), key=lambda row: row.ino) == expected
+
+
+def test_more_inodes_than_there_are_rows_drop_all_caches_and_cannot_be_taken_over(session, monkeypatch, tmp_path):
     monkeypatch.setattr(held_session, "DROP_CACHES", tmp_path / "drop")
     held, _ = session
-    table = InodeTable(held.descriptors[1])
-    for ino in range(1, mmap.PAGESIZE // 8 + 2):
+    record = Record(held.descriptors[1])
+    record.served(b"init")
+    words = record._words[held_session._ROWS :][: 2 + 3 * 4]
+    table = InodeRows(words)
+    for ino in range(1, 5):
         table.add(ino)
+    assert held.can_be_taken_over
+    table.add(5)
+    assert not held.can_be_taken_over
     held.drop_pages_and_close()
     assert (tmp_path / "drop").read_text() == "1\n"
 
 
+def test_the_next_process_finds_the_request_that_the_session_began_with(session):
+    held, _ = session
+    first = Record(held.descriptors[1])
+    assert not first.is_taken_over and not held.can_be_taken_over
+    first.served(b"a request of 23 bytes..")
+    first.covered_until(12345)
+    assert held.can_be_taken_over and held.covered_until_ns == 12345
+    second = Record(held.descriptors[1])
+    assert second.is_taken_over and second.init == b"a request of 23 bytes.."
+    second.over()
+    assert not held.can_be_taken_over
+
+
+def test_a_record_of_another_version_is_not_taken_over(session, monkeypatch):
+    held, _ = session
+    Record(held.descriptors[1]).served(b"init")
+    monkeypatch.setattr(held_session, "VERSION", held_session.VERSION + 1)
+    with pytest.raises(BadRequest, match="version"):
+        Record(held.descriptors[1])
+    assert not held.can_be_taken_over
+
+
 def test_inodes_that_the_kernel_does_not_know_stop_nobody(monkeypatch, session, tmp_path):
     held, _ = session
-    table = InodeTable(held.descriptors[1])
+    table = Record(held.descriptors[1]).inodes
     table.add(7)
 
     def refuse(fd, data):

@@ -2,7 +2,8 @@
 
 Place      admin floor, below node_run.py.
 Limits     A child that dies is started again at once, then after 100, 200, 400 ms ... up to
-           restart_backoff_max_ms; one that ran for RAN_WELL_S starts from the beginning again.
+           restart_backoff_max_ms; not if it ran for longer than that by RAN_LONGER_S. One that ran for RAN_WELL_S starts
+           from the beginning again.
 Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fires when the *thread* that
            forked ends; so children are forked here, in the main thread, and waited for by pidfd.
 Hangs      A child that has begun to beat (cluster/node_process.py) and has not for `hang_s` is killed: its thread hangs
@@ -29,6 +30,7 @@ from csvfs.ids import Incarnation
 
 logger = logging.getLogger(__name__)
 RAN_WELL_S = 10.0
+RAN_LONGER_S = 1.0
 BACKOFF_FIRST_S = 0.1
 HANG_S = 10.0
 STOPPED_POLL_S = 0.25
@@ -36,6 +38,10 @@ KILL_WAIT_S = 5.0  # a killed process that is still there after this long hangs 
 
 
 async def _nothing(incarnation: Incarnation) -> None:
+    pass
+
+
+async def _nothing_yet(incarnation: Incarnation, status: int | None) -> None:
     pass
 
 
@@ -52,7 +58,9 @@ class ChildPlan:
     hang_s: float = HANG_S
     keep: Callable[[], tuple[int, ...]] = tuple  # descriptors that it inherits, asked for at each start
     before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
-    stopped: Callable[[Incarnation], Awaitable[None]] = _nothing  # it runs no more by itself, but may hang in the kernel
+    # It runs no more, and was not asked to end: its status, below 0 for a signal; None: a thread hangs in the kernel.
+    stopped: Callable[[Incarnation, int | None], Awaitable[None]] = _nothing_yet
+    lingers: Callable[[], bool] = lambda: False  # whether what hangs in the kernel waits for the next process to serve
     after: Callable[[Incarnation], Awaitable[None]] = _nothing  # as soon as it is dead, before the next start
 
 
@@ -91,10 +99,12 @@ class Child:
                 reason = await self._run_once(incarnation)
             except (OSError, CsvfsError) as error:
                 reason = f"failed: {error}"
-            if trio.current_time() - started >= RAN_WELL_S:
+            ran_s = trio.current_time() - started
+            if ran_s >= RAN_WELL_S:
                 backoff_s = 0.0
-            logger.warning("%s %s; starting it again in %.0f ms", self.plan.role, reason, backoff_s * 1000)
-            await trio.sleep(backoff_s)
+            wait_s = backoff_s if ran_s < backoff_s + RAN_LONGER_S else 0.0
+            logger.warning("%s %s; starting it again in %.0f ms", self.plan.role, reason, wait_s * 1000)
+            await trio.sleep(wait_s)
             backoff_s = min(max(BACKOFF_FIRST_S, 2 * backoff_s), self.plan.backoff_max_s)
 
     async def _run_once(self, incarnation: Incarnation) -> str:
@@ -112,7 +122,7 @@ class Child:
                     failure = error  # carried out of the nursery, which would wrap it in a group
                 nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True), trio.move_on_after(KILL_WAIT_S):
-                await self.plan.stopped(incarnation)
+                await self.plan.stopped(incarnation, process.returncode)
         finally:
             os.close(beats)
             with trio.CancelScope(shield=True):
@@ -165,9 +175,10 @@ class Child:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        with trio.move_on_after(KILL_WAIT_S) as waiting:
+        lingers = self.plan.lingers()
+        with trio.move_on_after(0 if lingers else KILL_WAIT_S) as waiting:
             await wait_dead(process)
-        if waiting.cancelled_caught:
+        if waiting.cancelled_caught and not lingers:
             logger.error("%s (pid %d) was killed but does not die", self.plan.role, process.pid)
 
 

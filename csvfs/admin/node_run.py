@@ -36,7 +36,7 @@ from csvfs.admin.run_lock import run_dir_lock
 from csvfs.admin.store_member import store_member
 from csvfs.clock import monotonic_ns
 from csvfs.cluster.election import release_earlier_hosts, release_host
-from csvfs.cluster.liveness import LivenessWriter, serve_until_ns
+from csvfs.cluster.liveness import Liveness, LivenessWriter, serve_until_ns
 from csvfs.cluster.membership import View, item_map, keep_view_forever
 from csvfs.cluster.node_process import (
     INCARNATION_ENVIRONMENT,
@@ -333,8 +333,9 @@ class _NodeLease:
                     if wanted.get(name) != volume_id:
                         nursery.start_soon(self._end_mount, name, child)
                 for name in sorted(set(wanted) - set(self._mounts)):
-                    self._mounts[name] = (wanted[name], Child(self._mount_plan(name)))
-                    nursery.start_soon(self._mounts[name][1].keep_running)
+                    keeper, child = self._mount_child(name)
+                    self._mounts[name] = (wanted[name], child)
+                    nursery.start_soon(keeper.look_after, child)
                 await self._poked.wait()
         finally:
             forget()
@@ -342,10 +343,11 @@ class _NodeLease:
     def _poke(self) -> None:
         self._poked.set()
 
-    def _mount_plan(self, volume_name: str) -> ChildPlan:
+    def _mount_child(self, volume_name: str) -> tuple[MountKeeper, Child]:
         plan = self._plan(f"{ROLE_MOUNT}-{volume_name}", (*self._commands.mount, volume_name))
-        MountKeeper(self._root, volume_name).look_after(plan)
-        return plan
+        keeper = MountKeeper(self._root, volume_name, Liveness(self._config.liveness_path, self._incarnation).may_serve)
+        keeper.adapt(plan)
+        return keeper, Child(plan)
 
     async def _end_mount(self, volume_name: str, child: Child) -> None:
         await child.stop(self._config.options.stop_timeout_ms / 1000)

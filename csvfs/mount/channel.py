@@ -22,6 +22,7 @@ from csvfs.mount import fuse_abi as abi
 from csvfs.mount.direct import Direct
 from csvfs.mount.errno_border import errno_of
 from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
+from csvfs.mount.request_journal import UNIQUE_MASK, UNIQUE_RESENT, RequestJournal, current_request
 from csvfs.net.engine import Engine
 from csvfs.units import KIB
 
@@ -34,6 +35,9 @@ LARGE_BUFFERS_MAX = 32  # of 1 MiB each
 # Handed to the file table with the kernel's write flags: the file was opened with O_APPEND, and `offset` is
 # where the kernel believes its end to be. See FileTable.write.
 WRITE_APPEND = 1 << 31
+
+_CHANGES_OF_DATA = (abi.WRITE, abi.FALLOCATE)
+_OUT_OF_TURN = (abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT)  # the kernel has queues of their own for these
 
 Buffer = bytes | bytearray | memoryview
 Buffers = Buffer | list[Buffer] | list[bytes] | list[bytes | memoryview]
@@ -63,6 +67,20 @@ class Files(Leases, Protocol):
     async def seek(self, ino: int, offset: int, whence: int) -> int | None: ...
     def set_id_is_due(self, ino: int) -> bool: ...
     async def clear_set_id(self, ino: int) -> None: ...
+
+
+class Replays(Protocol):
+    """See inheritance.py."""
+
+    def replay_begins(self, ino: int) -> None: ...
+    def replay_ends(self, ino: int) -> None: ...
+    def resent(self) -> None: ...
+
+
+class Opened(Protocol):
+    """See inode_rows.InodeRows."""
+
+    def opened(self, ino: int, writing: bool, count: int = 1) -> None: ...
 
 
 class Names(Protocol):
@@ -108,14 +126,21 @@ class Channel:
         names: Names,
         relay: Relay,
         direct: Direct | None = None,
+        journal: RequestJournal | None = None,
+        noted: Opened | None = None,
     ) -> None:
-        """direct: what of the requests about names does not go through pyfuse3; None: nothing."""
+        """direct: what of the requests about names does not go through pyfuse3; None: nothing. journal: is told which
+        requests are under way. noted: is told which files are no longer open."""
         self._engine = engine
         self._fd = fd
         self._files = files
         self._names = names
         self._relay = relay
         self._direct = direct
+        self._journal = journal or RequestJournal()
+        self._noted = noted
+        self._replays: Replays | None = None
+        self._replaying: dict[int, int] = {}  # unique -> inode
         self._nursery: trio.Nursery | None = None
         self._waiting = 0
         self._buffer = memoryview(bytearray(abi.REQUEST_SIZE_MAX))
@@ -133,6 +158,20 @@ class Channel:
         """
         self._nursery = nursery
         self._engine.register(self._fd, select.EPOLLIN, self._on_readable)
+
+    def take_over(self, nursery: trio.Nursery, replays: Replays) -> None:
+        """As start, of a session that an earlier process has served: what it has not answered the kernel asks anew, ahead
+        of everything else. Raises Unavailable: the kernel does not; nothing was begun."""
+        self._nursery, self._replays = nursery, replays
+        try:
+            os.write(self._fd, abi.pack_resend())
+        except OSError as error:
+            raise Unavailable(f"the kernel does not ask anew: {error.strerror}") from None
+        self._engine.register(self._fd, select.EPOLLIN, self._on_resent)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        if not poll.poll(0):
+            self._all_resent()  # there was nothing
 
     def close(self) -> None:
         """Stop reading. The descriptor stays the caller's."""
@@ -152,11 +191,8 @@ class Channel:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR):  # taken back by the kernel meanwhile
+                if self._goes_on_after(error):
                     continue
-                if error.errno != errno.ENODEV:
-                    log.error("reading from the FUSE device: %s; the session ends", error.strerror)
-                self.close()
                 return
             if size < 40:
                 log.error("the kernel sent a request of %d bytes", size)
@@ -177,6 +213,47 @@ class Channel:
             else:
                 self._dispatch(opcode, unique, node, buffer[:size])
 
+    def _goes_on_after(self, error: OSError) -> bool:
+        if error.errno in (errno.ENOENT, errno.EINTR):  # taken back by the kernel meanwhile
+            return True
+        if error.errno != errno.ENODEV:
+            log.error("reading from the FUSE device: %s; the session ends", error.strerror)
+        self.close()
+        return False
+
+    def _on_resent(self, _events: int) -> None:
+        """As _on_readable, until all that the kernel asks anew has been read: it comes before anything else."""
+        while True:
+            try:
+                size = os.readv(self._fd, (self._buffer,))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if self._goes_on_after(error):
+                    continue
+                return
+            _, opcode, unique, node, _, _, _, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
+            is_resent = bool(unique & UNIQUE_RESENT)
+            if is_resent and opcode in _CHANGES_OF_DATA and self._replays is not None:
+                self._replaying[unique] = node
+                self._replays.replay_begins(node)
+            self._dispatch(opcode, unique, node, self._buffer[:size])
+            if not is_resent and opcode not in _OUT_OF_TURN:
+                break
+        self._all_resent()
+
+    def _all_resent(self) -> None:
+        self._journal.drop_old()
+        if self._replays is not None:
+            self._replays.resent()
+        self._engine.unregister(self._fd)
+        self._engine.register(self._fd, select.EPOLLIN if self._waiting < REQUESTS_WAITING_MAX else 0, self._on_readable)
+
+    def _replayed(self, unique: int) -> None:
+        ino = self._replaying.pop(unique, None)
+        if ino is not None and self._replays is not None:
+            self._replays.replay_ends(ino)
+
     def _dispatch(self, opcode: int, unique: int, node: int, request: memoryview) -> None:
         handler = self._handlers.get(opcode)
         try:
@@ -193,6 +270,7 @@ class Channel:
         direct = {} if self._direct is None else self._direct.by_opcode
         return {
             **{opcode: partial(self._on_direct, opcode) for opcode in direct},
+            abi.READ: self._on_read,  # one that comes again
             abi.WRITE: self._on_write,
             abi.GETATTR: self._on_getattr,
             abi.LOOKUP: self._on_lookup,
@@ -230,19 +308,29 @@ class Channel:
         assert self._nursery is not None
         self.waited_count += 1
         self._waiting += 1
+        self._journal.begin(unique & UNIQUE_MASK)
         if self._waiting == REQUESTS_WAITING_MAX:
             self._engine.modify(self._fd, 0)
         self._nursery.start_soon(self._serve, unique, function, args)
 
     async def _serve(self, unique: int, function: Callable[..., Awaitable[None]], args: tuple) -> None:
+        request = unique & UNIQUE_MASK
+        current_request.set(request)
         try:
             await function(unique, *args)
         except Exception as error:
             self._reply_failure(unique, error)
         finally:
+            self._journal.done(request)
+            if self._replaying:
+                self._replayed(unique)
             if self._waiting == REQUESTS_WAITING_MAX and not self.ended.is_set():
                 self._engine.modify(self._fd, select.EPOLLIN)
             self._waiting -= 1
+
+    def _on_read(self, unique: int, node: int, body: memoryview) -> None:
+        _, offset, size, _, _, _, _ = abi.READ_IN.unpack_from(body)
+        self._start(unique, self._read, node, offset, size)
 
     async def _read(self, unique: int, node: int, offset: int, size: int) -> None:
         # Without an await between the table's last look at the lease and the reply: pages never come too
@@ -288,21 +376,22 @@ class Channel:
     async def _write(
         self, unique: int, node: int, offset: int, data: memoryview, write_flags: int, done: Done, clears: bool
     ) -> None:
-        outcome: Exception | None = Unavailable("the mount ended during a write")  # cancelled
+        # Cancelled: no answer. The next process is asked anew, or the unmount answers.
+        outcome: Exception | None = None
         try:
             if clears:
                 await self._files.clear_set_id(node)
             await self._files.write(node, offset, data, write_flags)
-            outcome = None
         except Exception as error:
             outcome = error
-        finally:
-            done(outcome)
+        done(outcome)
 
     def written(self, write: "_Write", error: Exception | None) -> None:
         """The end of a WRITE, once each: its buffer comes back and the kernel gets its answer."""
         if write.buffered is not None:
             write.buffered.ended()
+        if self._replaying:
+            self._replayed(write.unique)
         if write.lent is not None:
             self._buffers_out -= 1
         if error is not None:
@@ -372,8 +461,11 @@ class Channel:
 
     def _on_release(self, unique: int, node: int, body: memoryview) -> None:
         # The flags are those of the open: fcntl(2) does not change the access mode.
-        self._files.closed(node, abi.may_write(abi.RELEASE_IN.unpack_from(body)[1]))
-        self._reply_errno(unique, 0)
+        writing = abi.may_write(abi.RELEASE_IN.unpack_from(body)[1])
+        self._reply_errno(unique, 0)  # first: one that is asked anew would count twice
+        self._files.closed(node, writing)
+        if self._noted is not None:
+            self._noted.opened(node, writing, -1)
 
     def _on_release_directory(self, unique: int, _node: int, body: memoryview) -> None:
         self._names.close_directory(abi.RELEASE_IN.unpack_from(body)[0])

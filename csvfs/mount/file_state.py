@@ -121,6 +121,8 @@ class FileState:
         "dirty_slabs",
         "extents",
         "failure",
+        "inherited",
+        "inherited_time",
         "ino",
         "learned_at",
         "lease",
@@ -135,6 +137,7 @@ class FileState:
         "readable",
         "reads",
         "recall",
+        "replays",
         "report",
         "runs",
         "size",
@@ -158,6 +161,10 @@ class FileState:
     def __init__(self, ino: int) -> None:
         self.ino = ino
         self.lease = LEASE_NONE
+        # Held by the process before this one, and by its kernel cached under; until it is restored `lease` is OPEN at most.
+        self.inherited = LEASE_NONE
+        self.inherited_time = False  # it was written to, and the coordinator has not heard when
+        self.replays = 0  # requests under way that the process before may have carried out already
         self.directory = False
         self.parent = 0  # of a directory: where it was found last; 0: not known
         self.attr: list | None = None  # as the coordinator said last; see `attributes`

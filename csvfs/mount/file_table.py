@@ -11,6 +11,7 @@ Invariant  I8: fsync answers only after every member flushed what was acknowledg
 """
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,14 @@ from csvfs.mount.file_state import (
 )
 from csvfs.mount.guard import Guard
 from csvfs.mount.holes import Holes
+from csvfs.mount.inheritance import Inheritance
+from csvfs.mount.inode_rows import Row
 from csvfs.mount.lapse import Lapse
 from csvfs.mount.leases import Coordinator, KeptInodes, Leases
 from csvfs.mount.read_path import ReadPath
 from csvfs.mount.recall import KernelNotifier, Recaller
 from csvfs.mount.reports import Reports
+from csvfs.mount.request_journal import RequestJournal
 from csvfs.mount.set_id import SetId
 from csvfs.mount.truncation import Truncation
 from csvfs.mount.write_path import WritePath
@@ -65,8 +69,9 @@ class FileTable:
         times_s: float = TIMES_S,
         inodes_max: int = INODES_MAX,
         kept: KeptInodes | None = None,
+        journal: RequestJournal | None = None,
     ) -> None:
-        """kept: is told of every inode of which the kernel may cache something."""
+        """kept: is told of every inode of which the kernel may cache something. journal: knows where appends go."""
         self._coordinator = coordinator
         self._bus = bus
         self._notifier = notifier
@@ -80,12 +85,15 @@ class FileTable:
         self.open_files = 0  # by programs here, each as often as it is open
         self.leases = Leases(coordinator, bus, kept)
         self._recaller = Recaller(self.leases, notifier, nursery, self._lowered)
+        self.inheritance = Inheritance(self.leases, bus)
+        self._recaller.ready = self.inheritance.ready
         self._lapse = Lapse(self.leases, notifier, nursery)
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
         self._reports = Reports(self.leases, coordinator, self._timed)
         self._writes = WritePath(
-            self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s
+            self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s, journal or RequestJournal()
         )
+        self.leases.wrote_before = lambda state: self._reports.set_time(state, time.time_ns())
         self._truncation = Truncation(self.leases, coordinator, self._writes, self._give_up, io_timeout_s)
         self._holes = Holes(
             self.leases, coordinator, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
@@ -160,11 +168,18 @@ class FileTable:
             # that takes longer than this is left to finish by itself: a recall has a deadline, and we one life.
             with trio.move_on_after(RECALL_FLUSH_S):
                 await self._settle(state)
+                await self._settle_inherited()
         return reply
 
     def query(self, ino: int) -> dict[str, Any] | None:
         """See session.LeaseHolder."""
         return self._recaller.query(ino)
+
+    def take_over(self, rows: list[Row]) -> None:
+        """What the process before this one left, before anything else is done; see inheritance.py."""
+        lost = self.inheritance.take(rows)
+        self.open_files = sum(row.opens for row in rows)
+        self._recaller.lose(lost)
 
     def _give_up(self, state: FileState) -> None:
         """Give a lease back that we are no longer sure to understand."""
@@ -217,7 +232,7 @@ class FileTable:
         state.regate()
         self._forgotten.pop(ino, None)
         try:
-            while state.lease == LEASE_NONE or (writing and state.lease == LEASE_READ):
+            while state.lease == LEASE_NONE or (writing and (state.inherited or state.lease == LEASE_READ)):
                 if state.lease == LEASE_NONE:
                     await self.leases.acquire(state, LEASE_OPEN, 0, 0)
                 else:
@@ -261,6 +276,7 @@ class FileTable:
         state = self.leases.state(ino)
         state.waiting += 1
         try:
+            await self.inheritance.flush()
             await state.wait_writes()
             # One at a time: the second waits for what the first took over.
             async with state.flushing:
@@ -325,6 +341,20 @@ class FileTable:
             return not error.retryable
         return True
 
+    async def _restored(self, state: FileState) -> bool:
+        try:
+            await self.leases.restore(state)
+        except CsvfsError as error:
+            log.info("inode %d, as the mount before left it: %s", state.ino, error)
+            return False
+        return True
+
+    async def _settle_inherited(self) -> None:
+        try:
+            await self.inheritance.flush()
+        except CsvfsError as error:
+            log.warning("flush of what the mount before wrote: %s", error)
+
     # -- maintenance -----------------------------------------------------------------------------
 
     async def run_forever(self) -> None:
@@ -351,7 +381,8 @@ class FileTable:
         """The node's lease had run out and is there again: nothing held before counts."""
         log.warning("this node could not serve for a while; all leases are taken anew")
         self.leases.mark_all_recalled()
-        self._recaller.lose([state for state in self.leases.states.values() if state.lease >= LEASE_READ])
+        held = [state for state in self.leases.states.values() if max(state.lease, state.inherited) >= LEASE_READ]
+        self._recaller.lose(held)
         self._guard.restored()
 
     async def _report_times_forever(self) -> None:
@@ -403,6 +434,8 @@ class FileTable:
         if not cached and state.ino not in self._forgotten:
             return False  # looked up again meanwhile
         if cached:
+            if not await self._restored(state):
+                return False
             await self._recaller.take_back(state, LEASE_NONE)
             if state.is_busy() or state.lease != LEASE_NONE:
                 return False

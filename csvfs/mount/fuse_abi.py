@@ -42,6 +42,13 @@ BATCH_FORGET_IN = struct.Struct("=II")  # count, dummy
 FORGET_ONE = struct.Struct("=QQ")  # nodeid, nlookup
 OPEN_IN = struct.Struct("=II")  # flags, open_flags; also the start of fuse_create_in
 CREATE_IN = struct.Struct("=IIII")  # flags, mode, umask, open_flags; then the name
+MKNOD_IN = struct.Struct("=IIII")  # mode, rdev, umask, padding; then the name
+LINK_IN = struct.Struct("=Q")  # the inode; then the name
+# valid, padding, fh, size, lock_owner, atime, mtime, ctime, their nanoseconds, mode, unused, uid, gid, unused
+SETATTR_IN = struct.Struct("=IIQQQqqqIIIIIIII")
+assert SETATTR_IN.size == 88
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32  # in `valid`
+SET_ATIME_NOW, SET_MTIME_NOW = 128, 256
 MKDIR_IN = struct.Struct("=II")  # mode, umask; then the name
 RENAME_IN = struct.Struct("=Q")  # new directory; then both names
 RENAME2_IN = struct.Struct("=QII")  # new directory, flags, padding; then both names
@@ -92,6 +99,7 @@ FLAG_CACHE_SYMLINKS = 1 << 23
 FLAG_EXPLICIT_INVAL_DATA = 1 << 25
 FLAG_INIT_EXT = 1 << 30
 FLAG_DIRECT_IO_ALLOW_MMAP = 1 << 36
+FLAG_HAS_RESEND = 1 << 39  # the kernel offers it: FUSE_NOTIFY_RESEND works
 
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
@@ -104,6 +112,7 @@ WRITE_KILL_SUIDGID = 1 << 2  # in write_flags: the caller may not keep set-uid a
 FSYNC_FDATASYNC = 1 << 0
 
 NOTIFY_INVAL_INODE = 2
+NOTIFY_RESEND = 7
 NOTIFY_INC_EPOCH = 8
 NOTIFY_INVAL_INODE_OUT = struct.Struct("=IiQQqq")  # header with unique 0; ino, off, len
 assert NOTIFY_INVAL_INODE_OUT.size == 40
@@ -198,6 +207,11 @@ def pack_entry(entry: "EntryAttributes") -> bytes:
     ))  # fmt: skip
 
 
+def pack_attr(entry: "EntryAttributes") -> bytes:
+    """A fuse_attr_out; its time-out 1 or 0, for relay.py to complete."""
+    return ATTR_VALID.pack(int(entry.attr_timeout), 0) + bytes(4) + pack_entry(entry)[ENTRY_OUT_SIZE - ATTR.size :]
+
+
 def pack_absent_reply(unique: int, valid_s: int) -> bytes:
     """To a LOOKUP: there is no such name, and the kernel may remember that for `valid_s`."""
     header = OUT_HEADER.pack(OUT_HEADER.size + ENTRY_OUT_SIZE, 0, unique)
@@ -213,6 +227,11 @@ def pack_inval_inode(ino: int, offset: int, length: int) -> bytes:
 
 def pack_inc_epoch() -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_INC_EPOCH, 0)
+
+
+def pack_resend() -> bytes:
+    """Have the kernel ask anew all that it was not answered, with `unique` | UNIQUE_RESENT."""
+    return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
 
 
 def may_write(open_flags: int) -> bool:

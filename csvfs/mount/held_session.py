@@ -1,12 +1,14 @@
-"""A FUSE session held by the parent of the mount process, so that it can clear up behind it.
+"""A FUSE session held by the parent of the mount process: the next process goes on with it, or the parent clears up.
 
 Place      mount floor; used by admin/mount_keeper.py (the parent) and process.py (the mount).
-Why        The kernel goes on showing the pages that it has cached to programs that have their files open, though
-           the session is over, for ever, and whatever other nodes write meanwhile (I5). Only somebody with a
-           descriptor of the session can take them back, and only if he knows of which inodes.
-What       the parent opens /dev/fuse and a table in memory, and hands both on. The mount writes every inode into
-           the table before the kernel can cache anything of it, and takes it out when nothing is cached.
-Limits     INODES_MAX inodes; when there are more, all caches of the machine are dropped instead.
+Why        The kernel asks anew what a dead process has not answered (FUSE_NOTIFY_RESEND, Linux 6.9), as long as somebody
+           has a descriptor of the session: so programs see a pause, no error. And where nobody can go on, the kernel
+           shows the pages it has cached to programs that have their files open, for ever and whatever other nodes write
+           meanwhile (I5), unless somebody with that descriptor takes them back, who knows of which inodes.
+What       the parent opens /dev/fuse and a **record** in memory, and hands both on to each process in turn. The mount
+           keeps the record up to date: a header (below), requests under way (request_journal.py), and inodes
+           (inode_rows.py).
+Limits     as of these two; a record that was too small is not taken over, and all caches of the machine are dropped.
 """
 
 import errno
@@ -16,49 +18,69 @@ import os
 from pathlib import Path
 
 from csvfs.errors import BadRequest
-from csvfs.mount import device
+from csvfs.mount import device, inode_rows, request_journal
 from csvfs.mount import fuse_abi as abi
+from csvfs.mount.inode_rows import InodeRows
+from csvfs.mount.request_journal import RequestJournal
 
 log = logging.getLogger(__name__)
 
-SESSION_ENVIRONMENT = "CSVFS_MOUNT_SESSION"  # "descriptor of /dev/fuse,descriptor of the table"
-INODES_MAX = 1 << 20
-# u64 numbers in the table: 1 when it was too small; where the used part ends; then inodes, 0: none
-_OVERFLOWED, _END, _FIRST = 0, 1, 2
-_TABLE_SIZE = 8 * (_FIRST + INODES_MAX)  # bytes; pages that nobody writes to take no memory
+SESSION_ENVIRONMENT = "CSVFS_MOUNT_SESSION"  # "descriptor of /dev/fuse,descriptor of the record"
+# The header, in words: its layout's number, so that a later version does not take over what it does not understand; how
+# far the session is; until when (CLOCK_MONOTONIC, ns) the kernel may go on showing what it has cached without a process;
+# the kernel's INIT request, its size in bytes and itself.
+_VERSION, _STAGE, _COVERED_UNTIL, _INIT_SIZE, _INIT = range(5)
+VERSION = 1
+STAGE_NEW, STAGE_SERVED, STAGE_OVER = range(3)  # SERVED: the next process can take over
+INIT_SIZE_MAX = 480  # 40 of its header, 64 of its body so far
+_JOURNAL = 64  # words
+_ROWS = _JOURNAL + request_journal.WORDS
+_SIZE = 8 * (_ROWS + inode_rows.WORDS)  # bytes
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-class InodeTable:
-    """The mount's side: which inodes the kernel may cache something of. Two dictionary steps per change."""
+class Record:
+    """The mount's side of the record."""
 
     def __init__(self, fd: int) -> None:
-        self._numbers = memoryview(mmap.mmap(fd, _TABLE_SIZE)).cast("Q")
-        self._slot_of: dict[int, int] = {}
-        self._free: list[int] = []
-        self._next = _FIRST
+        """Raises BadRequest: another version wrote it."""
+        words = memoryview(mmap.mmap(fd, _SIZE)).cast("Q")
+        if words[_VERSION] not in (0, VERSION):
+            words[_STAGE] = STAGE_OVER
+            raise BadRequest(f"the mount before wrote a record of version {words[_VERSION]}, this is {VERSION}")
+        words[_VERSION] = VERSION
+        self._words = words
+        self.journal = RequestJournal(words[_JOURNAL:_ROWS])
+        self.left = inode_rows.rows_in(words[_ROWS:])  # by the process before
+        self.inodes = InodeRows(words[_ROWS:])
 
-    def add(self, ino: int) -> None:
-        """Before anything of `ino` is told to the kernel. Twice does no harm."""
-        if ino in self._slot_of:
-            return
-        if self._free:
-            slot = self._free.pop()
-        elif self._next < len(self._numbers):
-            slot, self._next = self._next, self._next + 1
-            self._numbers[_END] = self._next
-        else:
-            self._numbers[_OVERFLOWED] = 1
-            return
-        self._slot_of[ino] = slot
-        self._numbers[slot] = ino
+    @property
+    def is_taken_over(self) -> bool:
+        """A process before this one has served the session."""
+        return bool(self._words[_STAGE] == STAGE_SERVED)
 
-    def remove(self, ino: int) -> None:
-        """Nothing of it is cached any more."""
-        slot = self._slot_of.pop(ino, None)
-        if slot is not None:
-            self._numbers[slot] = 0
-            self._free.append(slot)
+    @property
+    def init(self) -> bytes:
+        """The kernel's INIT request, header included."""
+        return self._words[_INIT : _INIT + INIT_SIZE_MAX // 8].tobytes()[: self._words[_INIT_SIZE]]
+
+    def served(self, init: bytes) -> None:
+        """The session has begun, with this INIT request, and the kernel can ask the next process anew."""
+        if len(init) > INIT_SIZE_MAX:
+            log.info("an INIT request of %d bytes: the next process cannot take over", len(init))
+            return
+        padded = init + bytes(-len(init) % 8)
+        self._words[_INIT : _INIT + len(padded) // 8] = memoryview(padded).cast("Q")
+        self._words[_INIT_SIZE] = len(init)
+        self._words[_STAGE] = STAGE_SERVED
+
+    def over(self) -> None:
+        """Nobody can go on with this session."""
+        self._words[_STAGE] = STAGE_OVER
+
+    def covered_until(self, time_ns: int) -> None:
+        """Others may be given our leases some time after `time_ns`, CLOCK_MONOTONIC, if nobody serves until then."""
+        self._words[_COVERED_UNTIL] = time_ns
 
 
 class HeldSession:
@@ -67,16 +89,29 @@ class HeldSession:
     def __init__(self) -> None:
         """Raises Unavailable: no FUSE here."""
         self._device = device.open_device()
-        self._table = os.memfd_create("csvfs-inodes", os.MFD_CLOEXEC)
-        os.ftruncate(self._table, _TABLE_SIZE)
+        self._record = os.memfd_create("csvfs-mount", os.MFD_CLOEXEC)
+        os.ftruncate(self._record, _SIZE)
+        self._words = memoryview(mmap.mmap(self._record, _SIZE)).cast("Q")
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """For the mount process to inherit."""
-        return (self._device, self._table)
+        return (self._device, self._record)
 
     def environment(self) -> dict[str, str]:
-        return {SESSION_ENVIRONMENT: f"{self._device},{self._table}"}
+        return {SESSION_ENVIRONMENT: f"{self._device},{self._record}"}
+
+    @property
+    def can_be_taken_over(self) -> bool:
+        """Whether the next process can go on where a dead one was."""
+        journal, rows = self._words[_JOURNAL:_ROWS], self._words[_ROWS:]
+        overflowed = inode_rows.overflowed(rows) or request_journal.overflowed(journal)
+        return self._words[_STAGE] == STAGE_SERVED and not overflowed
+
+    @property
+    def covered_until_ns(self) -> int:
+        """Until then what the kernel shows cannot be older than what others wrote, though no process serves it (I5)."""
+        return self._words[_COVERED_UNTIL]
 
     def drop_pages_and_close(self) -> None:
         """The process is dead and the session ended (its requests too): take back what the kernel has cached.
@@ -84,10 +119,8 @@ class HeldSession:
         Blocks for microseconds per inode; call it in a thread.
         """
         try:
-            with mmap.mmap(self._table, _TABLE_SIZE, access=mmap.ACCESS_READ) as table:
-                numbers = memoryview(table).cast("Q")
-                inodes, overflowed = _inodes_in(numbers), numbers[_OVERFLOWED]
-                numbers.release()
+            rows = self._words[_ROWS:]
+            inodes, overflowed = inode_rows.inodes_in(rows), inode_rows.overflowed(rows)
             left = [ino for ino in inodes if self._invalidate(ino)]
             left = [ino for ino in left if self._invalidate(ino)]
             if inodes:
@@ -99,8 +132,9 @@ class HeldSession:
         except OSError as error:
             log.error("cached pages of a mount that ended were not all taken back: %s", error)
         finally:
+            self._words.release()
             os.close(self._device)
-            os.close(self._table)
+            os.close(self._record)
 
     def _invalidate(self, ino: int) -> bool:
         """Whether something of it may be left. Dirty pages cannot be written any more: a first try makes them clean."""
@@ -116,23 +150,18 @@ class HeldSession:
         return 0
 
 
-def _inodes_in(numbers: memoryview) -> list[int]:
-    end = min(numbers[_END], len(numbers))
-    return [ino for ino in numbers[_FIRST:end].tolist() if ino]
+def inherited_session() -> tuple[int, Record] | None:
+    """In the mount process: the descriptor of the session, and the record; None: it has no parent that holds one.
 
-
-def inherited_session() -> tuple[int, InodeTable] | None:
-    """In the mount process: the descriptor to mount, and the table; None: it has no parent that holds one.
-
-    Raises BadRequest: the environment is not what a parent sets.
+    Raises BadRequest: the environment is not what a parent sets, or the record of another version.
     """
     value = os.environ.pop(SESSION_ENVIRONMENT, "")
     if not value:
         return None
     try:
-        fuse, table = (int(number) for number in value.split(","))
+        fuse, record = (int(number) for number in value.split(","))
         os.set_inheritable(fuse, False)
-        os.set_inheritable(table, False)
-        return fuse, InodeTable(table)
+        os.set_inheritable(record, False)
+        return fuse, Record(record)
     except (OSError, ValueError) as error:
         raise BadRequest(f"{SESSION_ENVIRONMENT}={value!r} does not name two descriptors: {error}") from None

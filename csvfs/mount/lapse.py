@@ -35,7 +35,7 @@ class Lapse:
 
     def begin(self) -> None:
         """The guard has just begun to say no."""
-        states = [state for state in self._leases.states.values() if state.lease >= LEASE_READ]
+        states = [state for state in self._leases.states.values() if max(state.lease, state.inherited) >= LEASE_READ]
         self._leases.mark_all_recalled()  # what is on its way to the kernel is not cached there
         self._notifier.increment_epoch()
         if not states:
@@ -48,7 +48,7 @@ class Lapse:
                 continue
             locked = _locked(state)
             free = without([WHOLE_FILE], sorted(locked))
-            if state.lease == LEASE_WRITE:
+            if LEASE_WRITE in (state.lease, state.inherited):
                 first.append((state.ino, *_ATTRIBUTES_ALONE))
                 self._nursery.start_soon(self._take_back, state.ino, free)
             else:

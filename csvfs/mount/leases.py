@@ -13,12 +13,12 @@ Stamps     One counter; a recall moves it. "Recalled since" compares an inode's 
            `_floor`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import trio
 
-from csvfs.errors import CsvfsError, ProtocolError
+from csvfs.errors import CsvfsError, NotFound, ProtocolError
 from csvfs.mount.file_state import (
     ATTR_LENGTH,
     BLOCKS,
@@ -53,19 +53,31 @@ class Coordinator(Protocol):
 
 
 class KeptInodes(Protocol):
-    """See held_session.InodeTable."""
+    """See inode_rows.InodeRows."""
 
     def add(self, ino: int) -> None: ...
     def remove(self, ino: int) -> None: ...
+    def lease(self, ino: int, kind: int) -> None: ...
+    def lost(self, ino: int, is_lost: bool) -> None: ...
+    def timed(self, ino: int, is_timed: bool) -> None: ...
 
 
 class NothingKept:
-    """Nobody clears up behind this mount."""
+    """Nobody goes on for this mount, or clears up behind it."""
 
     def add(self, ino: int) -> None:
         pass
 
     def remove(self, ino: int) -> None:
+        pass
+
+    def lease(self, ino: int, kind: int) -> None:
+        pass
+
+    def lost(self, ino: int, is_lost: bool) -> None:
+        pass
+
+    def timed(self, ino: int, is_timed: bool) -> None:
         pass
 
 
@@ -74,9 +86,10 @@ class Leases:
 
     def __init__(self, coordinator: Coordinator, bus: BlockBus, kept: KeptInodes | None = None) -> None:
         self._coordinator = coordinator
-        self._kept: KeptInodes = kept or NothingKept()
+        self.kept: KeptInodes = kept or NothingKept()
         self._bus = bus
         self.states: dict[int, FileState] = {}  # the longest not looked up first
+        self.wrote_before: Callable[[FileState], None] = lambda state: None  # restored; see FileState.inherited_time
         self.releasing: dict[int, trio.Event] = {}  # `release` sent, not answered
         self._stamp = 1
         self._floor = 0
@@ -111,13 +124,13 @@ class Leases:
         state = self.states.get(ino)
         if state is None:
             state = self.states[ino] = FileState(ino)
-            self._kept.add(ino)
+            self.kept.add(ino)
         return state
 
     def drop(self, state: FileState) -> None:
         """Forget an inode of which the kernel caches nothing."""
         del self.states[state.ino]
-        self._kept.remove(state.ino)
+        self.kept.remove(state.ino)
 
     def granted(self, ino: int, kind: int, attr: list | None, asked: int, changed: bool = False) -> FileState:
         """A reply said what is held on `ino`, and its attributes. Call before the next await after the reply.
@@ -129,10 +142,12 @@ class Leases:
         state = self.state(ino)
         if ino in self.releasing:
             kind = LEASE_NONE
+        unleased = kind < LEASE_READ
+        if state.inherited and (attr is not None or state.directory):
+            kind, state.inherited = max(kind, state.inherited), LEASE_NONE
         if attr is not None:
             taken = self._take_attributes(state, attr, kind)
             # Without the lease: somebody is about to change them, and will not ask us again before he does.
-            unleased = kind < LEASE_READ
             state.stale = not taken or unleased or asked < state.changed_at or self.recalled_since(ino, asked)
             self._stamp += 1
             state.learned_at = self._stamp
@@ -142,6 +157,9 @@ class Leases:
             kind = min(kind, LEASE_OPEN)  # without its size there is nothing to do with it
         if kind > state.lease and (kind < LEASE_READ or state.recall is None):
             self._raise_lease(state, kind)
+        if state.inherited_time and state.lease == LEASE_WRITE:
+            state.inherited_time = False
+            self.wrote_before(state)
         return state
 
     def _take_attributes(self, state: FileState, attr: list, kind: int) -> bool:
@@ -159,6 +177,7 @@ class Leases:
                 if attr[CTIME] <= known[CTIME]:
                     return False  # a reply that a report of ours has overtaken
                 state.times_dirty = False  # somebody set the time; nobody else's writing can have
+                self.kept.timed(state.ino, False)
                 state.mtime_ns = 0
         elif max(kind, state.lease) >= LEASE_READ:
             state.size = state.committed = attr[SIZE]
@@ -209,6 +228,7 @@ class Leases:
             state.committed = state.size
             if state.attr is not None and state.attr[BLOCKS] == 0:
                 state.extents.learn(0, BLOCKS_MAX, ())  # a new file: no need to ask where nothing lies
+        self.kept.lease(state.ino, kind)
         state.lease = kind
         state.regate()
 
@@ -230,6 +250,9 @@ class Leases:
         Returns when there is reason to look at the state again; what was asked for may still be missing.
         Raises  NotFound, Unavailable ... of the call.
         """
+        if state.inherited:
+            await self.restore(state)
+            return
         first, end = _window(state.extents.first_unknown(block, count)) if count else (0, 0)
         args = {"ino": state.ino, "kind": kind, "block": first, "count": end - first}
         if state.lease >= kind:
@@ -247,6 +270,22 @@ class Leases:
             finally:
                 del state.asking[token]
                 state.notify()
+
+    async def restore(self, state: FileState) -> None:
+        """Learn what belongs to a lease that is inherited; then it is held as any other. A question, which the
+        coordinator answers also while it recalls that lease.
+
+        Raises  NotFound, Unavailable ... of the call. Cancel safe.
+        """
+        while state.inherited:
+            asked = self._stamp
+            try:
+                reply = await self._coordinator.call("getattr", {"ino": state.ino})
+            except NotFound:
+                self.lose(state)
+                self.kept.lost(state.ino, False)
+                raise
+            self.granted(state.ino, reply["lease"], reply["attr"], asked)
 
     async def _ask_layout(self, state: FileState, args: dict[str, Any]) -> None:
         """The lease is held. OPEN is what the coordinator answers even while it recalls that lease: a read
@@ -268,7 +307,7 @@ class Leases:
                 reply = await self._coordinator.call("acquire", args)
                 # Here, before any await (see "Order").
                 self.states.setdefault(state.ino, state)
-                self._kept.add(state.ino)
+                self.kept.add(state.ino)
                 self.granted(state.ino, reply["lease"], reply.get("attr"), asked)
                 if reply["lease"] >= LEASE_READ:
                     self._take_answer(state, args, reply)
@@ -321,7 +360,11 @@ class Leases:
 
     def lose(self, state: FileState) -> None:
         """From now on nothing is held: not by a recall, but because it may be somebody else's already."""
-        state.lease = LEASE_NONE
+        self.kept.lost(state.ino, True)  # until its pages are gone
+        self.kept.lease(state.ino, LEASE_NONE)
+        self.kept.timed(state.ino, False)
+        state.lease = state.inherited = LEASE_NONE
+        state.inherited_time = False
         state.losses += 1
         state.attr = None
         state.metadata_dirty = True
@@ -334,7 +377,7 @@ class Leases:
     def claims(self) -> list[list[int]]:
         """What to reclaim from a new coordinator: [ino, kind, size, mtime_ns]."""
         return [
-            [state.ino, state.lease, state.size, state.mtime_ns if state.times_dirty else 0]
+            [state.ino, max(state.lease, state.inherited), state.size, state.mtime_ns if state.times_dirty else 0]
             for state in self.states.values()
             if state.lease > LEASE_NONE
         ]

@@ -108,12 +108,13 @@ class VolumeOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, session: Caller, table: Table) -> None:
+    def __init__(self, session: Caller, table: Table, first_handle: int = 1) -> None:
+        """first_handle: of directories; above those of the processes before this one."""
         super().__init__()
         self._session = session
         self._table = table
         self._directories: dict[int, OpenDirectory] = {}
-        self._next_handle = 1
+        self._next_handle = first_handle
         self._known = KnownNames(table)
 
     async def _entry(
@@ -123,6 +124,8 @@ class VolumeOperations(pyfuse3.Operations):
 
         asked, changed: see FileTable.granted.
         """
+        if reply.get("history"):
+            reply, asked = await self._as_it_is_now(reply)
         attr: Attr = reply["attr"]
         ino: int = attr[0]
         self._table.granted(ino, reply["lease"], attr, asked, changed)
@@ -135,6 +138,12 @@ class VolumeOperations(pyfuse3.Operations):
         if self._table.holds(ino) == LEASE_WRITE:
             return entry_attributes(*await self._own_attributes(ino), name_leased)
         return entry_attributes(attr, reply["lease"] >= LEASE_READ, name_leased)
+
+    async def _as_it_is_now(self, reply: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Instead of what was true when the process before this one asked; and the stamp of it."""
+        asked = self._table.stamp()
+        now = await self._session.call("getattr", {"ino": reply["attr"][0]})
+        return {**reply, "attr": now["attr"], "lease": now["lease"]}, asked
 
     async def _own_attributes(self, ino: int) -> tuple[Attr, bool]:
         attr = await self._table.getattr(ino)
@@ -165,20 +174,27 @@ class VolumeOperations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        changes: dict[str, Any] = {
-            "mode": attr.st_mode & 0o7777 if fields.update_mode else None,
-            "uid": attr.st_uid if fields.update_uid else None,
-            "gid": attr.st_gid if fields.update_gid else None,
-            "size": attr.st_size if fields.update_size else None,
-            "atime_ns": attr.st_atime_ns if fields.update_atime else None,
-            "mtime_ns": attr.st_mtime_ns if fields.update_mtime else None,
-        }
-        if fields.update_size:
+        return await self.change_attributes(
+            inode,
+            {
+                "mode": attr.st_mode & 0o7777 if fields.update_mode else None,
+                "uid": attr.st_uid if fields.update_uid else None,
+                "gid": attr.st_gid if fields.update_gid else None,
+                "size": attr.st_size if fields.update_size else None,
+                "atime_ns": attr.st_atime_ns if fields.update_atime else None,
+                "mtime_ns": attr.st_mtime_ns if fields.update_mtime else None,
+            },
+        )
+
+    @fuse_errors
+    async def change_attributes(self, inode: int, changes: dict[str, Any]) -> EntryAttributes:
+        """`changes`: the arguments of `setattr` in PROTOCOL.md, None for what stays."""
+        if changes["size"] is not None:
             if changes["mtime_ns"] is None:
                 changes["mtime_ns"] = time.time_ns()
             truncated = await self._table.truncate(inode, changes)
             return entry_attributes(truncated, self._table.holds(inode) >= LEASE_READ)
-        if fields.update_mtime and self._table.holds(inode) == LEASE_WRITE:
+        if changes["mtime_ns"] is not None and self._table.holds(inode) == LEASE_WRITE:
             # A time set by hand must not be overwritten by that of an earlier write, which is reported
             # lazily.
             await self._table.flush(inode)
@@ -362,6 +378,11 @@ class VolumeOperations(pyfuse3.Operations):
         """See relay.Listings."""
         directory = self._directories.get(fh)
         return directory is not None and directory.leased
+
+    def adopt_listing(self, fh: int, ino: int) -> None:
+        """See relay.Listings."""
+        if fh not in self._directories:
+            self._directories[fh] = OpenDirectory(ino)
 
     def close_directory(self, fh: int) -> None:
         self._directories.pop(fh, None)

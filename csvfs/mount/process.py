@@ -2,9 +2,11 @@
 
 Place      mount floor; puts everything below together.
 Order      The session with the coordinator first, then the mount: an empty directory becomes the volume,
-           never a volume that does not answer.
+           never a volume that does not answer. Where a process before this one has died, its FUSE session goes on
+           instead (held_session.py, inheritance.py).
 Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced), /dev/fuse gone, or a bug:
-           status 1, and the kernel fails what was waiting; node run starts the next incarnation.
+           status 1, and the kernel fails what was waiting; node run starts the next incarnation. Killed, or ended by a
+           bug: nothing is told to the kernel, and the next process goes on.
 """
 
 import logging
@@ -29,12 +31,13 @@ from csvfs.mount.admin_socket import AdminSocket
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
 from csvfs.mount.file_table import FileTable
-from csvfs.mount.guard import Guard
+from csvfs.mount.guard import CONTACT_S_MAX, Guard
 from csvfs.mount.held_session import inherited_session
 from csvfs.mount.notify import KernelNotifier
 from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.owner import VolumeOwner
 from csvfs.mount.relay import LEASE_NONE, PYFUSE3_TASKS_MAX, Relay
+from csvfs.mount.request_journal import RequestJournal
 from csvfs.mount.session import Session
 from csvfs.net.engine import Engine
 from csvfs.net.link import connect
@@ -47,6 +50,7 @@ from csvfs.wire.block_messages import SlabDescriptor
 log = logging.getLogger(__name__)
 
 STORE_WAIT_S = 10.0
+CONTACT_NS_MAX = int(CONTACT_S_MAX * 1e9)
 UNMOUNT_WAIT_S = 5.0  # for programs that still use files here; then their accesses fail
 FAREWELL_WAIT_S = 2.0
 RELEASE_BATCH = 1024
@@ -102,7 +106,11 @@ class MountProcess:
         self._engine = Engine(open_identity(config))
         self._view = View()
         self._end = trio.Event()
-        self._held = inherited_session()
+        held = inherited_session()
+        self._fd = -1 if held is None else held[0]
+        self._record = None if held is None else held[1]
+        self._takes_over = self._record is not None and self._record.is_taken_over
+        self._journal = RequestJournal() if self._record is None else self._record.journal
         self.failure: CsvfsError | None = None
 
     def _follow_volume(self, bus: Bus) -> None:
@@ -131,6 +139,8 @@ class MountProcess:
         if self.failure is None:
             self.failure = error if isinstance(error, CsvfsError) else Unavailable(str(error))
             log.error("the mount of %s ends: %s", self._volume_name, error)
+            if self._record is not None:
+                self._record.over()
         self._end.set()
 
     async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
@@ -166,9 +176,11 @@ class MountProcess:
                 self._engine, address, timeout_s=options.connect_timeout_ms / 1000, node=owner_view.node
             ),
             on_fenced=self._fail,
-            on_contact=guard.contact,
+            on_contact=lambda sent_ns: self._on_contact(guard, sent_ns),
             news=lambda: waits.news(self._facts(guard, session, bus)),
             io_timeout_s=options.io_timeout_ms / 1000,
+            journal=self._journal,
+            inherit=self._takes_over,
         )
         links = ServerLinks(
             self._engine,
@@ -194,8 +206,9 @@ class MountProcess:
         self._view.on_change(lambda: self._follow_volume(bus))
         self._follow_volume(bus)
         bus.on_fenced = self._fail
-        fd, kept = self._held or (device.open_device(), None)
-        notifier = KernelNotifier(fd)
+        if self._record is None:
+            self._fd = device.open_device()
+        notifier = KernelNotifier(self._fd)
         times_s = options.attribute_report_ms / 1000
         table = FileTable(
             coordinator=session,
@@ -205,23 +218,36 @@ class MountProcess:
             nursery=nursery,
             times_s=times_s,
             io_timeout_s=options.io_timeout_ms / 1000,
-            kept=kept,
+            kept=None if self._record is None else self._record.inodes,
+            journal=self._journal,
         )
+        if self._takes_over and self._record is not None:
+            table.take_over(self._record.left)
         session.holder = table
         socket = self._open_socket(nursery, lambda: self._why(self._facts(guard, session, bus)))
         nursery.start_soon(session.run_forever)
         nursery.start_soon(bus.run_forever)
         nursery.start_soon(table.run_forever)
-        await session.call("statfs", {})  # the coordinator is there
+        if self._takes_over:
+            await session.wait_linked()
+            table.inheritance.owes(session.hello["unflushed"])
+            nursery.start_soon(table.inheritance.flush_soon)
+        else:
+            await session.call("statfs", {})  # the coordinator is there
         try:
-            await self._mount_and_serve(nursery, fd, session, table)
+            await self._mount_and_serve(nursery, session, table)
         finally:
             with trio.CancelScope(shield=True):
-                if self.failure is None:
+                if self.failure is None and (self._end.is_set() or self._record is None):
                     await self._say_farewell(session, table)
             if socket is not None:
                 socket.close()
             bus.close()
+
+    def _on_contact(self, guard: Guard, sent_ns: int) -> None:
+        guard.contact(sent_ns)
+        if self._record is not None:
+            self._record.covered_until(sent_ns + CONTACT_NS_MAX)
 
     def _open_socket(self, nursery: trio.Nursery, why: Callable[[], dict[str, Any]]) -> AdminSocket | None:
         """None: it cannot be made, and `csvfs why` says less; no reason not to mount."""
@@ -253,25 +279,41 @@ class MountProcess:
         mode, reason = waits.mode(facts)
         return {"node": self._config.node, "mode": mode, "why": reason, "waits": waits.rows(facts)}
 
-    async def _mount_and_serve(
-        self, nursery: trio.Nursery, fd: int, session: Session, table: FileTable
-    ) -> None:
-        operations = VolumeOperations(session, table)
-        relay = Relay(self._engine, fd, table, operations, on_failure=self._fail)
-        channel = Channel(self._engine, fd, table, operations, relay, Direct(operations, relay))
+    async def _mount_and_serve(self, nursery: trio.Nursery, session: Session, table: FileTable) -> None:
+        record = self._record
+        noted = None if record is None else record.inodes
+        operations = VolumeOperations(session, table, first_handle=(self._incarnation << 32) + 1)
+        relay = Relay(
+            self._engine,
+            self._fd,
+            table,
+            operations,
+            on_failure=self._fail,
+            noted=noted,
+            on_served=(lambda init: None) if record is None else record.served,
+        )
+        direct = Direct(operations, relay)
+        channel = Channel(self._engine, self._fd, table, operations, relay, direct, self._journal, noted)
         pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
         nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)
-        device.mount(fd, self._mount_point, self._volume_name)
-        channel.start(nursery)
-        log.info("%s is mounted at %s", self._volume_name, self._mount_point)
+        if self._takes_over and record is not None:
+            relay.take_over(record.init, {row.ino: row.lookups for row in record.left if row.lookups})
+            channel.take_over(nursery, table.inheritance)
+            log.info("%s at %s goes on with %d inodes", self._volume_name, self._mount_point, len(record.left))
+        else:
+            device.mount(self._fd, self._mount_point, self._volume_name)
+            channel.start(nursery)
+            log.info("%s is mounted at %s", self._volume_name, self._mount_point)
         try:
             await channel.ended.wait()
             self._fail(Unavailable(f"{self._mount_point} was unmounted by somebody else"))
         finally:
-            with trio.CancelScope(shield=True):
-                if self.failure is None:
-                    await unmount_in_order(self._mount_point, channel.ended.wait)
-            device.abort(self._mount_point)
+            if self._end.is_set() or record is None:
+                with trio.CancelScope(shield=True):
+                    if self.failure is None:
+                        await unmount_in_order(self._mount_point, channel.ended.wait)
+                device.abort(self._mount_point)
+            # else a bug ends us, and the next process goes on.
             channel.close()
 
     async def _say_farewell(self, session: Session, table: FileTable) -> None:

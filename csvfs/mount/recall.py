@@ -28,7 +28,7 @@ Yielding   Where that does not help (too many of them; or a truncation that wait
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 import trio
@@ -80,6 +80,9 @@ class Recaller:
         self._nursery = nursery
         self._lowered = lowered
         self._parked_s_max = parked_ms_max / 1000
+        self._behind: dict[FileState, int] = {}  # passes that go on behind an answered recall
+        # Until a recall may be answered; see inheritance.py.
+        self.ready: Callable[[FileState], Awaitable[None]] | None = None
 
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]:
         """Lower the lease on `ino` to `kind`; with `attr` forget its attributes. Returns the reply."""
@@ -92,6 +95,9 @@ class Recaller:
         if state is None:
             self._leases.mark_recalled(ino)
             return {"kind": LEASE_NONE, "size": None, "mtime_ns": None, "atime_ns": None}
+        if state.inherited or state.replays:
+            assert self.ready is not None
+            await self.ready(state)
         if state.lease > kind:
             await self.take_back(state, kind)
         elif attr:
@@ -123,11 +129,13 @@ class Recaller:
                 kind = LEASE_NONE  # opened for writing, maybe only during `_stop_writing`
                 held.release()
                 await self._empty(state, recall, held)
-            self._lower(state, kind)
             # Pages may have been filled behind a pass that is still under way.
             behind = [WHOLE_FILE] if recall.yielding else _as_ranges(state.stuck.values())
             if behind:
-                self._nursery.start_soon(self._run_pass, state, behind, trio.Event())
+                self._behind[state] = self._behind.get(state, 0) + 1
+                self._leases.kept.lost(state.ino, True)
+                self._nursery.start_soon(self._pass_behind, state, behind)
+            self._lower(state, kind)
         finally:
             state.recall = None
             state.taint = None
@@ -196,6 +204,14 @@ class Recaller:
             await self._notifier.invalidate_pages(state.ino, offset, length)
         done.set()
 
+    async def _pass_behind(self, state: FileState, ranges: list[Range]) -> None:
+        await self._run_pass(state, ranges, trio.Event())
+        left = self._behind.pop(state) - 1
+        if left:
+            self._behind[state] = left
+        elif not state.lost:
+            self._leases.kept.lost(state.ino, False)
+
     def _lower(self, state: FileState, kind: int) -> None:
         """The one synchronous step in which the lease goes."""
         wrote = state.lease == LEASE_WRITE
@@ -210,6 +226,8 @@ class Recaller:
             state.attr = None
             state.metadata_dirty = True  # others may change it now
         state.tail_zero = -1
+        self._leases.kept.timed(state.ino, state.times_dirty)
+        self._leases.kept.lease(state.ino, state.lease)
         self._leases.mark_recalled(state.ino)
         self._notifier.invalidate_attr(state.ino)
         state.regate()
@@ -232,6 +250,8 @@ class Recaller:
         for state in states:
             self._leases.lose(state)
             self._notifier.invalidate_attr(state.ino)
+            if state.directory:
+                self._leases.kept.lost(state.ino, False)
         for state in files:
             state.lost += 1
         self._notifier.increment_epoch()
@@ -242,6 +262,8 @@ class Recaller:
         for state in files:
             await self._notifier.invalidate_pages(state.ino, *WHOLE_FILE)
             state.lost -= 1
+            if not state.lost and state not in self._behind:
+                self._leases.kept.lost(state.ino, False)
 
 
 class _Holds:

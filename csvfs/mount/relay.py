@@ -83,6 +83,27 @@ class Listings(Protocol):
         """Whether the entries last given for handle `fh` were learned under the directory's lease."""
         ...
 
+    def adopt_listing(self, fh: int, ino: int) -> None:
+        """Directory `ino` is read by handle `fh`, which may be of the process before this one."""
+        ...
+
+
+class KernelsInodes(Protocol):
+    """See inode_rows.InodeRows."""
+
+    def looked_up(self, ino: int, lookups: int) -> None: ...
+    def opened(self, ino: int, writing: bool, count: int = 1) -> None: ...
+
+
+class NotNoted:
+    """Nobody goes on for this mount."""
+
+    def looked_up(self, ino: int, lookups: int) -> None:
+        pass
+
+    def opened(self, ino: int, writing: bool, count: int = 1) -> None:
+        pass
+
 
 @dataclass(slots=True)
 class Pending:
@@ -93,6 +114,8 @@ class Pending:
     stamp: int  # of the file table, when the request was read
     detail: int = 0  # OPEN, CREATE: open flags; READDIR: file handle
     init: abi.InitRequest | None = None
+    request: bytes = b""  # INIT
+    is_past: bool = False  # INIT: the kernel was answered by the process before this one
 
 
 class Relay:
@@ -105,13 +128,18 @@ class Relay:
         table: Leases,
         listings: Listings,
         on_failure: Callable[[Exception], None],
+        noted: KernelsInodes | None = None,
+        on_served: Callable[[bytes], None] = lambda init: None,
     ) -> None:
-        """`on_failure`: called once when the kernel cannot be served at all; the mount must end then."""
+        """`on_failure`: called once when the kernel cannot be served at all; the mount must end then. `noted`: hears what
+        the kernel knows and has open. `on_served(INIT request)`: the session has begun, and can be taken over."""
         self._engine = engine
         self._device_fd = device_fd
         self._table = table
         self._listings = listings
         self._on_failure = on_failure
+        self._noted: KernelsInodes = noted or NotNoted()
+        self._on_served = on_served
         self._pending: dict[int, Pending] = {}
         self._unsent: deque[bytes] = deque()
         self._reply = memoryview(bytearray(REPLY_SIZE_MAX))
@@ -154,8 +182,10 @@ class Relay:
             size = abi.U32.unpack_from(request, abi.READDIR_SIZE_OFFSET)[0]
             abi.U32.pack_into(request, abi.READDIR_SIZE_OFFSET, min(size, READDIR_SIZE_MAX))
             abi.U32.pack_into(request, 4, abi.READDIRPLUS)
+            self._listings.adopt_listing(pending.detail, node)
         elif opcode == abi.INIT:
             pending.init = abi.unpack_init(body)
+            pending.request = bytes(request)
         self._pending[unique] = pending
         if self._unsent:
             self._unsent.append(bytes(request))
@@ -187,7 +217,14 @@ class Relay:
         size = abi.OUT_HEADER.size + len(body)
         given: list[int] = []
         reply = memoryview(bytearray(abi.OUT_HEADER.pack(size, 0, unique) + body))
-        self._write(unique, self._patch(pending, reply, given), given)
+        self._write(unique, self._patch(pending, reply, given), given, pending)
+
+    def take_over(self, init: bytes, lookups: dict[int, int]) -> None:
+        """Go on with a session that has begun: tell pyfuse3 of the INIT `request` that it began with."""
+        self.lookups = lookups
+        _, opcode, unique, node, _, _, _, _, _ = abi.IN_HEADER.unpack_from(init)
+        self.forward(opcode, unique, node, memoryview(bytearray(init)))
+        self._pending[unique].is_past = True
 
     # ---- pyfuse3 -> kernel
 
@@ -217,7 +254,7 @@ class Relay:
             )
             return
         if pending.opcode == abi.INIT:
-            self._answer_init(unique, error, pending.init)
+            self._answer_init(unique, error, pending)
             return
         given: list[int] = []
         out: memoryview | bytes = reply
@@ -226,25 +263,37 @@ class Relay:
                 out = self._patch(pending, reply, given)
             except (ValueError, IndexError, abi.struct.error) as malformed:
                 log.error("reply of pyfuse3 to opcode %d: %s", pending.opcode, malformed)
-                out, given = abi.pack_error_reply(unique, errno.EIO), []
-        self._write(unique, out, given)
+                out, given, error = abi.pack_error_reply(unique, errno.EIO), [], errno.EIO
+        self._write(unique, out, given, pending if error == 0 else None)
 
-    def _write(self, unique: int, reply: memoryview | bytes, given: list[int]) -> None:
-        """`given`: the inodes whose lookup count the kernel raises by this reply."""
+    def _write(self, unique: int, reply: memoryview | bytes, given: list[int], pending: Pending | None) -> None:
+        """`given`: the inodes whose lookup count the kernel raises by this reply. `pending`: what it is an answer to,
+        if not an error."""
+        lookups, noted = self.lookups, self._noted
+        opens = pending is not None and pending.opcode in _OPEN_FLAG_OPCODES
+        opened, writing = 0, False
+        for ino in given:  # noted before the kernel has it: see inode_rows.py
+            lookups[ino] = count = lookups.get(ino, 0) + 1
+            noted.looked_up(ino, count)
+        if opens and pending is not None:
+            opened, writing = given[0] if given else pending.node, abi.may_write(pending.detail)
+            noted.opened(opened, writing)
         try:
             os.write(self._device_fd, reply)
         except OSError as error:
+            for ino in given:
+                self.forget(ino, 1)
+            if opens:
+                noted.opened(opened, writing, -1)
             if error.errno == errno.EINVAL:  # the kernel did not like it: an error at least ends its wait
                 log.error("the kernel refused a reply of %d bytes", len(reply))
                 os.write(self._device_fd, abi.pack_error_reply(unique, errno.EIO))
             elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTCONN):
                 raise
-            return  # the kernel does not want it any more: it took no inode
-        lookups = self.lookups
-        for ino in given:
-            lookups[ino] = lookups.get(ino, 0) + 1
+            # else the kernel does not want it any more: it took no inode
 
-    def _answer_init(self, unique: int, error: int, offer: abi.InitRequest | None) -> None:
+    def _answer_init(self, unique: int, error: int, pending: Pending) -> None:
+        offer = pending.init
         usable = (
             error == 0
             and offer is not None
@@ -259,6 +308,8 @@ class Relay:
             )
             return
         self.minor = min(offer.minor, abi.FUSE_MINOR_MAX)
+        if pending.is_past:
+            return
         reply = abi.pack_init_reply(
             unique,
             minor=self.minor,
@@ -267,6 +318,10 @@ class Relay:
             max_background=MAX_BACKGROUND,
             io_size_max=abi.IO_SIZE_MAX,
         )
+        if offer.flags & abi.FLAG_HAS_RESEND:
+            self._on_served(pending.request)
+        else:
+            log.info("this kernel cannot ask anew (Linux 6.9 can): programs will see an error if this process dies")
         os.write(self._device_fd, reply)
 
     # ---- cache time-outs and open flags (K1: no await from here to the write)
@@ -357,6 +412,8 @@ class Relay:
         left = self.lookups.get(ino, 0) - count
         if left > 0:
             self.lookups[ino] = left
+            self._noted.looked_up(ino, left)
             return False
         self._listed_since.pop(ino, None)
+        self._noted.looked_up(ino, 0)
         return self.lookups.pop(ino, None) is not None

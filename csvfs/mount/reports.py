@@ -25,6 +25,7 @@ class Reports:
         if not state.times_dirty:
             state.times_dirty = True
             self._timed[state] = None
+            self._leases.kept.timed(state.ino, True)
 
     async def allocate(self, state: FileState, first: int, last: int, size: int) -> None:
         """Fill the holes of blocks `first..last`; commits `size` (0: none) along with it. No holes: no
@@ -97,5 +98,6 @@ class Reports:
         """The coordinator has our time now; a newer one stays to be reported."""
         if state.mtime_ns == mtime_ns:
             state.times_dirty = False
+            self._leases.kept.timed(state.ino, False)
         if state.attr is not None:
             state.attr[MTIME] = mtime_ns

@@ -10,6 +10,8 @@ Invariants
   I11  A call that changes metadata has a number `op`, the same however often it is sent; `op_done` tells
        below which number no call will be sent again. So it is carried out once, and every try gets the first
        answer.
+       Calls that a process before this one may have made have the number of then (request_journal.py); their
+       answers are marked `history`: what they say was true once.
   Q1   An answer that was computed for an earlier sending carries no leases: they may be gone meanwhile.
   Q2   Nothing is sent to a coordinator before it has all our claims.
 """
@@ -22,6 +24,7 @@ import trio
 
 from csvfs.clock import MonotonicNs, monotonic_ns
 from csvfs.errors import CsvfsError, Disconnected, Fenced, NotCoordinator, TimedOut, Unavailable
+from csvfs.mount.request_journal import RequestJournal
 from csvfs.mount.waits import CallWait
 from csvfs.net.calls import CallTable, field
 from csvfs.net.link import Address, Link
@@ -81,8 +84,11 @@ class Session:
         news: Callable[[], dict[str, Any]] = dict,
         io_timeout_s: float = 60.0,
         clock: MonotonicNs = monotonic_ns,
+        journal: RequestJournal | None = None,
+        inherit: bool = False,
     ) -> None:
-        """on_fenced: this incarnation was evicted, the process has to end. on_contact(sent_ns): an answer
+        """journal: gives calls their numbers. inherit: go on with the session of an earlier process of this mount, which
+        is dead; `hello` says whether we do. on_fenced: this incarnation was evicted, the process has to end. on_contact(sent_ns): an answer
         came. news(): how this mount's I/O goes, told to the coordinator with every ping (waits.py)."""
         self._hello_args = {"volume": volume, "node": node, "incarnation": incarnation}
         self._owner = owner
@@ -98,8 +104,8 @@ class Session:
         self._changed = trio.Event()  # of _link or _fenced
         self._fenced: Fenced | None = None
         self._term = 0
-        self._op = 0
-        self._ops: dict[int, None] = {}  # not answered, in order
+        self._journal = journal or RequestJournal()
+        self._inherit = inherit
         self._waits: dict[object, CallWait] = {}
         self.unlinked_s: float | None = trio.current_time()  # since when there is no link; None: there is one
         self._calls = CallTable({"recall": self._serve_recall, "query": self._serve_query})
@@ -115,13 +121,12 @@ class Session:
         """
         if name not in NUMBERED_CALLS:
             return await self._call(name, args, None)
-        self._op += 1
-        op = self._op
-        self._ops[op] = None
+        op, is_history = self._journal.number(name)
         try:
-            return await self._call(name, args, op)
+            value = await self._call(name, args, op)
         finally:
-            del self._ops[op]
+            self._journal.answered(op)
+        return {**value, "history": True} if is_history and isinstance(value, dict) else value
 
     async def _call(self, name: str, args: dict[str, Any], op: int | None) -> Any:
         token = object()
@@ -150,7 +155,7 @@ class Session:
                 if scope.cancelled_caught or link is None:
                     break
             if op is not None:
-                args = {**args, "op": op, "op_done": next(iter(self._ops))}
+                args = {**args, "op": op, "op_done": self._journal.lowest}
             sent_ns = self._clock()
             sent += 1
             try:
@@ -177,6 +182,10 @@ class Session:
         """Until it makes sense to try again: at once when the owner changes."""
         with trio.move_on_after(seconds):
             await self._owner.wait_change(self._owner.address())
+
+    async def wait_linked(self) -> None:
+        """Until a coordinator knows us. Raises Fenced."""
+        await self._connected()
 
     async def _connected(self) -> Link:
         while True:
@@ -220,7 +229,10 @@ class Session:
         link.on_frame = lambda link, frame: self._calls.handle(link, frame, nursery)
         try:
             sent_ns = self._clock()
-            hello = await link.call("hello", dict(self._hello_args), timeout_s=HELLO_TIMEOUT_S)
+            asked = {**self._hello_args, "inherit": self._inherit}
+            hello = await link.call("hello", asked, timeout_s=HELLO_TIMEOUT_S)
+            if self._inherit and not hello.get("inherited"):
+                raise Fenced(f"the session of the mount before could not be taken over from {link.peer}")
             term = field(hello, "term", int)
             if term < self._term:
                 raise NotCoordinator(f"{link.peer} coordinates term {term}, we know term {self._term}")
@@ -231,6 +243,7 @@ class Session:
             raise
         self._term = term
         self.hello = hello
+        self._inherit = False
         self._link = link
         self.unlinked_s = None
         self._tell_changed()

@@ -118,9 +118,12 @@ class Truncation:
             elif state.lease == LEASE_WRITE:
                 self._give_up(state)  # it may be done or not; readers keep to the smaller size until then
             raise
+        if reply.get("history"):  # what was true when the process before this one asked
+            reply = await self._coordinator.call("getattr", {"ino": state.ino})
         attr: list = reply["attr"]
         state.metadata_dirty = True
         state.times_dirty = False
+        self._leases.kept.timed(state.ino, False)
         self._leases.granted(state.ino, reply["lease"], attr, stamp, changed=True)
         if state.lease == LEASE_WRITE:
             state.attr = list(attr)

@@ -31,6 +31,7 @@ from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Leases
 from csvfs.mount.recall import KernelNotifier
 from csvfs.mount.reports import Reports
+from csvfs.mount.request_journal import RequestJournal
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume import file_io
 from csvfs.volume.extents import Piece
@@ -81,8 +82,10 @@ class WritePath:
         guard: Guard,
         nursery: trio.Nursery,
         io_timeout_s: float,
+        journal: RequestJournal,
     ) -> None:
         self._leases = leases
+        self._journal = journal
         self._states = leases.states
         self._bus = bus
         self._bus_write = bus.write
@@ -200,12 +203,15 @@ class WritePath:
         async with state.tail:
             while True:
                 await self._prepare(request)
-                at = state.size if request.append else request.offset
+                at = self._journal.place(state.size) if request.append else request.offset
                 if at + len(request.data) <= state.size:  # another writer was here first
                     work = self._overwrite(state, at, request.data)
                 else:
                     work = self._extend(state, at, request.data, request.offset)
+                is_moved = request.append and at + len(request.data) <= state.size and at != request.offset
                 if await self.counted(state, work, retries=not request.append):
+                    if is_moved:
+                        self._forget_pages(state)
                     return
 
     async def _prepare(self, request: "_Request") -> None:

@@ -1,0 +1,118 @@
+"""Inheritance: what a mount process takes over from one that died, over the same FUSE session.
+
+Place      mount floor; above leases.py, below file_table.py.
+Leases     are ours at the coordinator already (its session_desk.py, "inherit"): nobody had one in between. What belongs to
+           one (size, layout) is asked for when it is first needed (Leases.restore); until then it counts as OPEN,
+           while a recall is still answered by emptying the kernel's cache.
+Replays    The kernel asks again what was not answered. A WRITE that the dead process had carried out is carried out again:
+           harmless as long as nobody else has written there since. So a recall waits until all that the kernel resends
+           has begun, and what of it changes data of that inode has ended.
+Flushes    What the dead process wrote and did not flush is flushed before any fsync is answered (I8).
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import trio
+
+from csvfs.errors import CsvfsError
+from csvfs.mount.file_state import LEASE_OPEN, LEASE_READ, FileState
+from csvfs.mount.inode_rows import Row
+from csvfs.mount.leases import Leases
+from csvfs.volume.file_io import BlockBus
+from csvfs.wire.block_messages import SlabDescriptor
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+
+
+class Inheritance:
+    """Of one mount process; empty where it began with a session of its own."""
+
+    def __init__(self, leases: Leases, bus: BlockBus) -> None:
+        self._leases = leases
+        self._bus = bus
+        self._resent = trio.Event()
+        self._resent.set()
+        self._flushing = trio.Lock()
+        self._unflushed: list[int] = []
+        self._failure: CsvfsError | None = None
+
+    def take(self, rows: Iterable[Row]) -> list[FileState]:
+        """Before the first word to the coordinator. Returns the inodes of which pages may be left that no lease covers.
+
+        Until `resent`, recalls of what is taken over here wait.
+        """
+        self._resent = trio.Event()
+        lost = []
+        for row in rows:
+            state = self._leases.state(row.ino)
+            state.lease = min(row.kind, LEASE_OPEN)
+            state.inherited = row.kind if row.kind >= LEASE_READ else 0
+            state.inherited_time = row.timed
+            state.open_count, state.write_opens = row.opens, row.writing
+            state.regate()
+            if row.lost:
+                lost.append(state)
+        return lost
+
+    def resent(self) -> None:
+        """All that the kernel wanted to ask anew has begun."""
+        self._resent.set()
+
+    def replay_begins(self, ino: int) -> None:
+        """A request that changes the inode's data, and that may have been carried out already."""
+        self._leases.state(ino).replays += 1
+
+    def replay_ends(self, ino: int) -> None:
+        state = self._leases.states.get(ino)
+        if state is not None and state.replays:
+            state.replays -= 1
+            state.notify()
+
+    async def ready(self, state: FileState) -> None:
+        """Until a recall of the inode may be answered. Raises as Leases.restore. Cancel safe."""
+        await self._resent.wait()
+        await self._leases.restore(state)
+        while state.replays:
+            await state.wait_change()
+
+    # -- flushes ---------------------------------------------------------------------------------
+
+    def owes(self, descriptors: Iterable[Any]) -> None:
+        """A flush of these slabs is a flush of all that was left unflushed. Raises ProtocolError."""
+        for value in descriptors:
+            descriptor = SlabDescriptor.from_wire(value)
+            self._bus.learn(descriptor)
+            self._unflushed.append(descriptor.slab)
+
+    async def flush(self) -> None:
+        """Nothing is left unflushed of what was taken over.
+
+        Raises  as FileTable.fsync; what a drive could not flush is reported to every call. Cancel safe.
+        """
+        if not self._unflushed:
+            return
+        async with self._flushing:
+            if self._failure is not None:
+                raise self._failure
+            if not self._unflushed:
+                return
+            try:
+                await self._bus.flush(self._unflushed)
+            except CsvfsError as error:
+                if not error.retryable:
+                    self._failure = error
+                raise
+            self._unflushed = []
+
+    async def flush_soon(self) -> None:
+        """A task: so that the first fsync finds nothing to do."""
+        while self._unflushed and self._failure is None:
+            try:
+                await self.flush()
+            except CsvfsError as error:
+                log.warning("what the mount before wrote is not flushed yet: %s", error)
+                await trio.sleep(RETRY_S)

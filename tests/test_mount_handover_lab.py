@@ -1,0 +1,71 @@
+"""A mount process is killed under programs that do everything with files: they see a pause, and nothing else."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csvfs.units import MIB
+from tests.lab_cluster import LabCluster, needs_lab, running_lab, wait_for
+from tests.test_first_cluster import is_mounted
+
+pytestmark = [pytest.mark.lab, needs_lab]
+
+VOLUME = "/clusterstorage/Volume1"
+PROGRAM = str(Path(__file__).with_name("busy_program.py"))
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[LabCluster]:
+    with running_lab(nodes=3, drives=1, drive_size=1024 * MIB) as cluster:
+        cluster.run("n1", "csvfs", "volume", "create", "Volume1", "--copies", "2")
+        for node in ("n1", "n2"):
+            wait_for(lambda node=node: is_mounted(cluster, node), within_s=60)
+        yield cluster
+
+
+@contextlib.contextmanager
+def busy(lab: LabCluster, node: str, name: str) -> Iterator[None]:
+    """A program at work on all kinds of files; at the end it must have seen nothing wrong."""
+    program = lab.start_command(
+        node, sys.executable, PROGRAM, f"{VOLUME}/{name}", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert program.stdin is not None and program.stdout is not None
+    assert program.stdout.readline() == "at work\n"
+    time.sleep(1.0)
+    yield
+    time.sleep(2.0)  # so that there is work after the last fault
+    program.stdin.write("\n")
+    program.stdin.flush()
+    told = json.loads(program.stdout.readline() or '{"wrong": ["it ended"]}')
+    assert told["wrong"] == [] and all(told["done"].values()), f"{told}\n{lab.logs()}"
+    program.wait(timeout=60)
+
+
+def kill_mount(lab: LabCluster, node: str) -> None:
+    """Returns when the next process is there. The FUSE session is still the one of before."""
+    device = lab.run(node, "stat", "-c", "%d", VOLUME)
+    before = lab.pids(node)["mount"]
+    lab.kill(node, "mount")
+    wait_for(lambda: lab.pids(node).get("mount", before) != before, within_s=60)
+    assert lab.run(node, "stat", "-c", "%d", VOLUME) == device
+
+
+def test_I11_a_mount_is_killed_again_and_again_and_programs_notice_nothing_but_a_pause(lab: LabCluster) -> None:
+    with busy(lab, "n2", "mount"):
+        for _ in range(3):
+            kill_mount(lab, "n2")
+            time.sleep(2.0)
+
+
+def test_a_mount_and_its_coordinator_are_killed_together_and_programs_notice_nothing_but_a_pause(lab: LabCluster) -> None:
+    with busy(lab, "n1", "both"):
+        for node in lab.files.nodes():
+            lab.kill(node.name, "coordinator")
+            kill_mount(lab, "n1")
+            time.sleep(2.0)
