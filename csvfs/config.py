@@ -111,6 +111,11 @@ class Options:
         "longer than the longest pause of a healthy disk, shorter than the patience of guests",
         "a drive that has not answered for this long is given up; a process that it holds up is replaced",
     )  # fmt: skip
+    frozen_ms: int = _option(
+        2500, "ms", 500, 600_000,
+        "below the 3.5 s after which the leases of a mount that stands still may have passed on",
+        "a process of csvfs that has been stopped (SIGSTOP, a debugger) for this long is killed and replaced",
+    )  # fmt: skip
     slow_drive_ms: int = _option(
         50, "ms", 1, 60_000,
         "ten times what a loaded hard disk takes; flash that takes so long is broken",

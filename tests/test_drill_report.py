@@ -162,7 +162,7 @@ def test_the_victims_are_the_coordinator_and_others_in_turn_and_programs_run_els
     assert victims("node", 4) == ["n2", "n1", "n2", "n3"]
     assert victims("drive", 3) == victims("rolling", 1) == ["n1", "n2", "n3"]
     frozen = [make().name for make in cases_of(DRILLS["freeze"], nodes, lambda: "n2", 0, has_etcd=True)]
-    assert frozen == ["drives", "coordinator", "mount", "node", "store"]
+    assert frozen == ["drives", "coordinator", "mount", "node", "store", "everything"]
 
 
 def test_a_drill_where_there_is_no_lab_says_so():

@@ -88,6 +88,18 @@ def test_I5_programs_with_open_files_see_no_page_of_a_mount_that_was_killed(lab,
     assert lab.run("n2", "head", "-c", "1", f"{VOLUME}/f3") == b"b"
 
 
+def test_I5_programs_with_open_files_see_no_page_of_a_mount_that_stands_still(lab):
+    """Others get what it held; when it is stopped for good, and nobody kills it but its parent."""
+    write_all(lab, "n1", "a")
+    with reader_on(lab, "n2", "read") as read_again:
+        os.kill(lab.pids("n2")["mount"][0], signal.SIGSTOP)
+        write_all(lab, "n1", "b")  # its leases have passed on
+        seen = read_again()
+    assert "a" not in seen and len(seen) == FILES, seen
+    wait_for(lambda: is_mounted(lab, "n2"), within_s=60)
+    assert lab.run("n2", "head", "-c", "1", f"{VOLUME}/f3") == b"b"
+
+
 @pytest.mark.parametrize("way", ["read", "map"])
 def test_I5_programs_with_open_files_see_no_page_of_before_on_a_node_that_is_cut_off(lab, way):
     """Others write as soon as it is evicted; it is still cut off when the program looks again."""

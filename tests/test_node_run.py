@@ -183,6 +183,22 @@ async def test_what_a_dead_child_owned_is_given_up_at_once(node: Node, store: Cl
     assert await lease_of(store) == lease
 
 
+async def test_what_a_coordinator_host_owned_that_stands_still_is_given_up_and_it_never_wakes_up(
+    node: Node, store: ClusterStore
+) -> None:
+    await until(lambda: node.last_pid("coordinator"))
+    lease, pid = await lease_of(store), node.last_pid("coordinator")
+    (host,) = node.pids("coordinator")
+    await store.put("owner/a", pack_value({"node": "n1", "incarnation": host}), lease)
+    os.kill(pid, signal.SIGSTOP)
+    with trio.fail_after(60):
+        while await store.get("owner/a"):
+            await trio.sleep(0.01)
+    assert not is_running(pid)
+    await until(lambda: len(node.pids("coordinator")) == 2)
+    assert await lease_of(store) == lease
+
+
 async def test_each_online_volume_is_mounted_and_a_deleted_one_is_not(
     node: Node, store: ClusterStore
 ) -> None:

@@ -9,6 +9,7 @@ Why Popen  `trio.run_process` forks in a worker thread, and PR_SET_PDEATHSIG fir
 Hangs      A child that has begun to beat (cluster/node_process.py) and has not for `hang_s` is killed: its thread hangs
            in the kernel, most likely because a drive does. It may be there for as long as the drive hangs; its
            successor is started all the same, and copes with what it holds (block/in_use.py, block/drive_server.py).
+Frozen     A child that has been stopped (SIGSTOP, a debugger) for `frozen_s` is killed: frozen.py.
 """
 
 import logging
@@ -24,6 +25,7 @@ from pathlib import Path
 import trio
 
 from csvfs.admin import child_exec
+from csvfs.admin.frozen import kill_when_frozen
 from csvfs.cluster.node_process import BEAT_ENVIRONMENT
 from csvfs.errors import CsvfsError
 from csvfs.ids import Incarnation
@@ -33,6 +35,7 @@ RAN_WELL_S = 10.0
 RAN_LONGER_S = 1.0
 BACKOFF_FIRST_S = 0.1
 HANG_S = 10.0
+FROZEN_S = 2.5
 STOPPED_POLL_S = 0.25
 KILL_WAIT_S = 5.0  # a killed process that is still there after this long hangs in the kernel
 
@@ -56,6 +59,7 @@ class ChildPlan:
     log_path: Path
     backoff_max_s: float
     hang_s: float = HANG_S
+    frozen_s: float = FROZEN_S
     keep: Callable[[], tuple[int, ...]] = tuple  # descriptors that it inherits, asked for at each start
     before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
     # It runs no more, and was not asked to end: its status, below 0 for a signal; None: a thread hangs in the kernel.
@@ -116,6 +120,7 @@ class Child:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_when_it_hangs, beats, nursery.cancel_scope)
+                nursery.start_soon(self._kill_when_frozen)
                 try:
                     await wait_stopped(process)
                 except OSError as error:
@@ -164,6 +169,10 @@ class Child:
                 scope.cancel()
                 return
             patience_s = self.plan.hang_s
+
+    async def _kill_when_frozen(self) -> None:
+        stopped_s = await kill_when_frozen(self.pid, self.plan.frozen_s)
+        logger.error("%s (pid %d) was stopped for %.1f s: it is killed", self.plan.role, self.pid, stopped_s)
 
     async def _end(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None and self._grace_s > 0:

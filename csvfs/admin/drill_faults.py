@@ -16,7 +16,7 @@ from csvfs.admin.drill_ground import ClusterGround, LabGround
 from csvfs.admin.drill_plans import Case
 from csvfs.admin.lab_files import PORT_BASE
 from csvfs.admin.lab_network import run_in_netns
-from csvfs.admin.lab_processes import Process, lab_processes, node_pid
+from csvfs.admin.lab_processes import ROLE_NODE, Process, lab_processes, node_pid
 from csvfs.admin.lab_store import member_hosts
 from csvfs.config import STORE_PORT
 from csvfs.errors import CsvfsError, NotFound, TimedOut
@@ -26,7 +26,7 @@ from csvfs.store.etcd_place import EtcdPlace
 
 POWER_OFF_S = 8.0  # longer than a node's lease and all that follows from its end
 PARTITION_S = 10.0
-FREEZE_S = 10.0
+WAKE_APART_S = 0.1
 NO_MAJORITY_S = 6.0  # longer than a node's lease
 STOP_WITHIN_S = 60.0
 DRAIN_TIMEOUT_S = 180.0
@@ -110,18 +110,23 @@ def _stop_node(ground: LabGround, name: str) -> None:
 
 
 def _freeze(ground: LabGround, case: Case, mark: Mark) -> None:
-    pids = [process.pid for process in _processes(ground, case.victim, case.name)]
+    kinds = list(plans.FROZEN[:-1]) if case.name == plans.WHOLE_NODE else [case.name]
+    # The parent first, so that it replaces nobody. It goes on last: what wakes up before believes that it still has
+    # all that it had.
+    kinds.sort(key=lambda kind: kind != ROLE_NODE)
+    pids = [process.pid for kind in kinds for process in _processes(ground, case.victim, kind)]
     if not pids:
         raise NotFound(f"node {case.victim} runs no {case.name} that could be frozen")
     mark(f"{case.name} of {case.victim} frozen")
     try:
         for pid in pids:
             _signal(pid, signal.SIGSTOP)
-        time.sleep(FREEZE_S)
+        time.sleep(case.seconds)
     finally:
         mark("goes on")
-        for pid in pids:
+        for pid in reversed(pids):
             _signal(pid, signal.SIGCONT)
+            time.sleep(WAKE_APART_S)
 
 
 def _processes(ground: LabGround, node: str, role: str) -> list[Process]:

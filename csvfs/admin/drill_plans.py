@@ -4,7 +4,9 @@ Place      admin floor, below drill.py and drill_faults.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from csvfs.errors import BadRequest
 
 COORDINATOR, NODE, DRIVE, PARTITION = "coordinator", "node", "drive", "partition"
 MOUNT, STORE, ROLLING, FREEZE = "mount", "store", "rolling", "freeze"
@@ -22,6 +24,7 @@ class Case:
     others: tuple[str, ...]  # nodes on which programs are promised to see no more than a pause
     at_victim: bool  # whether programs run on the victim too
     spared: bool  # whether those are promised to see no error
+    seconds: float = 0.0  # how long it lasts; 0: as long as drill_faults.py has it last
 
     @property
     def title(self) -> str:
@@ -39,9 +42,15 @@ class Drill:
     at_victim: bool = False
     spared: bool = True
     needs_etcd: bool = False
+    seconds: float = 0.0  # see Case
 
 
-FROZEN = ("drives", "coordinator", "mount", "node")
+FREEZE_S = 10.0
+STORE_ROLE = "store"  # only where the store is etcd
+WHOLE_NODE = "everything"  # all processes of a node at once: nobody is left who could replace them
+FROZEN = ("drives", "coordinator", "mount", "node", STORE_ROLE, WHOLE_NODE)
+# A frozen mount is killed, and so is every process of a node whose lease has ended: programs there see that.
+_ERRORS_WHEN_FROZEN = ("mount", "node")
 
 DRILLS = {
     drill.name: drill
@@ -56,16 +65,31 @@ DRILLS = {
             ("member", "leader", "majority"), at_victim=True, needs_etcd=True,
         ),
         Drill(ROLLING, "every node in turn is drained, stopped, started and taken back", None),
-        Drill(FREEZE, "SIGSTOP of a process of each kind for 10 s, then SIGCONT", None, FROZEN, at_victim=True, spared=False),
+        Drill(
+            FREEZE, "SIGSTOP of a process of each KIND, or of one, then SIGCONT", None, FROZEN, at_victim=True,
+            seconds=FREEZE_S,
+        ),
     )
 }  # fmt: skip
-ALL = (COORDINATOR, MOUNT, DRIVE, NODE, PARTITION, STORE, ROLLING)
-STORE_ROLE = "store"  # what is frozen beside FROZEN where the store is etcd
+ALL = (COORDINATOR, MOUNT, DRIVE, NODE, PARTITION, STORE, ROLLING, FREEZE)
 
 ON_CLUSTER = {
     COORDINATOR: "the volume is moved to another node and back (csvfs volume move)",
     ROLLING: "every other node in turn is drained and taken back (csvfs node drain, resume); none is stopped",
 }
+
+
+def narrowed(drill: Drill, kind: str | None, seconds: float | None) -> Drill:
+    """A drill of one kind of processes only, and for so long; None: as it is. Raises BadRequest: it has none such."""
+    if drill.name != FREEZE:
+        if kind is not None or seconds is not None:
+            raise BadRequest(f"KIND and --seconds belong to drill {FREEZE}, not to {drill.name}")
+        return drill
+    if kind is None:
+        return replace(drill, seconds=seconds or drill.seconds)
+    if kind not in drill.variants:
+        raise BadRequest(f"drill {FREEZE} has no kind {kind!r}; it has {', '.join(drill.variants)}")
+    return replace(drill, variants=(kind,), seconds=seconds or drill.seconds, needs_etcd=kind == STORE_ROLE)
 
 
 def cases_of(
@@ -74,9 +98,7 @@ def cases_of(
     """The cases of repeat number `turn`, each to be asked for when it is its turn: the coordinator may have moved."""
     if drill.name == ROLLING:
         return [lambda node=node: _case(drill, "", node, nodes) for node in nodes]  # type: ignore[misc]
-    variants = drill.variants
-    if drill.name == FREEZE and has_etcd:
-        variants = (*variants, STORE_ROLE)
+    variants = [name for name in drill.variants if has_etcd or drill.name != FREEZE or name != STORE_ROLE]
     cases: list[Callable[[], Case]] = []
     for number, variant in enumerate(variants):
         cases.append(lambda variant=variant, number=number: _case(  # type: ignore[misc]
@@ -86,7 +108,7 @@ def cases_of(
 
 
 def _victim(drill: Drill, variant: str, nodes: Sequence[str], coordinator: str, turn: int) -> str:
-    if drill.name == COORDINATOR or variant == COORDINATOR:
+    if drill.name == COORDINATOR or variant in (COORDINATOR, WHOLE_NODE):
         return coordinator
     if drill.name in (NODE, PARTITION):
         others = [node for node in nodes if node != coordinator]
@@ -96,4 +118,8 @@ def _victim(drill: Drill, variant: str, nodes: Sequence[str], coordinator: str, 
 
 def _case(drill: Drill, variant: str, victim: str, nodes: Sequence[str]) -> Case:
     others = tuple(node for node in nodes if node != victim)
-    return Case(drill.name, variant, victim, others, drill.at_victim, drill.spared)
+    at_victim, spared = drill.at_victim, drill.spared
+    if drill.name == FREEZE:
+        # While all of a node stands still its kernel shows what it has cached (ARCHITECTURE.md, "Limits of the design").
+        at_victim, spared = variant != WHOLE_NODE, variant not in _ERRORS_WHEN_FROZEN
+    return Case(drill.name, variant, victim, others, at_victim, spared, drill.seconds)

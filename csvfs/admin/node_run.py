@@ -278,8 +278,8 @@ class _NodeLease:
 
         log_path = self._config.log_dir / f"{role}.log"
         backoff_max_s = self._config.options.restart_backoff_max_ms / 1000
-        hang_s = self._config.options.hang_ms / 1000
-        return ChildPlan(role, list(argv), environment, incarnation, log_path, backoff_max_s, hang_s)
+        hang_s, frozen_s = self._config.options.hang_ms / 1000, self._config.options.frozen_ms / 1000
+        return ChildPlan(role, list(argv), environment, incarnation, log_path, backoff_max_s, hang_s, frozen_s)
 
     async def _run_child(self, role: str, argv: tuple[str, ...], after: Callable | None = None) -> None:
         plan = self._plan(role, argv)

@@ -32,6 +32,7 @@ ROLE_STORE = "store"
 LOOK_S = 10.0
 LEARNER_LOOK_S = 1.0  # as long as the own member does not vote, or nobody answers, it makes nothing safer
 STOP_GRACE_S = 5.0
+FROZEN_S = 15.0  # the other members outvote one that is stopped; it is replaced before a second one may be missing
 
 
 @contextlib.asynccontextmanager
@@ -70,6 +71,7 @@ def _plan(config: NodeConfig, place: EtcdPlace, role_environment: str) -> ChildP
         no_incarnation,
         config.log_dir / f"{ROLE_STORE}.log",
         config.options.restart_backoff_max_ms / 1000,
+        frozen_s=FROZEN_S,
     )
 
 
