@@ -21,8 +21,8 @@ from csvfs.admin.files import write_whole
 from csvfs.errors import Corrupt, NotFound, NotSupported
 from csvfs.store.etcd_place import EtcdPlace
 
-HEARTBEAT_MS = 60
-ELECTION_MS = 600
+HEARTBEAT_MS = 40
+ELECTION_MS = 400
 REVISIONS_KEPT = 10_000
 QUOTA = 2 << 30  # bytes; the store itself has a few hundred KiB
 REQUEST_SIZE_MAX = 8 << 20  # bytes; `pool recover` writes everything in one transaction
