@@ -12,7 +12,7 @@ from csvfs.admin.drill import Round
 from csvfs.admin.drill_history import Operation
 from csvfs.admin.drill_html import page, picture
 from csvfs.admin.drill_pauses import BIN_S, pauses_of, timeline_of
-from csvfs.admin.drill_plans import AT_VICTIM, DRILLS, ELSEWHERE, cases_of
+from csvfs.admin.drill_plans import AT_VICTIM, DRILLS, ELSEWHERE, Case, cases_of, narrowed
 from csvfs.admin.drill_report import (
     COLUMNS,
     DrillReport,
@@ -163,6 +163,25 @@ def test_the_victims_are_the_coordinator_and_others_in_turn_and_programs_run_els
     assert victims("drive", 3) == victims("rolling", 1) == ["n1", "n2", "n3"]
     frozen = [make().name for make in cases_of(DRILLS["freeze"], nodes, lambda: "n2", 0, has_etcd=True)]
     assert frozen == ["drives", "coordinator", "mount", "node", "store", "everything"]
+
+
+def test_freeze_takes_one_kind_and_how_long_and_no_other_drill_does():
+    nodes = ("n1", "n2", "n3")
+
+    def case(kind: str) -> Case:
+        drill = narrowed(DRILLS["freeze"], kind, 4.0)
+        (make,) = cases_of(drill, nodes, lambda: "n2", 0, has_etcd=True)
+        return make()
+
+    assert case("coordinator") == Case("freeze", "coordinator", "n2", ("n1", "n3"), True, True, 4.0)
+    # Where a mount is killed programs may see errors; where all of a node stands still nobody keeps the kernel from
+    # showing what it has cached.
+    assert case("mount").at_victim and not case("mount").spared and case("drives").spared
+    assert case("everything").victim == "n2" and not case("everything").at_victim
+    assert narrowed(DRILLS["freeze"], "store", None).needs_etcd and not narrowed(DRILLS["freeze"], None, None).needs_etcd
+    for options in (["node", "mount"], ["all", "--seconds", "3"]):
+        result = CliRunner().invoke(main, ["drill", *options, "--dir", "/var/tmp/no-lab-here"])
+        assert result.exit_code == 1 and "belong to drill freeze" in result.output
 
 
 def test_a_drill_where_there_is_no_lab_says_so():

@@ -5,8 +5,10 @@ File       `member.json` (store/etcd_place.py) is in the words of etcd's own con
            is there, `csvfs node run` runs the member; nowhere else is written whether a node has one.
 Command    The same words as options of the command, because one thing cannot be said in the file: the list of
            certificates that are not taken any more (`revoked.crl`; etcd reads it anew for each connection).
-Why so     heartbeat and election: a leader that dies is replaced after about a second, while the nodes' liveness
-           pages are good for 2 to 2.5 s, so losing one member stops nobody.
+Why so     heartbeat and election: a leader that dies is replaced within 0.8 s, while the nodes' liveness
+           pages are good for 2 to 2.5 s, so losing one member stops nobody. A new leader counts every lease anew, with
+           the election timeout on top: so it counts twice in the pause of a node that led and died. Not shorter: a
+           leader that waits so long for its disk is deposed.
            compaction: csvfs never asks for the past but to go on with a watch.
            the gateway: with a configuration file etcd leaves it out unless told.
 """
