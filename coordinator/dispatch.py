@@ -300,21 +300,17 @@ class Dispatch:
         mtime_ns)."""
         refused: list[int] = []
         reports: list[tuple[InodeNo, int, int | None]] = []
-        for ino, kind, size, mtime_ns in arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX):
+        claims = arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX)
+        for ino, kind, _, _ in claims:
             if not isinstance(ino, int) or not isinstance(kind, int) or not OPEN <= kind <= WRITE:
                 raise BadRequest("leases must be [ino, kind, size, mtime_ns]")
-            if not self._exists(ino) or not self._leases.table.reclaim(session.key, InodeNo(ino), kind):
+        sizes = self._metadata.inodes.sizes([ino for ino, _, _, _ in claims])
+        for ino, kind, size, mtime_ns in claims:
+            if ino not in sizes or not self._leases.table.reclaim(session.key, InodeNo(ino), kind):
                 refused.append(ino)
-            elif kind == WRITE:
+            elif kind == WRITE and ((size or 0) > sizes[ino] or mtime_ns):  # else it says what is committed
                 reports.append((InodeNo(ino), size or 0, mtime_ns or None))
         return refused, reports
-
-    def _exists(self, ino: int) -> bool:
-        try:
-            self._metadata.getattr(ino)
-        except NotFound:
-            return False
-        return True
 
     async def flush(self) -> Reply:
         """All metadata that anybody was told of is on the media of all members (I8)."""

@@ -5,6 +5,7 @@ Owns       the inode cache. Whoever changes an Inode calls `changed` on it in th
 """
 
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.database import Database
@@ -14,6 +15,7 @@ from csvfs.units import BLOCK_SIZE
 INO_LIMIT = 1 << 62
 TIME_MIN, TIME_MAX = -(1 << 63), (1 << 63) - 1  # ns
 CACHE_INODES_MAX = 50_000  # about 250 B each
+SIZES_PER_STATEMENT = 1000
 DIRECTORY_SIZE = BLOCK_SIZE  # what stat says of any directory
 _SECTORS_PER_BLOCK = BLOCK_SIZE // 512
 _COLUMNS = "ino, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime, generation, parent, xattrs"
@@ -77,6 +79,16 @@ class Inodes:
                 raise NotFound(f"inode {ino} does not exist")
             inode = self._cache[ino] = Inode(*rows[0])
         return inode
+
+    def sizes(self, inos: Sequence[int]) -> dict[int, int]:
+        """By number, of those that exist; between batches. A tenth of the time of `get`, and nothing is cached."""
+        assert not self._changed, "what a batch has changed is not in the table yet"
+        found: dict[int, int] = {}
+        for first in range(0, len(inos), SIZES_PER_STATEMENT):
+            some = inos[first : first + SIZES_PER_STATEMENT]
+            marks = ",".join("?" * len(some))
+            found.update(self._database.rows(f"SELECT ino, size FROM inodes WHERE ino IN ({marks})", some))
+        return found
 
     def directory(self, ino: int) -> Inode:
         """Raises NotFound, NotADirectory."""

@@ -444,9 +444,10 @@ class Service:
 
     async def _reclaim(self, session: Session, args: Args) -> Reply:
         refused, reports = self.dispatch.reclaim(session, args)
+        self.desk.claiming(session)
         for ino, size, mtime_ns in reports:
-            if size or mtime_ns:
-                await self.desk.report(ino, size, mtime_ns, None)
+            await self.desk.report(ino, size, mtime_ns, None)
+            self.desk.claiming(session)
         if arguments.flag(args, "last"):
             self.desk.claimed(session)
         return Reply({"refused": refused}, position=self.log.position)

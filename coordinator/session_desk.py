@@ -23,6 +23,7 @@ from csvfs.ids import DriveId, Incarnation, InodeNo, NodeName
 
 log = logging.getLogger(__name__)
 
+CLAIMING_TIMES_MAX = 15  # reclaim_timeout, for all parts together
 _EVICTED = "evicted/"  # rows of table settings: name -> the last incarnation evicted, in decimal
 
 
@@ -72,6 +73,10 @@ class SessionDesk:
     async def wait_open(self) -> None:
         await self._open.wait()
 
+    def claiming(self, session: Session) -> None:
+        """It has said a part of what it holds, or what it said is being written down."""
+        session.claiming_s = trio.current_time()
+
     def claimed(self, session: Session) -> None:
         """It has said all that it holds."""
         session.reclaimed = True
@@ -86,17 +91,23 @@ class SessionDesk:
                 nursery.start_soon(self._carry_out, session, reason)
 
     async def _grace(self) -> None:
-        with trio.move_on_after(self._reclaim_timeout_s):
-            while self.sessions.unclaimed:
-                self.evict_dead_nodes()
-                claimed = self._claimed
-                if all(session.ended and not session.changing for session in self.sessions.unclaimed):
-                    break
-                with trio.move_on_after(0.1):
-                    await claimed.wait()
+        began_s = trio.current_time()
+        while any(self._is_awaited(session, began_s) for session in self.sessions.unclaimed):
+            self.evict_dead_nodes()
+            claimed = self._claimed
+            if all(session.ended and not session.changing for session in self.sessions.unclaimed):
+                break
+            with trio.move_on_after(min(0.1, self._reclaim_timeout_s)):
+                await claimed.wait()
         for session in self.sessions.unclaimed:
             await self.evict(session, "it did not reclaim its leases after the takeover")
         self._open.set()
+
+    def _is_awaited(self, session: Session, began_s: float) -> bool:
+        """A mount of very many leases takes its time to say them: as long as it gets on it is not evicted for that."""
+        wait_s = self._reclaim_timeout_s
+        ends_s = min(max(began_s, session.claiming_s) + wait_s, began_s + CLAIMING_TIMES_MAX * wait_s)
+        return trio.current_time() < ends_s
 
     # -- coming ----------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class Session:
     key: SessionKey
     link: SessionLink | None = None
     reclaimed: bool = False
+    claiming_s: float = 0.0  # when it said last what it holds, in parts
     ended: bool = False
     leaving: bool = False
     changing: bool = False  # the next process is about to go on with it; `ended` meanwhile
