@@ -303,3 +303,19 @@ async def test_every_error_becomes_an_errno(
 def test_all_kinds_of_errors_have_an_errno_that_the_kernel_takes() -> None:
     for kind in error_kinds().values():
         assert 0 < errno_of(kind("x")) < 512
+
+
+async def test_of_an_inode_whose_name_was_given_to_another_the_kernel_is_told_to_look_the_name_up_again(
+    operations: VolumeOperations,
+) -> None:
+    """A look at the name that met a rename on another node: ENOENT would say that the name is not there."""
+    gone = 4711
+    asks = (
+        lambda: operations.readlink(gone, CONTEXT),
+        lambda: operations.open(gone, os.O_RDONLY, CONTEXT),
+        lambda: operations.getattr(gone, CONTEXT),
+    )
+    for ask in asks:
+        with pytest.raises(FUSEError) as raised:
+            await ask()
+        assert raised.value.errno == errno.ESTALE

@@ -5,15 +5,16 @@ Rule       a CsvfsError is answered with its errno; anything else is a bug of ou
            answered with EIO, and the session goes on.
 """
 
+import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
-from csvfs.errors import Conflict, CsvfsError
+from csvfs.errors import Conflict, CsvfsError, NotFound
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,3 +50,14 @@ def fuse_errors(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Cor
             raise pyfuse3.FUSEError(errno_of(error)) from error
 
     return guarded
+
+
+@contextlib.contextmanager
+def stale_when_gone() -> Iterator[None]:
+    """Around what is asked about an inode by its number: NotFound becomes ESTALE, on which the kernel looks the name up
+    again. It had the number from a name that has been given to another file since (a rename); ENOENT would tell the
+    program that the name is not there, which was never so."""
+    try:
+        yield
+    except NotFound as error:
+        raise pyfuse3.FUSEError(errno.ESTALE) from error

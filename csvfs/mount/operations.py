@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from csvfs.errors import Exists
 from csvfs.mount import fuse_abi
-from csvfs.mount.errno_border import fuse_errors
+from csvfs.mount.errno_border import fuse_errors, stale_when_gone
 from csvfs.mount.file_state import CTIME, MODE
 from csvfs.mount.known_names import KnownNames
 from csvfs.mount.relay import LEASE_READ, LEASE_WRITE
@@ -168,7 +168,8 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return entry_attributes(*await self._own_attributes(inode))
+        with stale_when_gone():
+            return entry_attributes(*await self._own_attributes(inode))
 
     @fuse_errors
     async def setattr(
@@ -323,14 +324,16 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        target: bytes = (await self._session.call("readlink", {"ino": inode}))["target"]
+        with stale_when_gone():
+            target: bytes = (await self._session.call("readlink", {"ino": inode}))["target"]
         return target
 
     # ---- open files
 
     @fuse_errors
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        await self._table.open(inode, fuse_abi.may_write(flags))
+        with stale_when_gone():
+            await self._table.open(inode, fuse_abi.may_write(flags))
         return FileInfo(fh=inode)
 
     # ---- directories
