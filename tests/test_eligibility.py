@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def test_files_open_on_a_fuse_file_system_that_cannot_hold_the_drive_are_not_ask
         other = subprocess.Popen(["sleep", "1000"], stdin=file)
     try:
         assert other.pid in [pid for pid, _ in in_use.users(str(path))]
-        mount = in_use._mount_of(other.pid, "0")
+        (mount,) = re.findall(r"^mnt_id:\s*(\d+)", read(f"/proc/{other.pid}/fdinfo/0"), re.MULTILINE)
 
         def fuse_there(name):
             if str(name) == f"/proc/{other.pid}/mountinfo":
@@ -316,3 +317,24 @@ def test_files_open_on_a_fuse_file_system_that_cannot_hold_the_drive_are_not_ask
     finally:
         other.kill()
         other.wait()
+
+
+def test_files_of_a_file_system_that_is_unmounted_already_are_asked_about_by_their_number_alone(tmp_path, monkeypatch):
+    """It may be FUSE, of somebody who stands still: what is open there says so no more."""
+    path, another = tmp_path / "drive", tmp_path / "another"
+    path.write_bytes(b"x")
+    another.write_bytes(b"x")
+    read, is_same, asked = in_use._read, in_use._is, []
+    with path.open("rb") as file, another.open("rb") as other_file:
+        processes = [subprocess.Popen(["sleep", "1000"], stdin=opened) for opened in (file, other_file)]
+    try:
+        stdins = [f"/proc/{process.pid}/fd/0" for process in processes]
+        unmounted = {f"/proc/{process.pid}/mountinfo" for process in processes}
+        monkeypatch.setattr(in_use, "_read", lambda name: "" if str(name) in unmounted else read(name))
+        monkeypatch.setattr(in_use, "_is", lambda name, status: asked.append(name) or is_same(name, status))
+        assert processes[0].pid in [pid for pid, _ in in_use.users(str(path))]
+        assert stdins[0] in asked and stdins[1] not in asked
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -105,36 +105,37 @@ def users(path: str) -> list[tuple[int, str]]:
             descriptors = os.listdir(f"/proc/{pid}/fd")
         except OSError:
             continue
-        elsewhere = _fuse_mounts_besides(pid, status)
+        mounts = _mounts_of(pid, status)
         if any(
-            _is(f"/proc/{pid}/fd/{descriptor}", status)
+            _may_be(pid, descriptor, status, mounts) and _is(f"/proc/{pid}/fd/{descriptor}", status)
             for descriptor in descriptors
-            if not elsewhere or _mount_of(pid, descriptor) not in elsewhere
         ):
             found.append((pid, _read(f"/proc/{pid}/comm").strip()))
     return found
 
 
-def _fuse_mounts_besides(pid: int, status: os.stat_result) -> set[str]:
-    """Ids of the process's FUSE mounts that cannot hold the file: a look at what is open there asks whoever serves it,
-    who may stand still for ever."""
+def _mounts_of(pid: int, status: os.stat_result) -> dict[str, bool]:
+    """The mounts that the process sees, by id, and whether they may hold the file; other FUSE mounts cannot: a look at
+    what is open there asks whoever serves it, who may stand still for ever."""
     own = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-    found = set()
+    found = {}
     for line in _read(f"/proc/{pid}/mountinfo").splitlines():
         mount, _, source = line.partition(" - ")
         fields = mount.split()
-        if source.startswith("fuse") and len(fields) > 2 and (fields[2] != own or stat.S_ISBLK(status.st_mode)):
-            found.add(fields[0])
+        if len(fields) > 2:
+            is_fuse = source.startswith("fuse")
+            found[fields[0]] = not is_fuse or (fields[2] == own and not stat.S_ISBLK(status.st_mode))
     return found
 
 
-def _mount_of(pid: int, descriptor: str) -> str:
-    """The id of the mount that an open file lies in; empty: not known."""
-    for line in _read(f"/proc/{pid}/fdinfo/{descriptor}").splitlines():
-        name, _, value = line.partition(":")
-        if name == "mnt_id":
-            return value.strip()
-    return ""
+def _may_be(pid: int, descriptor: str, status: os.stat_result, mounts: dict[str, bool]) -> bool:
+    """Whether an open file may be the one of `status`, as far as can be said without asking who serves it."""
+    fields = dict(line.split(":", 1) for line in _read(f"/proc/{pid}/fdinfo/{descriptor}").splitlines() if ":" in line)
+    mount = fields.get("mnt_id", "").strip()
+    if not mount or mount in mounts:
+        return mounts.get(mount, True)
+    # Its mount is unmounted already, and may be of a FUSE file system that stands still; a number tells files apart.
+    return stat.S_ISBLK(status.st_mode) or fields.get("ino", "").strip() in ("", str(status.st_ino))
 
 
 def describe_users(path: str) -> str:
