@@ -112,8 +112,8 @@ class Options:
         "a drive that has not answered for this long is given up; a process that it holds up is replaced",
     )  # fmt: skip
     frozen_ms: int = _option(
-        2500, "ms", 500, 600_000,
-        "below the 3.5 s after which the leases of a mount that stands still may have passed on",
+        1500, "ms", 500, 600_000,
+        "leaves the next process of a mount 2.5 s to be heard before the leases of the one that stood still may pass on",
         "a process of csvfs that has been stopped (SIGSTOP, a debugger) for this long is killed and replaced",
     )  # fmt: skip
     slow_drive_ms: int = _option(

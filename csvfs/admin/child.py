@@ -35,7 +35,7 @@ RAN_WELL_S = 10.0
 RAN_LONGER_S = 1.0
 BACKOFF_FIRST_S = 0.1
 HANG_S = 10.0
-FROZEN_S = 2.5
+FROZEN_S = 1.5
 STOPPED_POLL_S = 0.25
 KILL_WAIT_S = 5.0  # a killed process that is still there after this long hangs in the kernel
 

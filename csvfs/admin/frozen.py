@@ -7,7 +7,7 @@ Why        A process that is stopped holds what it has: a coordinator host its v
            on, CONTACT_S_MAX of coordinator/eviction.py after the last answer.
 Evidence   The kernel says `stopped` or `traced`, at each look, and the process has not run for a nanosecond since the
            look before. Neither a missing heartbeat nor CPU time says so: on a busy machine a healthy process may get no
-           turn for seconds, and to kill a healthy mount costs its programs an error.
+           turn for seconds.
 Own sleep  A parent that was stopped itself, or had no turn, has not seen what was in between: a step from look to look
            counts STEP_S_MAX at most. So children that were stopped and continued together with it are let be.
 Not seen   what stands still without being stopped: a frozen cgroup, a suspended machine, one that waits in the kernel
