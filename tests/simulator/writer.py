@@ -22,6 +22,7 @@ from csvfs.mount.guard import Guard
 from csvfs.net.calls import CallTable
 from csvfs.net.link import Link
 from csvfs.wire.block_messages import SlabDescriptor
+from tests.simulator import faults
 from tests.simulator.coordinator import WRITE_TIMEOUT_MS
 from tests.simulator.history import Key, content
 from tests.simulator.process import Process
@@ -159,7 +160,7 @@ class Writer:
             region = self.rng.choice(self.world.regions)
             await self.hold(region.number, region.slab)
             try:
-                for _ in range(self.rng.randrange(3, 12)):
+                for _ in range(1000 if faults.READS in faults.EMPHASIS else self.rng.randrange(3, 12)):
                     if self._recalled.is_set() or self.world.calm:
                         break
                     await self._operate(region)
@@ -193,6 +194,8 @@ class Writer:
     async def _operate(self, region: Any) -> None:
         self._check_guard()
         kind = self.rng.random()
+        if faults.READS in faults.EMPHASIS:
+            kind = 0.6 if kind > 0.05 else 0.0
         if kind < 0.55:
             first = self.rng.choice(region.blocks)
             count = self.rng.choice((1, 1, 1, 2, 4))
