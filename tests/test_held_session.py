@@ -137,12 +137,12 @@ def test_more_inodes_than_there_are_rows_drop_all_caches_and_cannot_be_taken_ove
 def test_the_next_process_finds_the_request_that_the_session_began_with(session):
     held, _ = session
     first = Record(held.descriptors[1])
-    assert not first.is_taken_over and not held.can_be_taken_over
+    assert not first.has_served and not held.can_be_taken_over
     first.served(b"a request of 23 bytes..")
     first.covered_until(12345)
     assert held.can_be_taken_over and held.covered_until_ns == 12345
     second = Record(held.descriptors[1])
-    assert second.is_taken_over and second.init == b"a request of 23 bytes.."
+    assert second.has_served and second.init == b"a request of 23 bytes.."
     second.over()
     assert not held.can_be_taken_over
 

@@ -63,6 +63,13 @@ def test_I11_a_mount_is_killed_again_and_again_and_programs_notice_nothing_but_a
             time.sleep(2.0)
 
 
+def test_a_mount_in_use_gets_a_new_process_when_it_is_asked_for(lab: LabCluster) -> None:
+    with busy(lab, "n2", "remount"):
+        before = lab.pids("n2")["mount"]
+        told = json.loads(lab.run("n2", "csvfs", "volume", "remount", "Volume1", "--json"))
+        assert told["pause_ms"] > 0 and lab.pids("n2")["mount"] != before
+
+
 def test_a_mount_and_its_coordinator_are_killed_together_and_programs_notice_nothing_but_a_pause(lab: LabCluster) -> None:
     with busy(lab, "n1", "both"):
         for node in lab.files.nodes():

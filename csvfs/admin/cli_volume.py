@@ -13,6 +13,7 @@ from csvfs.admin.domain_ops import Change, Effect
 from csvfs.admin.io_modes import modes_text
 from csvfs.admin.lost_ranges import LostReport, accept_loss, lost_report
 from csvfs.admin.peers import Peers
+from csvfs.admin.remount import Remounted, remount
 from csvfs.admin.render import print_json, print_table, progress, size_or_unknown
 from csvfs.admin.status import ClusterStatus, JobStatus, VolumeStatus, collect_status, job_statuses
 from csvfs.errors import Unavailable
@@ -22,6 +23,7 @@ from csvfs.units import format_size
 ONLINE_TIMEOUT_S = 60.0
 MOUNT_TIMEOUT_S = 30.0
 MOVE_TIMEOUT_S = 60.0
+REMOUNT_TIMEOUT_S = 30.0
 DELETE_TIMEOUT_S = 120.0
 
 
@@ -424,6 +426,25 @@ def move_command(name: str, node: str, as_json: bool) -> None:
         print_json({"name": name, "coordinator": node})
     else:
         click.echo(f"volume {name} is coordinated by {node}")
+
+
+@volume_group.command("remount")
+@click.argument("name")
+@json_option
+def remount_command(name: str, as_json: bool) -> None:
+    """Replace the process that serves volume NAME on this node. Programs notice a pause of a second at most.
+
+    It is what brings a new version of csvfs to a mount that is in use.
+    """
+
+    async def work(here: Here, peers: Peers) -> Remounted:
+        return await remount(here.config, peers, name, REMOUNT_TIMEOUT_S)
+
+    done = run_with_peers(work)
+    if as_json:
+        print_json({"name": name, "incarnation": done.incarnation, "pause_ms": round(done.pause_s * 1000)})
+    else:
+        click.echo(f"volume {name} is served by a new process after {done.pause_s * 1000:.0f} ms")
 
 
 @volume_group.command("delete")

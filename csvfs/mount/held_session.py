@@ -55,8 +55,8 @@ class Record:
         self.inodes = InodeRows(words[_ROWS:])
 
     @property
-    def is_taken_over(self) -> bool:
-        """A process before this one has served the session."""
+    def has_served(self) -> bool:
+        """This process or one before it has served the session, and the next one can take over."""
         return bool(self._words[_STAGE] == STAGE_SERVED)
 
     @property

@@ -10,6 +10,7 @@ Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced),
 """
 
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -109,8 +110,9 @@ class MountProcess:
         held = inherited_session()
         self._fd = -1 if held is None else held[0]
         self._record = None if held is None else held[1]
-        self._takes_over = self._record is not None and self._record.is_taken_over
+        self._takes_over = self._record is not None and self._record.has_served
         self._journal = RequestJournal() if self._record is None else self._record.journal
+        self._serves = False  # the kernel is answered
         self.failure: CsvfsError | None = None
 
     def _follow_volume(self, bus: Bus) -> None:
@@ -277,7 +279,14 @@ class MountProcess:
 
     def _why(self, facts: waits.Facts) -> dict[str, Any]:
         mode, reason = waits.mode(facts)
-        return {"node": self._config.node, "mode": mode, "why": reason, "waits": waits.rows(facts)}
+        process = {
+            "pid": os.getpid(),
+            "incarnation": self._incarnation,
+            "serves": self._serves,
+            "can_be_followed": self._record is not None and self._record.has_served,
+        }
+        known = {"node": self._config.node, "mode": mode, "why": reason, "waits": waits.rows(facts)}
+        return {**known, "process": process}
 
     async def _mount_and_serve(self, nursery: trio.Nursery, session: Session, table: FileTable) -> None:
         record = self._record
@@ -304,6 +313,7 @@ class MountProcess:
             device.mount(self._fd, self._mount_point, self._volume_name)
             channel.start(nursery)
             log.info("%s is mounted at %s", self._volume_name, self._mount_point)
+        self._serves = True
         try:
             await channel.ended.wait()
             self._fail(Unavailable(f"{self._mount_point} was unmounted by somebody else"))
