@@ -257,7 +257,8 @@ class Service:
         session.last_answer = trio.current_time()
         setup = self.setup
         known = {"term": setup.term, "volume": setup.volume, "slab_size": setup.slab_size}
-        return {**known, "inherited": session.inherited is not None, "unflushed": self.desk.unflushed(session)}
+        unflushed = self.desk.unflushed(session)
+        return {**known, "inherited": session.inherited is not None, "claimed": session.reclaimed, "unflushed": unflushed}
 
     def on_frame(self, link: Link, session: Session, frame: Frame) -> None:
         """One frame of a session's link. Raises ProtocolError: the link is closed."""

@@ -389,8 +389,10 @@ class Mount:
         link.on_frame = self._on_frame
         hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation, "inherit": self.inherits}
         answer = self.hello = await link.call("hello", hello, timeout_s=60)
-        self.inherits = False
-        if answer["term"] > self.term:
+        knows_leases, self.inherits = self.inherits and answer["claimed"], False
+        if answer["term"] > self.term and knows_leases:
+            self.term = answer["term"]
+        elif answer["term"] > self.term:
             self.term = answer["term"]
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
             refused = (await link.call("reclaim", {"leases": leases, "last": True}, timeout_s=60))["refused"]

@@ -43,6 +43,8 @@ class Coordinator:
         self.faults: dict[str, list] = {}
         self.refuses: list[int] = []
         self.dead = False
+        self.inherited: bool | None = None
+        self.claimed = False
 
     def die(self) -> None:
         self.dead = True
@@ -66,6 +68,9 @@ class Coordinator:
         return value
 
     def _answer(self, name: str, args: dict[str, Any]) -> Any:
+        if name == "hello" and self.inherited is not None:
+            known = {"term": self.term, "volume": bytes(16), "slab_size": 1 << 26}
+            return {**known, "inherited": self.inherited, "claimed": self.claimed, "unflushed": []}
         if name == "hello":
             return {"term": self.term, "volume": bytes(16), "slab_size": 1 << 26}
         if name == "reclaim":
@@ -234,6 +239,36 @@ async def test_it_introduces_itself_claims_its_leases_and_only_then_calls(
         assert [name for name, _ in one.calls] == ["hello", "reclaim", "lookup"]
         assert one.named("hello") == [{"volume": "Volume1", "node": "n1", "incarnation": 4, "inherit": False}]
         assert one.named("reclaim") == [{"leases": w.leases.held, "last": True}]
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+async def test_one_that_goes_on_for_another_claims_its_leases_only_where_they_are_not_known(
+    autojump_clock: trio.abc.Clock, claimed: bool
+) -> None:
+    async with world() as w:
+        w.session._inherit = True
+        one = w.coordinators[1] = Coordinator(1, w.metadata)
+        one.inherited, one.claimed = True, claimed
+        w.owner.move_to(1)
+        await w.session.wait_linked()
+        assert [name for name, _ in one.calls] == ["hello"] + ["reclaim"] * (not claimed)
+        assert one.named("hello")[0]["inherit"] is True
+        one.die()
+        two = w.elect(2)
+        await w.session.call("statfs", {})
+        assert [name for name, _ in two.calls] == ["hello", "reclaim", "statfs"]
+        assert two.named("hello")[0]["inherit"] is False
+
+
+async def test_one_that_cannot_go_on_for_another_ends(autojump_clock: trio.abc.Clock) -> None:
+    async with world() as w:
+        w.session._inherit = True
+        one = w.coordinators[1] = Coordinator(1, w.metadata)
+        one.inherited = False
+        w.owner.move_to(1)
+        with pytest.raises(Fenced):
+            await w.session.wait_linked()
+        assert len(w.fenced) == 1
 
 
 async def test_calls_wait_until_there_is_a_coordinator(autojump_clock: trio.abc.Clock) -> None:

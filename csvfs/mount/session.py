@@ -236,7 +236,8 @@ class Session:
             term = field(hello, "term", int)
             if term < self._term:
                 raise NotCoordinator(f"{link.peer} coordinates term {term}, we know term {self._term}")
-            if term > self._term:
+            knows_leases = self._inherit and hello.get("claimed") is True
+            if term > self._term and not knows_leases:
                 await self._reclaim(link)
         except BaseException:
             link.close()
