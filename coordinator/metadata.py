@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from coordinator.attributes import Attributes
 from coordinator.database import Database
 from coordinator.extents import Extents
+from coordinator.file_locks import FileLocks
 from coordinator.inodes import Inodes
 from coordinator.namespace import HASH_KEY_SIZE, NAME_SIZE_MAX, Namespace
 from coordinator.replies import Replies
@@ -52,6 +53,7 @@ class Metadata:
         self.attributes = attributes = Attributes(database, self.inodes, extents)
         self.sessions = replies = Replies(database)
         replies.load()
+        self.locks = FileLocks(database)
 
         self.lookup = names.lookup
         self.readlink = names.readlink
@@ -90,7 +92,6 @@ class Metadata:
         self.trims_failed = space.trims_failed
 
         self.open_session = replies.open_session
-        self.end_session = replies.end_session
         self.relabel_session = replies.relabel
         self.reply_of = replies.reply_of
         self.store_reply = replies.store_reply
@@ -135,6 +136,11 @@ class Metadata:
     def close(self) -> None:
         """Writes nothing: an open batch is dropped."""
         self.database.close()
+
+    def end_session(self, session: int) -> None:
+        """Forget it, its replies and its file locks: it was evicted, or has said goodbye."""
+        self.sessions.end_session(session)
+        self.locks.end_session(session)
 
     def statfs(self) -> Statistics:
         counters = self.database.counters

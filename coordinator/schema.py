@@ -6,7 +6,25 @@ Numbers    sizes in bytes where named size, else in blocks of 4,096; times in ns
 
 SCHEMA_VERSION = 1  # PRAGMA user_version; a reader refuses any other
 
-TABLES = """
+FILE_LOCKS = """
+CREATE TABLE IF NOT EXISTS locks(
+    ino INTEGER NOT NULL,
+    session INTEGER NOT NULL,
+    flock INTEGER NOT NULL,
+    owner INTEGER NOT NULL,
+    first INTEGER NOT NULL,
+    last INTEGER NOT NULL,
+    exclusive INTEGER NOT NULL,
+    pid INTEGER NOT NULL,
+    handle INTEGER NOT NULL,
+    PRIMARY KEY (ino, session, flock, owner, first)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS locks_of_session ON locks(session);
+"""
+
+TABLES = (
+    FILE_LOCKS
+    + """
 CREATE TABLE settings(
     name TEXT PRIMARY KEY,
     value BLOB NOT NULL
@@ -96,3 +114,4 @@ CREATE TABLE replies(
     PRIMARY KEY (session, op)
 ) WITHOUT ROWID;
 """
+)

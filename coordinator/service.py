@@ -31,6 +31,8 @@ from coordinator.health import HEALTHY, Health
 from coordinator.janitor import Janitor
 from coordinator.job_record import JobRecord
 from coordinator.leases import Leases
+from coordinator.lock_desk import CALLS as LOCK_CALLS
+from coordinator.lock_desk import LockDesk
 from coordinator.lost import LostSlabs
 from coordinator.membership_reactions import MembershipReactions
 from coordinator.metadata import Metadata
@@ -149,6 +151,7 @@ class Service:
         )
         self.desk.leases = self.leases
         self._janitor = Janitor(metadata, self.batches, self.leases)
+        self.locks = LockDesk(metadata, self.batches)
         self.dispatch = Dispatch(
             metadata, self.batches, self.log, self.leases, self.slabs, self._janitor.orphaned
         )
@@ -190,6 +193,7 @@ class Service:
 
     def _lowered(self, ino: InodeNo) -> None:
         self._janitor.lowered(ino)
+        self.locks.look(ino)  # a session that ended has let go of the files it had open, and of its locks before
 
     async def _wait_durable(self) -> None:
         # On the media: an epoch that a power cut of all could take back would bring back the in-sync set before it,
@@ -213,6 +217,7 @@ class Service:
         """Serve until cancelled, or until another coordinator is at work: raises that."""
         self.desk.load()
         self._janitor.load()
+        self._metadata.locks.prepare()
         self.log.append(self._metadata.image.take_log())  # what recovery of the database has written
         try:
             async with trio.open_nursery() as nursery:
@@ -257,8 +262,8 @@ class Service:
         session.last_answer = trio.current_time()
         setup = self.setup
         known = {"term": setup.term, "volume": setup.volume, "slab_size": setup.slab_size}
-        unflushed = self.desk.unflushed(session)
-        return {**known, "inherited": session.inherited is not None, "claimed": session.reclaimed, "unflushed": unflushed}
+        known |= {"inherited": session.inherited is not None, "claimed": session.reclaimed}
+        return {**known, "unflushed": self.desk.unflushed(session), "locks": self.locks.owners_of(session)}
 
     def on_frame(self, link: Link, session: Session, frame: Frame) -> None:
         """One frame of a session's link. Raises ProtocolError: the link is closed."""
@@ -293,6 +298,9 @@ class Service:
             return False
         if self.dispatch.is_change(name):
             self._start_change(caller, self.dispatch.begin_change(session, name, args))
+            return True
+        if name in LOCK_CALLS:
+            self._start_task(self._serve_lock, caller, args)
             return True
         if name == "allocate":
             self.dispatch.allocate(session, args, partial(self._allocated, caller, args))
@@ -353,6 +361,10 @@ class Service:
             self._answer(caller, reply, None)
         finally:
             self.dispatch.answered(reply)
+
+    async def _serve_lock(self, caller: Caller, args: Args) -> None:
+        value = await self.locks.call(caller.session, caller.link, caller.name, args)
+        await self._complete(caller, Reply(value, position=self.log.position))
 
     async def _wait_to_acquire(self, caller: Caller, wanted: Acquisition) -> None:
         await self.leases.wait(caller.session, wanted.ticket)

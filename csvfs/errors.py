@@ -88,6 +88,18 @@ class NotSupported(CsvfsError):
     posix_errno = errno.ENOTSUP
 
 
+class TooManyLocks(CsvfsError):
+    """A file, or a volume, has as many file locks or waits for them as there may be."""
+
+    posix_errno = errno.ENOLCK
+
+
+class Deadlock(CsvfsError):
+    """Whoever holds the file lock waits for one that the caller holds."""
+
+    posix_errno = errno.EDEADLK
+
+
 class NoSpace(CsvfsError):
     """Pool, drive or volume has no room left."""
 

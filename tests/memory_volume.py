@@ -21,6 +21,7 @@ from csvfs.mount.channel import WRITE_APPEND
 from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from csvfs.mount.set_id import mode_after_write
 from csvfs.units import GIB
+from tests.memory_locks import MemoryLocks
 
 READ_LEASE, WRITE_LEASE = 2, 3
 XATTR_CREATE, XATTR_REPLACE = 1, 2
@@ -60,6 +61,7 @@ class MemoryVolume:
     """Both interfaces the mount needs. Holds every lease by itself until a test recalls one."""
 
     def __init__(self) -> None:
+        self.locks = MemoryLocks()
         self.inodes = {ROOT: Inode(ROOT, stat.S_IFDIR | 0o755, 0, 0, nlink=2)}
         self.next_ino = 2
         self.next_cookie = 16
@@ -239,7 +241,8 @@ class MemoryVolume:
 
     async def call(self, name: str, args: dict[str, Any]) -> Any:
         self.calls.append(name)
-        reply = getattr(self, f"call_{name}")(**args)
+        place = self.locks if name in ("lock", "unlock", "getlock") else self
+        reply = getattr(place, f"call_{name}")(**args)
         self.before_reply(name, args)
         return reply
 

@@ -359,14 +359,15 @@ async def test_init_offers_our_flags_and_nothing_the_kernel_has_not(setting: Set
     ]
     flags = low | high << 32
     assert (major, minor, readahead, max_write, gran, pages) == (7, 44, 1 << 17, 1 << 20, 1, 256)
-    for wanted in (abi.FLAG_PARALLEL_DIROPS, abi.FLAG_EXPLICIT_INVAL_DATA, abi.FLAG_DIRECT_IO_ALLOW_MMAP):
-        assert flags & wanted
-    for unwanted in (
-        abi.FLAG_WRITEBACK_CACHE,
-        abi.FLAG_AUTO_INVAL_DATA,
+    for wanted in (
+        abi.FLAG_PARALLEL_DIROPS,
+        abi.FLAG_EXPLICIT_INVAL_DATA,
+        abi.FLAG_DIRECT_IO_ALLOW_MMAP,
         abi.FLAG_POSIX_LOCKS,
         abi.FLAG_FLOCK_LOCKS,
     ):
+        assert flags & wanted
+    for unwanted in (abi.FLAG_WRITEBACK_CACHE, abi.FLAG_AUTO_INVAL_DATA):
         assert not flags & unwanted
     assert setting.relay.can_cache_entries
 
@@ -488,19 +489,24 @@ async def test_k1_attributes_that_we_changed_meanwhile_are_not_cached(setting: S
 
 async def test_opens_keep_pages_and_direct_ones_go_past_them(setting: Setting) -> None:
     always = abi.FOPEN_KEEP_CACHE | abi.FOPEN_PARALLEL_DIRECT_WRITES
+    handles = []
     for flags, expected in [
         (os.O_RDWR, always),
-        (os.O_RDONLY, always | abi.FOPEN_NOFLUSH),
+        (os.O_RDONLY, always),
         (os.O_RDWR | os.O_DIRECT, always | abi.FOPEN_DIRECT_IO),
         (os.O_RDWR | os.O_APPEND, always | abi.FOPEN_DIRECT_IO),
     ]:
         reply = await setting.pass_through(
             abi.OPEN, FILE, abi.OPEN_IN.pack(flags, 0), abi.OPEN_OUT.pack(9, 0, 0)
         )
-        assert abi.OPEN_OUT.unpack_from(reply, 16) == (9, expected, 0)
+        handle, *rest = abi.OPEN_OUT.unpack_from(reply, 16)
+        assert rest == [expected, 0]
+        handles.append(handle)
     created = entry(FILE) + abi.OPEN_OUT.pack(9, 0, 0)
     reply = await setting.pass_through(abi.CREATE, DIRECTORY, abi.OPEN_IN.pack(os.O_RDWR, 0), created)
-    assert abi.OPEN_OUT.unpack_from(reply, 16 + abi.ENTRY_OUT_SIZE) == (9, always, 0)
+    handle, *rest = abi.OPEN_OUT.unpack_from(reply, 16 + abi.ENTRY_OUT_SIZE)
+    assert rest == [always, 0]
+    assert len({*handles, handle}) == len(handles) + 1, "each open file has its own"
 
 
 async def test_the_kernel_keeps_a_listing_over_opens_until_its_lease_is_recalled(setting: Setting) -> None:

@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from csvfs.errors import Corrupt
 from csvfs.mount import device
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
+from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from csvfs.mount.notify import KernelNotifier
 from csvfs.mount.operations import VolumeOperations
@@ -37,6 +39,7 @@ pytestmark = [
 ]
 
 T = TypeVar("T")
+F_OFD_SETLK = 37  # fcntl(2): of an open file, not of a process
 
 
 class Mount:
@@ -78,7 +81,8 @@ async def mounted(path: Path) -> AsyncIterator[Mount]:
             relay = Relay(
                 engine, fd, volume, operations, on_failure=lambda _error: nursery.cancel_scope.cancel()
             )
-            channel = Channel(engine, fd, volume, operations, relay, Direct(operations, relay))
+            direct, locks = Direct(operations, relay), FileLocks(volume)
+            channel = Channel(engine, fd, volume, operations, relay, direct, locks)
             pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
             nursery.start_soon(engine.run_forever)
             nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)
@@ -460,6 +464,49 @@ async def test_appends_go_to_the_end(mount: Mount) -> None:
         assert file.read_bytes() == b"".join(b"%03d|" % number for number in range(100))
 
     await mount.do(program)
+
+
+async def test_locks_end_with_the_files_they_were_taken_through(mount: Mount) -> None:
+    """fcntl locks at any close of the program, flock and OFD locks at the last close of their open file; read-only too."""
+    name = mount.path / "f"
+
+    def try_ofd(fd: int) -> None:
+        fcntl.fcntl(fd, F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 1, 0))
+
+    def program() -> None:
+        name.write_bytes(b"x")
+        one, two = os.open(name, os.O_RDONLY), os.open(name, os.O_RDWR)
+        fcntl.lockf(one, fcntl.LOCK_SH, 10, 0)
+        probe = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        ask = [sys.executable, "-c", "import fcntl, sys, struct; f = open(sys.argv[1], 'r+'); print(struct.unpack('hhqqi4x',"
+               f" fcntl.fcntl(f, fcntl.F_GETLK, {probe!r})))", str(name)]  # fmt: skip
+
+        def seen() -> tuple[int, ...]:
+            # close_fds: between vfork and exec this process cannot answer the FLUSH of what the child closes.
+            output = subprocess.run(ask, capture_output=True, text=True, timeout=120, check=True, close_fds=False).stdout
+            return tuple(int(word) for word in output.strip("()\n").split(","))
+
+        assert seen() == (fcntl.F_RDLCK, os.SEEK_SET, 0, 10, os.getpid())
+        os.close(os.open(name, os.O_RDONLY))  # another open file of the same program
+        assert seen()[0] == fcntl.F_UNLCK
+        fcntl.flock(one, fcntl.LOCK_SH)
+        same = os.dup(one)
+        os.close(one)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(two, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(same)
+        fcntl.flock(two, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        three = os.open(name, os.O_RDWR)
+        try_ofd(two)
+        with pytest.raises(BlockingIOError):
+            try_ofd(three)
+        os.close(two)
+        try_ofd(three)
+        fcntl.flock(three, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(three)
+
+    await mount.do(program)
+    assert not any(mount.volume.locks.held.values()), "nothing is left behind"
 
 
 async def test_locks_and_preallocation_behave_as_on_a_file_system_without_the_latter(mount: Mount) -> None:

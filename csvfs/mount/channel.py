@@ -21,6 +21,7 @@ from csvfs.errors import Unavailable
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount.direct import Direct
 from csvfs.mount.errno_border import errno_of
+from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
 from csvfs.mount.request_journal import UNIQUE_MASK, UNIQUE_RESENT, RequestJournal, current_request
 from csvfs.net.engine import Engine
@@ -128,9 +129,10 @@ class Channel:
         direct: Direct | None = None,
         journal: RequestJournal | None = None,
         noted: Opened | None = None,
+        locks: FileLocks | None = None,
     ) -> None:
         """direct: what of the requests about names does not go through pyfuse3; None: nothing. journal: is told which
-        requests are under way. noted: is told which files are no longer open."""
+        requests are under way. noted: is told which files are no longer open. locks: None: there are none."""
         self._engine = engine
         self._fd = fd
         self._files = files
@@ -141,6 +143,7 @@ class Channel:
         self._noted = noted
         self._replays: Replays | None = None
         self._replaying: dict[int, int] = {}  # unique -> inode
+        self._locks = locks
         self._nursery: trio.Nursery | None = None
         self._waiting = 0
         self._buffer = memoryview(bytearray(abi.REQUEST_SIZE_MAX))
@@ -157,6 +160,8 @@ class Channel:
         The descriptor must be mounted already: an epoll that was given it before never hears of a request.
         """
         self._nursery = nursery
+        if self._locks is not None:
+            self._locks.start(nursery)
         self._engine.register(self._fd, select.EPOLLIN, self._on_readable)
 
     def take_over(self, nursery: trio.Nursery, replays: Replays) -> None:
@@ -270,6 +275,7 @@ class Channel:
         direct = {} if self._direct is None else self._direct.by_opcode
         return {
             **{opcode: partial(self._on_direct, opcode) for opcode in direct},
+            **self._lock_handlers(),
             abi.READ: self._on_read,  # one that comes again
             abi.WRITE: self._on_write,
             abi.GETATTR: self._on_getattr,
@@ -291,13 +297,31 @@ class Channel:
             abi.LSEEK: self._on_lseek,
             abi.IOCTL: refuse(errno.ENOTTY),
             abi.NOTIFY_REPLY: lambda _u, _n, _: None,  # expects no answer, and we never ask
-            # ENOSYS: the kernel does it in its own way from then on, without asking again. INTERRUPT too: a
-            # request that waits for the cluster goes on waiting, its caller's signal is seen afterwards.
+            # ENOSYS: the kernel does it in its own way from then on, without asking again.
             **{opcode: refuse(errno.ENOSYS) for opcode in (
-                abi.INTERRUPT, abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP,
-                abi.ACCESS, abi.GETLK, abi.SETLK, abi.SETLKW, *range(abi.COPY_FILE_RANGE + 1, 64),
+                abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP, abi.ACCESS,
+                *range(abi.COPY_FILE_RANGE + 1, 64),
             )},
         }  # fmt: skip
+
+    def _lock_handlers(self) -> dict[int, Handler]:
+        locks = self._locks
+        if locks is None:
+            refused = self._refuse(errno.ENOSYS)
+            return dict.fromkeys((abi.INTERRUPT, abi.GETLK, abi.SETLK, abi.SETLKW), refused)
+        return {
+            abi.GETLK: lambda unique, node, body: self._start(unique, self._get_lock, locks, node, bytes(body)),
+            abi.SETLK: lambda unique, node, body: self._start(unique, self._set_lock, locks, node, bytes(body), False),
+            abi.SETLKW: lambda unique, node, body: self._start(unique, self._set_lock, locks, node, bytes(body), True),
+            # Expects no answer. Other requests that wait for the cluster go on waiting: the signal is seen afterwards.
+            abi.INTERRUPT: lambda _unique, _node, body: locks.interrupt(body),
+        }
+
+    async def _get_lock(self, unique: int, locks: FileLocks, node: int, body: bytes) -> None:
+        self._reply(unique, (await locks.get(unique, node, body),))
+
+    async def _set_lock(self, unique: int, locks: FileLocks, node: int, body: bytes, waits: bool) -> None:
+        self._reply_errno(unique, await locks.set(unique, node, body, waits=waits))
 
     def _refuse(self, errno_value: int) -> Handler:
         return lambda unique, _node, _body: self._reply_errno(unique, errno_value)
@@ -453,15 +477,35 @@ class Channel:
         if self._relay.forget(node, lookups):
             self._files.forget(node)
 
-    def _on_flush(self, unique: int, node: int, _body: memoryview) -> None:
-        if self._files.flush_is_due(node):
+    def _on_flush(self, unique: int, node: int, body: memoryview) -> None:
+        if self._locks is not None and self._locks.is_due(node, body):
+            self._start(unique, self._flush_with_locks, self._locks, node, abi.FLUSH_IN.unpack_from(body)[3])
+        elif self._files.flush_is_due(node):
             self._start(unique, self._then_ok, self._files.flush, node)
         else:
             self._reply_errno(unique, 0)
 
+    async def _flush_with_locks(self, unique: int, locks: FileLocks, node: int, owner: int) -> None:
+        try:
+            await self._files.flush(node)
+        finally:
+            await locks.flush(node, owner)
+        self._reply_errno(unique, 0)
+
     def _on_release(self, unique: int, node: int, body: memoryview) -> None:
+        handle, flags, _, _ = abi.RELEASE_IN.unpack_from(body)
         # The flags are those of the open: fcntl(2) does not change the access mode.
-        writing = abi.may_write(abi.RELEASE_IN.unpack_from(body)[1])
+        closing = None if self._locks is None else self._locks.closing(node, handle)
+        if closing is None:
+            self._released(unique, node, abi.may_write(flags))
+        else:
+            self._start(unique, self._release_with_locks, closing, node, abi.may_write(flags))
+
+    async def _release_with_locks(self, unique: int, closing: Callable[[], Awaitable[None]], node: int, writing: bool) -> None:
+        await closing()
+        self._released(unique, node, writing)
+
+    def _released(self, unique: int, node: int, writing: bool) -> None:
         self._reply_errno(unique, 0)  # first: one that is asked anew would count twice
         self._files.closed(node, writing)
         if self._noted is not None:

@@ -56,6 +56,11 @@ RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 FSYNC_IN = struct.Struct("=QII")  # fh, fsync_flags, padding
 SETXATTR_IN = struct.Struct("=II")  # size, flags; then name, NUL, value (FUSE_SETXATTR_EXT is not negotiated)
 FALLOCATE_IN = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
+LK_IN = struct.Struct("=QQQQIIII")  # fh, owner, start, end, type, pid, lk_flags, padding
+LK_OUT = struct.Struct("=QQII")  # start, end, type, pid
+FLUSH_IN = struct.Struct("=QIIQ")  # fh, unused, padding, lock_owner
+INTERRUPT_IN = struct.Struct("=Q")  # unique
+assert (LK_IN.size, LK_OUT.size, FLUSH_IN.size, INTERRUPT_IN.size) == (48, 24, 24, 8)
 LSEEK_IN = struct.Struct("=QQII")  # fh, offset, whence, padding
 assert (FALLOCATE_IN.size, LSEEK_IN.size) == (32, 24)
 GETXATTR_IN = struct.Struct("=II")  # size, padding; then name, NUL
@@ -104,12 +109,12 @@ FLAG_HAS_RESEND = 1 << 39  # the kernel offers it: FUSE_NOTIFY_RESEND works
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
-FOPEN_NOFLUSH = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
 WRITE_CACHE = 1 << 0  # in write_flags: write-back of dirty mmapped pages
 WRITE_KILL_SUIDGID = 1 << 2  # in write_flags: the caller may not keep set-uid and set-gid bits
 FSYNC_FDATASYNC = 1 << 0
+LK_FLOCK = 1 << 0  # in lk_flags: by flock(2), of the whole file
 
 NOTIFY_INVAL_INODE = 2
 NOTIFY_RESEND = 7
@@ -161,6 +166,11 @@ def pack_error_reply(unique: int, errno_value: int) -> bytes:
 
 def pack_lseek_reply(unique: int, offset: int) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size + 8, 0, unique) + NODEID.pack(offset)
+
+
+def pack_lock_reply(unique: int, first: int, last: int, kind: int, pid: int) -> bytes:
+    """To a GETLK. kind: fcntl.F_RDLCK, F_WRLCK, or F_UNLCK: nothing stands in the way."""
+    return OUT_HEADER.pack(OUT_HEADER.size + LK_OUT.size, 0, unique) + LK_OUT.pack(first, last, kind, pid)
 
 
 def pack_write_reply(unique: int, size: int) -> bytes:

@@ -31,6 +31,7 @@ from csvfs.mount import device, waits
 from csvfs.mount.admin_socket import AdminSocket
 from csvfs.mount.channel import Channel
 from csvfs.mount.direct import Direct
+from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.file_table import FileTable
 from csvfs.mount.guard import CONTACT_S_MAX, Guard
 from csvfs.mount.held_session import inherited_session
@@ -302,7 +303,8 @@ class MountProcess:
             on_served=(lambda init: None) if record is None else record.served,
         )
         direct = Direct(operations, relay)
-        channel = Channel(self._engine, self._fd, table, operations, relay, direct, self._journal, noted)
+        locks = self._locks(session)
+        channel = Channel(self._engine, self._fd, table, operations, relay, direct, self._journal, noted, locks)
         pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
         nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)
         if self._takes_over and record is not None:
@@ -325,6 +327,11 @@ class MountProcess:
                 device.abort(self._mount_point)
             # else a bug ends us, and the next process goes on.
             channel.close()
+
+    def _locks(self, session: Session) -> FileLocks:
+        locks = FileLocks(session)
+        locks.learn(session.hello)
+        return locks
 
     async def _say_farewell(self, session: Session, table: FileTable) -> None:
         """Report times and give all leases back, so that nobody has to wait for them."""

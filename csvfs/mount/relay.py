@@ -18,10 +18,12 @@ replies.
 """
 
 import errno
+import itertools
 import logging
 import os
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,9 +57,11 @@ WANTED_FLAGS = (
     | abi.FLAG_CACHE_SYMLINKS
     | abi.FLAG_INIT_EXT
     | abi.FLAG_DIRECT_IO_ALLOW_MMAP
+    | abi.FLAG_POSIX_LOCKS
+    | abi.FLAG_FLOCK_LOCKS
     # Left out on purpose: WRITEBACK_CACHE (written means in the drives' hands), AUTO_INVAL_DATA (leases say
     # when), ATOMIC_O_TRUNC (the kernel sends SETATTR, which takes the write lease), HANDLE_KILLPRIV (the
-    # kernel clears set-uid bits by SETATTR), POSIX_LOCKS and FLOCK_LOCKS (locks are local to a node so far).
+    # kernel clears set-uid bits by SETATTR).
 )
 REQUIRED_FLAGS = abi.FLAG_DO_READDIRPLUS | abi.FLAG_MAX_PAGES | abi.FLAG_EXPLICIT_INVAL_DATA
 MAX_READAHEAD = MIB
@@ -142,6 +146,8 @@ class Relay:
         self._on_served = on_served
         self._pending: dict[int, Pending] = {}
         self._unsent: deque[bytes] = deque()
+        # Of open files. Also a later process of the same session gives none twice: nobody opens one per nanosecond.
+        self._handles = itertools.count(time.monotonic_ns())
         self._reply = memoryview(bytearray(REPLY_SIZE_MAX))
         # Directory -> stamp since which the kernel keeps its entries.
         self._listed_since: dict[int, int] = {}
@@ -371,15 +377,15 @@ class Relay:
 
     def _patch_open(self, reply: memoryview, at: int, open_flags: int) -> None:
         """Pages outlive opens, leases end them. Direct writes of one file go on side by side."""
-        fh, _, _ = abi.OPEN_OUT.unpack_from(reply, at)
+        # A number of its own for each open file: locks are taken through it (file_locks.py). Every close is told, too:
+        # no FOPEN_NOFLUSH, which would keep from us that a program with a file open for reading gave up its locks.
+        fh = next(self._handles)
         flags = abi.FOPEN_KEEP_CACHE | abi.FOPEN_PARALLEL_DIRECT_WRITES
         # O_DIRECT: without it the kernel takes the inode's lock around each direct write: an eighth of the speed.
         # O_APPEND: the kernel's pages would show the data where it believes the end to be, which another node may
         # have moved, from the answer until they are taken back.
         if open_flags & (os.O_DIRECT | os.O_APPEND):
             flags |= abi.FOPEN_DIRECT_IO
-        if not abi.may_write(open_flags):
-            flags |= abi.FOPEN_NOFLUSH  # nothing to flush at close
         abi.OPEN_OUT.pack_into(reply, at, fh, flags, 0)
 
     def _patch_open_directory(self, reply: memoryview, at: int, pending: Pending) -> None:

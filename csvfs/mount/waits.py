@@ -113,6 +113,9 @@ def _call_row(facts: Facts, call: CallWait) -> dict[str, Any]:
     if call.name == "slab_failed" and isinstance(slab, int):
         on = call.error or "its coordinator changes its members"
         return _row(facts, f"reads or writes of slab {slab}", call.since_s, on, slab=slab)
+    if call.name == "lock" and isinstance(ino, int):
+        row = _row(facts, f"a file lock of inode {ino}", call.since_s, call.error or "another program's lock", ino=ino)
+        return {**row, "next": "it goes on when that program gives its lock up, or ends"}
     what = f"{call.name} of inode {ino}" if isinstance(ino, int) else call.name
     on = call.error or "the coordinator's answer: it recalls leases, takes space, or writes its log"
     return _row(facts, what, call.since_s, on, **({"ino": ino} if isinstance(ino, int) else {}))
