@@ -1,5 +1,7 @@
 """File locks at the coordinator, over real drive servers: who gets them, who waits, and what outlives whom."""
 
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,9 +10,22 @@ import trio
 from coordinator import lock_desk
 from csvfs.errors import Deadlock, Disconnected, Fenced, TooManyLocks
 from tests.coordinator_cluster import Mount, TestCluster
-from tests.test_service import cluster_of
+from tests.test_service import cluster_of as cluster_of_nodes
 
 END = (1 << 63) - 1
+
+
+@pytest.fixture(autouse=True)
+def waits_are_long(monkeypatch):
+    """A test that would have to wait for the end of a wait fails."""
+    monkeypatch.setattr(lock_desk, "WAIT_S", 600.0)
+
+
+@asynccontextmanager
+async def cluster_of(path, hosts=("n1",)):
+    with trio.fail_after(90):
+        async with cluster_of_nodes(path, hosts=hosts) as cluster:
+            yield cluster
 
 
 def lock_args(ino: int, owner: int = 1, **changed: Any) -> dict[str, Any]:
@@ -193,13 +208,12 @@ async def test_L1_locks_of_an_evicted_mount_pass_on_and_those_of_others_stay(tmp
         assert await try_lock(first, ino, first=0, last=9)
         assert await try_lock(second, ino, owner=3, first=20, last=29)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait_lock, second, ino, 2, 1)
+            nursery.start_soon(partial(wait_lock, second, ino, 2, first=0, last=9))
             await in_line(cluster, ino, 1)
             first.kill()
             again = await cluster.mount("n1", incarnation=2)
-            assert not await try_lock(again, ino, first=20, last=20)
-            await unlock(second, ino, 3)
-        assert not await try_lock(again, ino)
+        assert not await try_lock(again, ino, first=0, last=0), "it went to who waited"
+        assert not await try_lock(again, ino, first=20, last=20), "another mount's"
 
 
 async def test_L1_what_came_by_an_earlier_link_is_not_carried_out_behind_a_later_one(tmp_path):

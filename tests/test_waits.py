@@ -62,6 +62,14 @@ def test_without_coordinator_a_mount_is_paused_and_after_the_io_timeout_unavaila
     assert mode(facts(serving=False)) == (PAUSED, "the coordinator has not been heard for 4 s")
 
 
+def test_a_program_that_waits_for_a_lock_is_told_of_and_pauses_nothing() -> None:
+    waiting = facts(calls=[CallWait("lock", {"ino": 9}, 95.0)])
+    assert mode(waiting) == (DIRECT, "")
+    (row,) = rows(waiting)
+    assert (row["what"], row["on"], row["ino"]) == ("a file lock of inode 9", "another program's lock", 9)
+    assert "error" not in row["next"]
+
+
 def test_the_coordinator_is_told_when_recalls_may_take_long() -> None:
     assert waits.news(facts()) == {"mode": DIRECT, "why": "", "busy": False}
     assert waits.news(facts(slabs=[SlabWait(7, 3, 90.0, "")]))["busy"]

@@ -140,6 +140,10 @@ COORDINATOR_CALLS = {
     "setxattr": ("ino", "name", "value", "flags", "op", "op_done"), "removexattr": ("ino", "name", "op", "op_done"),
     "acquire": ("ino", "kind", "block", "count"), "allocate": ("ino", "block", "count", "size", "mtime_ns", "op", "op_done"),
     "commit": ("ino", "size", "mtime_ns", "atime_ns", "op", "op_done"), "release": ("items",),
+    # Without `wait`: a lock that waits takes as long as it likes.
+    "lock": ("ino", "owner", "flock", "exclusive", "first", "last", "pid", "opened"),
+    "unlock": ("ino", "owner", "flock", "exclusive", "first", "last", "handle"),
+    "getlock": ("ino", "owner", "flock", "exclusive", "first", "last", "pid"), "lock_cancel": ("ino", "token"),
     "punch": ("ino", "block", "count", "op", "op_done"), "seek": ("ino", "block", "hole"),
     "slab_failed": ("slab", "epoch", "drives", "reason", "torn"), "slabs": ("ids", "open"), "fsync": (),
     "statfs": ("volume",), "volume_status": ("volume",), "job_control": ("volume", "action", "kind", "speed"),
