@@ -60,6 +60,12 @@ def locks(coordinator: Coordinator, nursery: trio.Nursery) -> FileLocks:
     return locks
 
 
+async def close(locks: FileLocks, ino: int, handle: int) -> None:
+    closing = locks.closing(ino, handle)
+    assert closing is not None
+    await closing()
+
+
 async def until(condition: Any) -> None:
     with trio.fail_after(60):
         while not condition():
@@ -126,19 +132,15 @@ async def test_waits_are_bounded(locks: FileLocks, coordinator: Coordinator, nur
 
 async def test_a_close_asks_only_where_the_program_may_hold_something(locks: FileLocks, coordinator: Coordinator) -> None:
     assert not locks.is_due(FILE, flush_body())
-    locks.closed(FILE, HANDLE)
+    assert locks.closing(FILE, HANDLE) is None
     await locks.set(1, FILE, lk(), waits=False)
     assert locks.is_due(FILE, flush_body()) and not locks.is_due(FILE, flush_body(3)) and not locks.is_due(6, flush_body())
     await locks.flush(FILE, OWNER)
     assert coordinator.calls[-1] == ("unlock", {"ino": FILE, "owner": SIGNED, "first": 0, "last": LOCK_END})
     assert not locks.is_due(FILE, flush_body())
-    count = len(coordinator.calls)
-    locks.closed(FILE, HANDLE)
-    await until(lambda: len(coordinator.calls) > count)
+    await close(locks, FILE, HANDLE)
     assert coordinator.calls[-1] == ("unlock", {"ino": FILE, "handle": HANDLE})
-    await trio.testing.wait_all_tasks_blocked()
-    locks.closed(FILE, HANDLE)
-    assert len(coordinator.calls) == count + 1
+    assert locks.closing(FILE, HANDLE) is None
 
 
 async def test_a_lock_that_is_asked_for_during_a_close_stays_known(
@@ -169,14 +171,10 @@ async def test_L1_what_a_close_could_not_give_up_goes_on_and_later_locks_come_be
     assert coordinator.names() == ["lock", "unlock", "unlock", "unlock", "lock"]
 
 
-async def test_the_end_of_the_session_ends_what_goes_on_behind(
-    locks: FileLocks, coordinator: Coordinator, nursery: trio.Nursery
-) -> None:
+async def test_the_end_of_the_session_ends_what_goes_on_behind(locks: FileLocks, coordinator: Coordinator) -> None:
     await locks.set(1, FILE, lk(), waits=False)
     coordinator.answers["unlock"] = [Fenced("evicted")]
-    locks.closed(FILE, HANDLE)
-    await until(lambda: coordinator.names()[-1] == "unlock")
-    await trio.testing.wait_all_tasks_blocked()
+    await close(locks, FILE, HANDLE)
     assert coordinator.names() == ["lock", "unlock"]
 
 
@@ -188,5 +186,13 @@ async def test_a_later_process_of_the_session_knows_from_the_hello_what_to_give_
     locks.learn({"locks": None})
     assert locks.is_due(6, flush_body(3)), "more than could be said: every close asks"
     await locks.flush(6, 3)
-    locks.closed(6, 1)
-    await until(lambda: coordinator.names() == ["unlock", "unlock"])
+    await close(locks, 6, 1)
+    assert coordinator.names() == ["unlock", "unlock"]
+
+
+async def test_a_signal_that_comes_before_a_lock_that_is_asked_anew_is_not_lost(
+    locks: FileLocks, coordinator: Coordinator
+) -> None:
+    locks.interrupt(memoryview(abi.INTERRUPT_IN.pack(8)))
+    assert await locks.set(8 | 1 << 63, FILE, lk(), waits=True) == errno.EINTR
+    assert coordinator.calls == []

@@ -139,6 +139,21 @@ def pids_of(path: str) -> list[int]:
     return found
 
 
+def test_L1_locks_outlive_the_process_of_their_mount(lab: LabCluster) -> None:
+    """The next one serves the same programs, and gives their locks up when they close their files."""
+    path = f"{VOLUME}/handed"
+    holder = start_holder(lab, "n1", path)
+    waiting = lab.start_command("n1", sys.executable, "-c", HOLD, path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    lab.kill("n1", "mount")
+    assert try_lock(lab, "n1", path) == "taken"
+    assert try_lock(lab, "n2", path) == "taken"
+    holder.communicate(timeout=120)
+    assert waiting.stdout is not None and waiting.stdout.readline() == b"held\n", "it was in line all the time"
+    assert try_lock(lab, "n2", path) == "taken"
+    waiting.communicate(timeout=120)
+    assert try_lock(lab, "n2", path) == "free"
+
+
 def test_L1_locks_of_a_node_without_power_pass_on_and_not_before(lab: LabCluster) -> None:
     path = f"{VOLUME}/power"
     holder = start_holder(lab, "n3", path)

@@ -82,7 +82,7 @@ async def mounted(path: Path) -> AsyncIterator[Mount]:
                 engine, fd, volume, operations, on_failure=lambda _error: nursery.cancel_scope.cancel()
             )
             direct, locks = Direct(operations, relay), FileLocks(volume)
-            channel = Channel(engine, fd, volume, operations, relay, direct, locks)
+            channel = Channel(engine, fd, volume, operations, relay, direct, locks=locks)
             pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
             nursery.start_soon(engine.run_forever)
             nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)

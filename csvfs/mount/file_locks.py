@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LOCK_END = (1 << 63) - 1  # the kernel's "to the end of the file"
 WAITS_MAX = 1024  # each keeps a task of the channel's REQUESTS_WAITING_MAX
+EARLY_MAX = 256
 RETRY_S = 0.5
 CANCEL_RETRY_S = 0.05
 
@@ -65,6 +66,7 @@ class FileLocks:
         self._nursery: trio.Nursery | None = None
         self._tokens = itertools.count(1)
         self._waiting: dict[int, Waiting] = {}  # by `unique` of the request
+        self._early: dict[int, None] = {}  # requests that were interrupted and do not wait here (yet)
         # What may be held, with the number of the last request for it: (inode, owner), and (inode, handle).
         self._owners: dict[tuple[int, int], int] = {}
         self._handles: dict[tuple[int, int], int] = {}
@@ -118,6 +120,7 @@ class FileLocks:
             raise TooManyLocks(f"{WAITS_MAX} programs of this node wait for locks of this volume already")
         unique &= UNIQUE_MASK  # one that comes again may have been interrupted under either name
         self._waiting[unique] = waiting
+        waiting.interrupted = unique in self._early
         try:
             while not waiting.interrupted:
                 if (await self._coordinator.call("lock", args))["granted"]:
@@ -129,7 +132,12 @@ class FileLocks:
 
     def interrupt(self, body: memoryview) -> None:
         """An INTERRUPT: a signal has come for a program that waits. One for another request changes nothing."""
-        waiting = self._waiting.get(abi.INTERRUPT_IN.unpack_from(body)[0] & UNIQUE_MASK)
+        unique = abi.INTERRUPT_IN.unpack_from(body)[0] & UNIQUE_MASK
+        waiting = self._waiting.get(unique)
+        if waiting is None:
+            self._early[unique] = None  # what is asked anew of a later process may come behind it
+            if len(self._early) > EARLY_MAX:
+                del self._early[next(iter(self._early))]
         if waiting is not None and not waiting.interrupted and self._nursery is not None:
             waiting.interrupted = True
             self._nursery.start_soon(self._cancel, waiting)
