@@ -38,8 +38,8 @@ async def test_I5_nobody_gets_a_lease_between_a_process_and_the_next(tmp_path):
             await second.start()
             await cluster.wait(lambda: second.recalls)  # what was not answered is asked again
             assert not read and second.hello["inherited"]
-            second.answers_recalls = True
             await second.write(ino, block_of("two"))
+            second.answers_recalls = True
             second.link.close()  # the recall comes once more
         assert read == [block_of("two")]
 
