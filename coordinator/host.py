@@ -24,6 +24,7 @@ from coordinator.service import Service, VolumeSetup
 from coordinator.serving import serve_volume
 from coordinator.volume_creation import create_volume, delete_volume, record_error
 from csvfs.block.pace import SPEED_DEFAULT
+from csvfs.block.tunnel_desk import waypoints_of
 from csvfs.clock import monotonic_ns
 from csvfs.cluster.election import Attempt, decide, release_ownership, take_ownership
 from csvfs.cluster.liveness import Liveness
@@ -42,6 +43,7 @@ from csvfs.errors import (
 )
 from csvfs.ids import Incarnation, NodeName, Term, VolumeId
 from csvfs.net.calls import field
+from csvfs.net.detours import Paths, Waypoint
 from csvfs.net.engine import Engine
 from csvfs.net.link import Listener
 from csvfs.net.tls import Identity, open_identity
@@ -101,6 +103,7 @@ class Host:
         self.engine = Engine(identity)
         self.view = View()
         self.facts = ClusterFacts(self.view)
+        self.paths = Paths(self.engine, self._waypoints, cluster=cluster, node=node)
         self._address = address
         self._port = port
         self._unix_path = unix_path
@@ -148,6 +151,9 @@ class Host:
         value = {"address": self._address, "port": self._port, "incarnation": self._incarnation}
         await self._store.put(f"coordinators/{self.node}", pack_value(value), self._lease)
         log.info("coordinator host of %s listens on port %d", self.node, self._port)
+
+    async def _waypoints(self) -> list[Waypoint]:
+        return waypoints_of(self.view.servers)
 
     async def _release_all(self) -> None:
         for name in list(self.owned):
@@ -326,6 +332,7 @@ class Host:
             write_timeout_ms=self._write_timeout_ms,
             serving=serving,
             speed=self._repair_speed,
+            paths=self.paths,
         )
 
     async def _create(self, setup: VolumeSetup) -> bool:
@@ -338,6 +345,7 @@ class Host:
                 facts=self.facts.of_volume(setup.name),
                 cluster=self._cluster,
                 rng=self._rng,
+                paths=self.paths,
             )
         except NoSpace as error:
             log.error("volume %s cannot be created: %s", setup.name, error)
@@ -355,8 +363,9 @@ class Host:
         while True:
             try:
                 await delete_volume(
-                    setup, engine=self.engine, store=self._store, facts=self.facts, cluster=self._cluster
-                )
+                    setup, engine=self.engine, store=self._store, facts=self.facts, cluster=self._cluster,
+                    paths=self.paths,
+                )  # fmt: skip
                 return
             except Unavailable as error:
                 log.warning("volume %s is not deleted yet: %s", setup.name, error)

@@ -26,6 +26,7 @@ from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.server_links import ServerLinks
 from csvfs.errors import Corrupt
 from csvfs.ids import DriveId, Epoch, Incarnation, SlabId
+from csvfs.net.detours import Paths
 from csvfs.net.engine import Engine
 from csvfs.store.interface import ClusterStore
 from csvfs.wire.block_messages import SlabDescriptor
@@ -60,15 +61,17 @@ class MetadataSlabOwner:
 class VolumeLinks:
     """The connections of one volume's coordinator to all drive servers."""
 
-    def __init__(self, engine: Engine, facts: ClusterFacts, cluster: bytes, setup: VolumeSetup) -> None:
+    def __init__(
+        self, engine: Engine, facts: ClusterFacts, cluster: bytes, setup: VolumeSetup, paths: Paths | None = None
+    ) -> None:
         incarnation = Incarnation(setup.term)
         self.writes = ServerLinks(
             engine, facts.server, cluster=cluster, volume=setup.volume, writer=WRITER,
-            incarnation=incarnation, local_node=setup.node,
+            incarnation=incarnation, local_node=setup.node, paths=paths,
         )  # fmt: skip
         self.pulls = ServerLinks(
             engine, facts.server, cluster=cluster, volume=setup.volume, writer=PULL_WRITER,
-            incarnation=incarnation, local_node=setup.node,
+            incarnation=incarnation, local_node=setup.node, paths=paths,
         )  # fmt: skip
         self.control = DriveControl(self.writes, self.pulls, setup.term, facts.source)
 
@@ -110,13 +113,14 @@ async def serve_volume(
     make_reader: MakeReader | None = None,
     rng: Random | None = None,
     speed: int = SPEED_DEFAULT,
+    paths: Paths | None = None,
 ) -> None:
     """Take the volume over and serve it until cancelled; `serving(service)` when it is ready, `serving(None)`
     after.
 
     Raises  Fenced, NotCoordinator: a later term is at work. Corrupt: the metadata cannot be used. LeaseLost.
     """
-    links = VolumeLinks(engine, facts, cluster, setup)
+    links = VolumeLinks(engine, facts, cluster, setup, paths)
     book = MetadataBook(store, setup.name, setup.term)
     changes = SlabChanges(book, links.control)
     bus = Bus(
@@ -134,6 +138,8 @@ async def serve_volume(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bus.run_forever)
             nursery.start_soon(links.pulls.follow_servers_forever)
+            if paths is not None:
+                nursery.start_soon(partial(links.pulls.return_forever, hurry=False))
             await secure_metadata_slabs(book, changes, links.control, facts, setup.volume)
             read: ReadBlocks = reader.read
             try:

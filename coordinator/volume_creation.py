@@ -31,6 +31,7 @@ from csvfs.block.bus import Bus
 from csvfs.block.placement import DriveSpace, choose_drives
 from csvfs.errors import Conflict, CsvfsError, Fenced, NoSpace, Unavailable
 from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, SlabId
+from csvfs.net.detours import Paths
 from csvfs.net.engine import Engine
 from csvfs.store.interface import ClusterStore, Compare, Delete, Item, Put
 from csvfs.units import BLOCK_SIZE, MIB
@@ -63,13 +64,14 @@ async def create_volume(
     facts: ClusterFacts,
     cluster: bytes,
     rng: Random,
+    paths: Paths | None = None,
 ) -> None:
     """Make the volume's metadata and set it online.
 
     Raises  NoSpace: too few fault domains for its copies; the message says how many are needed. Fenced,
             NotCoordinator. Unavailable and others: not now. Cancel safe.
     """
-    links = VolumeLinks(engine, facts, cluster, setup)
+    links = VolumeLinks(engine, facts, cluster, setup, paths)
     bus = Bus(links.writes, _NoOwner(), volume=setup.volume, local_node=setup.node)
     try:
         await _remove_copies(setup, links.control, facts)
@@ -198,7 +200,13 @@ async def _change_volume(store: ClusterStore, name: str, change: Callable[[dict]
 
 
 async def delete_volume(
-    setup: VolumeSetup, *, engine: Engine, store: ClusterStore, facts: ClusterFacts, cluster: bytes
+    setup: VolumeSetup,
+    *,
+    engine: Engine,
+    store: ClusterStore,
+    facts: ClusterFacts,
+    cluster: bytes,
+    paths: Paths | None = None,
 ) -> None:
     """Remove all that is left of the volume; its keys last.
 
@@ -207,7 +215,7 @@ async def delete_volume(
     await _check_deleting(setup, store)
     tombstone = {"name": setup.name, "when": time.time_ns()}
     await store.put(f"deleted/{setup.volume.hex()}", pack_value(tombstone))
-    links = VolumeLinks(engine, facts, cluster, setup)
+    links = VolumeLinks(engine, facts, cluster, setup, paths)
     try:
         await _remove_copies(setup, links.control, facts)
     finally:

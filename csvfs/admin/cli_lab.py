@@ -5,6 +5,7 @@ Place      admin floor, over lab.py.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -85,10 +86,12 @@ def start_command(node: str, directory: Path) -> None:
 
 @lab_group.command("partition")
 @click.argument("node")
+@click.argument("other", required=False)
+@click.option("--one-way", is_flag=True, help="Only what NODE sends to OTHER vanishes.")
 @dir_option
-def partition_command(node: str, directory: Path) -> None:
-    """Cut NODE off from all others and from the cluster store."""
-    lab.lab_partition(directory, node)
+def partition_command(node: str, other: str | None, one_way: bool, directory: Path) -> None:
+    """Cut NODE off from all others and from the cluster store, or from OTHER alone."""
+    lab.lab_partition(directory, node, other, one_way=one_way)
 
 
 @lab_group.command("heal")
@@ -108,10 +111,14 @@ def status_command(as_json: bool, directory: Path) -> None:
         print_json(status)
         return
     rows = [
-        (node["name"], node["state"], node["address"], processes_text(node["processes"]))
+        (node["name"], _state_text(node), node["address"], processes_text(node["processes"]))
         for node in status["nodes"]
     ]
     print_table(("NODE", "STATE", "ADDRESS", "PROCESSES"), rows, empty="this lab has no nodes")
+
+
+def _state_text(node: dict[str, Any]) -> str:
+    return f"{node['state']}, cut from {', '.join(node['cut_from'])}" if node["cut_from"] else str(node["state"])
 
 
 def processes_text(processes: dict[str, list[int]]) -> str:

@@ -26,7 +26,16 @@ from csvfs.admin.lab_files import (
     lab_files,
     make_files,
 )
-from csvfs.admin.lab_network import link_is_up, make_network, netns_inode, remove_netns, require_lab, set_link
+from csvfs.admin.lab_network import (
+    cut_from,
+    link_is_up,
+    make_network,
+    netns_inode,
+    remove_netns,
+    require_lab,
+    set_cut,
+    set_link,
+)
 from csvfs.admin.lab_processes import (
     ROLES,
     kill_processes,
@@ -143,10 +152,25 @@ def lab_start(directory: Path, node_name: str) -> None:
         _wait_alive(files, node)
 
 
-def lab_partition(directory: Path, node_name: str) -> None:
-    """Cut a node off from the others and from the cluster store, in both directions."""
+def lab_partition(directory: Path, node_name: str, other_name: str | None = None, *, one_way: bool = False) -> None:
+    """Cut a node off from the others and from the cluster store, in both directions.
+
+    Args     other_name: cut only what goes between these two; both reach all others, and an embedded store.
+             one_way: only what the first one sends to the other vanishes.
+    Raises   NotFound. BadRequest: one_way of a single node, or a node from itself.
+    """
     files = lab_files(directory)
     node = files.node_named(node_name)
+    if other_name is not None:
+        other = files.node_named(other_name)
+        if other.name == node.name:
+            raise BadRequest(f"a link has two ends: {node.name} cannot be cut off from itself")
+        set_cut(node, other, cut=True)
+        if not one_way:
+            set_cut(other, node, cut=True)
+        return
+    if one_way:
+        raise BadRequest("--one-way is of the link between two nodes: name both")
     set_link(files, node, up=False)
     node.gate.touch()
 
@@ -155,6 +179,8 @@ def lab_heal(directory: Path) -> None:
     """End all partitions. A node that is down joins the network again when it is started."""
     files = lab_files(directory)
     for node in files.nodes():
+        for other in files.nodes():
+            set_cut(node, other, cut=False)
         node.gate.unlink(missing_ok=True)
         if node_pid(files, node) is not None:
             set_link(files, node, up=True)
@@ -164,7 +190,7 @@ def lab_status(directory: Path) -> dict[str, Any]:
     """The lab as it is now: `directory`, `store`, and `nodes`, each a map of
 
     name, address, state (`up`, `starting`, `partitioned`, `down`; `no store`: it runs, and the cluster store has
-    no majority), processes (role -> pids).
+    no majority), processes (role -> pids), cut_from (names of nodes that nothing reaches which it sends).
     """
     files = lab_files(directory)
     nodes = files.nodes()
@@ -183,7 +209,12 @@ def lab_status(directory: Path) -> dict[str, Any]:
             state = "down"
         elif node.gate.exists() or not link_is_up(files, node):
             state = "partitioned"
-        rows.append({"name": node.name, "address": node.address, "state": state, "processes": by_role})
+        rows.append(
+            {
+                "name": node.name, "address": node.address, "state": state, "processes": by_role,
+                "cut_from": cut_from(node, nodes),
+            }
+        )  # fmt: skip
     return {"directory": str(files.directory), "store": files.plan().store, "nodes": rows}
 
 

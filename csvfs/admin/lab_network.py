@@ -20,6 +20,7 @@ from csvfs.errors import CsvfsError, NotPermitted, NotSupported
 BRIDGE = "br0"
 NODE_INTERFACE = "eth0"  # the node's end; the bridge's end bears the node's name
 PREFIX_LENGTH = 24
+NOWHERE = "02:00:00:00:00:01"  # the hardware address of no interface: what is sent there vanishes without a word
 LAB_ADDRESS = "10.77.0.254"  # of the bridge: where the lab itself asks its nodes from
 TOOLS = {"ip": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "mount": "mount"}
 _CLONE_NEWNET = 0x40000000
@@ -90,6 +91,32 @@ def link_is_up(files: LabFiles, node: LabNode) -> bool:
         return False
     result = _run_in(files.netns, "ip", "link", "show", "dev", node.name)
     return result.returncode == 0 and f" master {BRIDGE} " in result.stdout
+
+
+def set_cut(node: LabNode, other: LabNode, *, cut: bool) -> None:
+    """Have what `node` sends to `other` vanish, or arrive again. What `other` sends to `node` is another matter.
+
+    By an entry for `other` in the node's table of neighbours, which names nobody.
+    """
+    if cut:
+        _ip(
+            node.netns, "neigh", "replace", other.address, "lladdr", NOWHERE, "dev", NODE_INTERFACE, "nud", "permanent"
+        )
+    elif other.address in _cut_addresses(node):
+        _ip(node.netns, "neigh", "del", other.address, "dev", NODE_INTERFACE)
+
+
+def cut_from(node: LabNode, others: list[LabNode]) -> list[str]:
+    """Names of those of `others` whom nothing reaches that `node` sends."""
+    addresses = _cut_addresses(node)
+    return [other.name for other in others if other.address in addresses]
+
+
+def _cut_addresses(node: LabNode) -> set[str]:
+    if netns_inode(node.netns) is None:
+        return set()
+    result = _run_in(node.netns, "ip", "neigh", "show", "dev", NODE_INTERFACE, "nud", "permanent")
+    return {line.split()[0] for line in result.stdout.splitlines() if f" {NOWHERE} " in f" {line} "}
 
 
 def run_in_netns(path: Path, work: Callable[[], T]) -> T:

@@ -26,7 +26,7 @@ from csvfs.block.bus_reads import Reader
 from csvfs.block.bus_writes import PendingWrite, SlabState
 from csvfs.block.given_up import GivenUpWrites, MakeEqual
 from csvfs.block.local_reader import LocalReader
-from csvfs.block.server_links import ServerLinks
+from csvfs.block.server_links import ServerLinks, without_excused
 from csvfs.errors import CsvfsError, DriveFailed, Fenced, Lost, StaleEpoch, TimedOut, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId, VolumeId
 from csvfs.wire.block_messages import (
@@ -104,6 +104,7 @@ class Bus:
         self._repair_queue: deque[SlabId] = deque()
         self._repair_wanted = trio.Event()
         links.on_lost = self._local.node_lost
+        links.on_moving = self._forget_targets
 
     # -- descriptors -----------------------------------------------------------------------------
 
@@ -123,6 +124,10 @@ class Bus:
         else:
             return
         self._local.learn(descriptor)
+
+    def _forget_targets(self) -> None:
+        for state in self._slabs.values():
+            state.targets = None
 
     def seed(self, slab: SlabId) -> int:
         """Where the checksums of the slab's blocks start from. KeyError: never learned."""
@@ -231,6 +236,8 @@ class Bus:
             nursery.start_soon(self.links.watch_forever, self._silence_ms_max)
             nursery.start_soon(self._tell_completed_forever)
             nursery.start_soon(self._given_up.run_forever)
+            if self.links.paths is not None:
+                nursery.start_soon(partial(self.links.return_forever, hurry=True))
             while True:
                 await self._repair_wanted.wait()
                 self._repair_wanted = trio.Event()
@@ -294,6 +301,7 @@ class Bus:
             except CsvfsError as error:
                 unreachable.append(member.drive)
                 reason = reason or str(error)
+        failures = await without_excused(self.links, _by_node(before), failures)
         failed = [drive for drive, error in failures.items() if _is_members_fault(error)]
         drives = list(dict.fromkeys(unreachable + failed))
         if not drives and not failures and len(before.in_sync) >= self.min_copies:
@@ -368,7 +376,7 @@ class Bus:
                         due.setdefault(member.node, {})[member.drive] = slab
             if not due:
                 return
-            failures = await self._flush_nodes(due, flushed)
+            failures = await without_excused(self.links, due, await self._flush_nodes(due, flushed))
             if failures:
                 await self._report_failed_flush(wanted, failures)
 
@@ -473,6 +481,13 @@ class _Answer:
     def __call__(self, frame: Frame | None, error: CsvfsError | None) -> None:
         if self.write.attempt == self.attempt:
             self.bus._answered(self.write, self.drive, error)
+
+
+def _by_node(descriptor: SlabDescriptor) -> dict[NodeName, list[DriveId]]:
+    found: dict[NodeName, list[DriveId]] = {}
+    for member in descriptor.writable:
+        found.setdefault(member.node, []).append(member.drive)
+    return found
 
 
 def _is_members_fault(error: CsvfsError) -> bool:

@@ -164,9 +164,11 @@ class Reader:
         raise Unavailable(str(attempt.failure))
 
     def _order(self, members: tuple[Member, ...]) -> list[Member]:
-        """This node's first, those that are slow all the time last."""
+        """This node's first, those that are slow all the time last, and before them those behind a detour."""
         slow = self.latencies.slow([member.drive for member in members])
-        return sorted(members, key=lambda member: (member.drive in slow, member.node != self._node))
+        return sorted(
+            members, key=lambda m: (m.drive in slow, self._links.is_detoured(m.node), m.node != self._node)
+        )
 
     async def send(
         self, member: Member, descriptor: SlabDescriptor, block: int, count: int, answer: ReadAnswer

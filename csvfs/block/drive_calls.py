@@ -16,9 +16,11 @@ from csvfs.block.scrub import Healer, rate_of, scrub_blocks, scrub_tables
 from csvfs.block.served_drives import ServedDrive
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.slot_tables import pack_slot_header
+from csvfs.block.tunnel_desk import TunnelDesk
 from csvfs.errors import BadRequest, Corrupt, CsvfsError, DriveFailed, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable, field, optional_field
+from csvfs.net.detours import Paths
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link
 from csvfs.units import BLOCKS_PER_CHUNK
@@ -44,10 +46,14 @@ def _active_chunks(copy: SlabCopy) -> list[int]:
 
 
 class DriveCalls:
-    """Handlers by name."""
+    """Handlers by name. `desk`: of those who want to be passed on; `paths`: of pulls. None: no detours."""
 
-    def __init__(self, service: BlockService, engine: Engine) -> None:
+    def __init__(
+        self, service: BlockService, engine: Engine, *, desk: TunnelDesk | None = None, paths: Paths | None = None
+    ) -> None:
         self._service = service
+        self._paths = paths
+        self._desk = desk
         self._engine = engine
         self.pulls: dict[tuple[DriveId, VolumeId, SlabId], Pull] = {}
         self._pacers: dict[DriveId, Pacer] = {}
@@ -78,6 +84,7 @@ class DriveCalls:
                 "scrub": self.scrub,
                 "scrub_tables": self.scrub_tables,
                 "heal_from": self.heal_from,
+                **({} if desk is None else {"via": desk.via}),
             }
         )
 
@@ -304,6 +311,7 @@ class DriveCalls:
             # Named chunks are those a dead writer left unequal: other programs wait for them.
             pacer=self._pacer(served, speed) if chunks is None else None,
             even_if_lost=bool(optional_field(args, "even_if_lost", bool)),
+            paths=self._paths,
         )
         key = (served.drive_id, volume, copy.slab)
         self.pulls[key] = pull
@@ -386,7 +394,7 @@ class DriveCalls:
         self._check_term(link, args)
         served, copy = self._copy(link, args)
         healer = Healer(
-            self._engine, self._service.cluster, f"healer/{self._service.node}/{copy.slab}/{served.index}"
+            self._engine, self._service.cluster, f"healer/{self._service.node}/{copy.slab}/{served.index}", self._paths
         )
         source = Source.from_wire(field(args, "source", dict))
         epoch = Epoch(field(args, "epoch", int))
@@ -437,5 +445,6 @@ class DriveCalls:
             "drives": rows,
             "pulls": pulls,
             "refused": self._engine.refusals.counts,
+            "passed_on": 0 if self._desk is None else self._desk.tunnels.count,
             "clients": sorted({client.writer for client in service.clients}),
         }

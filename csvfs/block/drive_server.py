@@ -26,14 +26,17 @@ from csvfs.block.drive_calls import DriveCalls
 from csvfs.block.drive_watch import DriveWatch, SlowRules
 from csvfs.block.latency import KINDS
 from csvfs.block.served_drives import ServedDrive
+from csvfs.block.tunnel_desk import TunnelDesk, waypoints_of
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.node_process import ProcessNumbers, beat_forever, run_process, run_until_signalled
 from csvfs.config import NodeConfig
 from csvfs.errors import CsvfsError, NotFound, Unavailable
 from csvfs.ids import DriveId, VolumeId
+from csvfs.net.detours import COORDINATOR, Paths, Waypoint
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, Listener
 from csvfs.net.tls import open_identity
+from csvfs.net.tunnels import Tunnels
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.store.opening import open_store
 from csvfs.store.revoked import follow_revoked_forever
@@ -61,7 +64,11 @@ class DriveServer:
         self.engine = Engine(open_identity(config))
         self.liveness = Liveness(config.liveness_path, numbers.node_incarnation)
         self.service = BlockService(self.engine, config.node, cluster, numbers.incarnation, self.liveness.may_serve)
-        self.calls = DriveCalls(self.service, self.engine)
+        self.tunnels = Tunnels(self.engine)
+        may_serve = self.liveness.may_serve
+        desk = TunnelDesk(self.tunnels, self._find, cluster=cluster, node=config.node, may_serve=may_serve)
+        paths = Paths(self.engine, self._waypoints, cluster=cluster, node=config.node)
+        self.calls = DriveCalls(self.service, self.engine, desk=desk, paths=paths)
         options = config.options
         self.watch = DriveWatch(
             self.service, self._publish, peers=self._peer_latencies, retire=self._retire,
@@ -94,7 +101,23 @@ class DriveServer:
                 nursery.start_soon(self.watch.retry_forever, self._open_again)
                 nursery.start_soon(self.watch.watch_forever)
         finally:
+            self.tunnels.close()
             self.service.close()
+
+    async def _find(self, node: str, service: str) -> tuple[str, int] | None:
+        """Of TunnelDesk. Raises Unavailable: the store cannot be asked."""
+        kind = "coordinators" if service == COORDINATOR else "servers"
+        item = await self.store.get(f"{kind}/{node}")
+        found = [] if item is None else waypoints_of({node: unpack_value(item.value)})
+        return (found[0].address, found[0].port) if found else None
+
+    async def _waypoints(self) -> list[Waypoint]:
+        """Of Paths; none while the store cannot be asked."""
+        try:
+            items = await self.store.list("servers/")
+        except Unavailable:
+            return []
+        return waypoints_of({item.key.removeprefix("servers/"): unpack_value(item.value) for item in items})
 
     def _listen(self) -> Listener:
         try:

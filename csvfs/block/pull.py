@@ -24,6 +24,7 @@ from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.writer_marks import MarkBook
 from csvfs.errors import BadRequest, Corrupt, CsvfsError, ProtocolError, StaleEpoch
 from csvfs.ids import DriveId, Epoch, Incarnation, id_bytes
+from csvfs.net.detours import DRIVES, Paths
 from csvfs.net.engine import Engine
 from csvfs.net.link import Link, connect
 from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE
@@ -58,6 +59,14 @@ class Source:
             raise BadRequest(f"not a source to pull from: {error!r}") from None
 
 
+async def connect_source(engine: Engine, source: Source, paths: Paths | None) -> Link:
+    """A link to where the copy is; `paths` None: by the straight path. Raises Unavailable, TimedOut. Cancel safe."""
+    address = (source.address, source.port)
+    if paths is None or not source.node:
+        return await connect(engine, address, timeout_s=CONNECT_TIMEOUT_S, node=source.node)
+    return await paths.connect(address, node=source.node, service=DRIVES, timeout_s=CONNECT_TIMEOUT_S)
+
+
 class Pull:
     """One pull. `run` copies; afterwards the drive is flushed and `settled_chunks` may be unmarked."""
 
@@ -75,6 +84,7 @@ class Pull:
         marks: MarkBook,
         pacer: Pacer | None = None,
         even_if_lost: bool = False,
+        paths: Paths | None = None,
     ) -> None:
         """
         marks          of the drive server: what is pulled is unsettled there until it is known to be on all members
@@ -88,6 +98,7 @@ class Pull:
         ):
             raise BadRequest(f"chunks out of range for slab {copy.slab}")
         self._engine = engine
+        self._paths = paths
         self._copy = copy
         self._source = source
         self._hello = {
@@ -116,12 +127,7 @@ class Pull:
 
     async def run(self) -> None:
         """Copy all stale chunks. Raises StaleEpoch (the slab moved on: start anew), Unavailable, Corrupt."""
-        link = await connect(
-            self._engine,
-            (self._source.address, self._source.port),
-            timeout_s=CONNECT_TIMEOUT_S,
-            node=self._source.node,
-        )
+        link = await connect_source(self._engine, self._source, self._paths)
         try:
             hello = await link.call("hello", self._hello, timeout_s=CONNECT_TIMEOUT_S)
             index = next((row["index"] for row in hello["drives"] if row["id"] == self._source.drive), None)

@@ -18,12 +18,12 @@ import trio
 
 from csvfs.block.bus_reads import read_blocks
 from csvfs.block.drive import Drive
-from csvfs.block.pull import CONNECT_TIMEOUT_S, Source
+from csvfs.block.pull import CONNECT_TIMEOUT_S, Source, connect_source
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.errors import BadRequest, Corrupt, Fenced, ProtocolError, StaleEpoch
 from csvfs.ids import Epoch, Incarnation
+from csvfs.net.detours import Paths
 from csvfs.net.engine import Engine
-from csvfs.net.link import connect
 from csvfs.units import BLOCK_SIZE, MIB
 from csvfs.wire.block_messages import BLOCK_COUNT_MAX
 
@@ -91,8 +91,9 @@ class Healer:
           there meanwhile stays, and what was read from the source is never older than what it replaces.
     """
 
-    def __init__(self, engine: Engine, cluster: bytes, writer: str) -> None:
+    def __init__(self, engine: Engine, cluster: bytes, writer: str, paths: Paths | None = None) -> None:
         self._engine = engine
+        self._paths = paths
         self._cluster = cluster
         self._writer = writer
 
@@ -107,9 +108,7 @@ class Healer:
             "cluster": self._cluster, "volume": copy.volume, "writer": self._writer,
             "incarnation": Incarnation(epoch),
         }  # fmt: skip
-        link = await connect(
-            self._engine, (source.address, source.port), timeout_s=CONNECT_TIMEOUT_S, node=source.node
-        )
+        link = await connect_source(self._engine, source, self._paths)
         healed, left = 0, []
         try:
             answer = await link.call("hello", hello, timeout_s=CONNECT_TIMEOUT_S)

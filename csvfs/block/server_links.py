@@ -3,26 +3,37 @@
 Place      block floor, on net/. Used by the bus, and by whoever has calls for drive servers (PROTOCOL.md,
            "Calls to a drive server").
 Owns       at most one link per node. All writes of this writer to a node go over that link, in order (I4).
+Detours    With `paths`, a node that cannot be reached is reached through another one (net/detours.py): a link like any
+           other, which its server gives up when the same writer says hello by another path. `return_forever` goes back
+           to the straight path: it takes the link out of use, waits until nothing is under way on it, and says hello.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
 from csvfs.clock import monotonic_ns
-from csvfs.errors import Disconnected, DriveFailed, Fenced, ProtocolError, Unavailable
+from csvfs.errors import CsvfsError, Disconnected, DriveFailed, Fenced, ProtocolError, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, VolumeId, id_bytes
+from csvfs.net.detours import DRIVES, Paths
 from csvfs.net.engine import Engine
 from csvfs.net.link import Address, Link, connect
 from csvfs.wire.control import pack_call
 from csvfs.wire.frames import Kind
 
+log = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT_S = 2.0
 LIST_INTERVAL_S = 0.2  # so often a server is asked at most whether a drive that was bad is in order by now
 WATCH_INTERVAL_S = 0.5
 WATCH_LATE_NS = 1_000_000_000  # from one look to the next: longer, and this process stood still
+RETURN_INTERVAL_S = 2.0  # so often the straight path to a node is tried, while a detour is in use
+DRAIN_S = 1.0  # then new requests wait at most so long for those that are under way on the detour
+EXCUSED_MAX = 4  # detours to one node that broke within EXCUSED_S: more, and it is the node that is to blame
+EXCUSED_S = 30.0
 _PING = pack_call("ping", {})
 
 
@@ -60,6 +71,12 @@ class ServerLink:
     incarnation: Incarnation
     drives: dict[DriveId, RemoteDrive] = field(default_factory=dict)
     listed_s: float = field(default_factory=trio.current_time)  # when `drives` was true
+    excuses: bool = False  # by another path than the link before: what failed there failed for want of a path
+
+    @property
+    def via(self) -> str:
+        """The node in between; empty: none."""
+        return self.link.via
 
     def serves(self, drive: DriveId) -> bool:
         """As far as is known."""
@@ -81,6 +98,7 @@ class ServerLinks:
     writer       `mount/<node>`, `coordinator`, `server/<node>` or `admin`; with `incarnation` it is what
                  fences name.
     local_node   its server is reached by its unix socket.
+    paths        None: there are straight ones only.
     """
 
     def __init__(
@@ -93,14 +111,18 @@ class ServerLinks:
         writer: str,
         incarnation: Incarnation,
         local_node: NodeName,
+        paths: Paths | None = None,
     ) -> None:
         self.engine = engine
+        self.paths = paths
         self._directory = directory
         self._hello = {"cluster": cluster, "volume": volume, "writer": writer, "incarnation": incarnation}
         self._local_node = local_node
         self._links: dict[NodeName, ServerLink] = {}
         self._opening: dict[NodeName, trio.Event] = {}
+        self._broken_detours: dict[NodeName, list[float]] = {}
         self.on_lost: Callable[[NodeName], None] = lambda node: None
+        self.on_moving: Callable[[], None] = lambda: None  # an open link is not to be used any more: ask `ready` again
 
     def ready(self, node: NodeName) -> ServerLink | None:
         """The open link to `node`'s drive server, or None."""
@@ -146,7 +168,14 @@ class ServerLinks:
         address: Address = (server.address, server.port)
         if node == self._local_node and server.unix_path:
             address = server.unix_path
-        link = await connect(self.engine, address, timeout_s=CONNECT_TIMEOUT_S, node=node)
+        if self.paths is None or node == self._local_node:
+            link = await connect(self.engine, address, timeout_s=CONNECT_TIMEOUT_S, node=node)
+        else:
+            link = await self.paths.connect(address, node=node, service=DRIVES, timeout_s=CONNECT_TIMEOUT_S)
+        return await self._introduce(node, link)
+
+    async def _introduce(self, node: NodeName, link: Link) -> ServerLink:
+        """Say hello on a new link, which is closed if that fails."""
         try:
             answer = await link.call("hello", self._hello, timeout_s=CONNECT_TIMEOUT_S)
             opened = _parse_hello(node, link, answer)
@@ -155,6 +184,7 @@ class ServerLinks:
             raise
         if link.closed is not None:
             raise Disconnected(f"the drive server of node {node} closed the connection at once")
+        opened.excuses = bool(link.via) and len(self._recently_broken(node)) < EXCUSED_MAX
         link.on_close = lambda closed, error: self._on_close(node, closed)
         return opened
 
@@ -162,7 +192,83 @@ class ServerLinks:
         current = self._links.get(node)
         if current is not None and current.link is link:
             del self._links[node]
+            if link.via:
+                self._broken_detours[node] = [*self._recently_broken(node), trio.current_time()]
             self.on_lost(node)
+
+    def _recently_broken(self, node: NodeName) -> list[float]:
+        since = trio.current_time() - EXCUSED_S
+        return [when for when in self._broken_detours.get(node, ()) if when > since]
+
+    # -- detours ---------------------------------------------------------------------------------
+
+    def detours(self) -> dict[NodeName, tuple[str, str]]:
+        """Nodes that are reached through another one: that one, and why the straight path is not taken."""
+        if self.paths is None:
+            return {}
+        return {node: (server.via, self.paths.why(node)) for node, server in self._links.items() if server.via}
+
+    def is_detoured(self, node: NodeName) -> bool:
+        server = self._links.get(node)
+        return server is not None and server.link.via != ""
+
+    async def return_forever(self, *, hurry: bool) -> None:
+        """Leave detours for straight paths when these work again, until cancelled.
+
+        hurry   new requests wait up to DRAIN_S for those under way. Else only when nothing is, for calls that take long.
+        """
+        while True:
+            await trio.sleep(RETURN_INTERVAL_S)
+            for node, server in list(self._links.items()):
+                if server.via and (hurry or not server.link.waiting_count):
+                    await self._try_straight(node, server)
+
+    async def _try_straight(self, node: NodeName, server: ServerLink) -> None:
+        listed = self._directory(node)
+        if listed is None or self.paths is None:
+            return
+        try:
+            address = (listed.address, listed.port)
+            link = await self.paths.connect_straight(address, node=node, timeout_s=CONNECT_TIMEOUT_S)
+        except CsvfsError:
+            return
+        if self._links.get(node) is not server:
+            link.close()  # it was lost meanwhile, and whoever needs it has opened another one
+            return
+        await self._move(node, server, link)
+
+    async def _move(self, node: NodeName, server: ServerLink, link: Link) -> None:
+        """From `server` to `link`, which is open and has said nothing yet. Whoever asks for the node waits meanwhile."""
+        del self._links[node]
+        self._opening[node] = trio.Event()
+        self.on_moving()
+        try:
+            await _drain(server.link)
+            if server.link.waiting_count:
+                self._links[node] = server  # as before; the next try is in RETURN_INTERVAL_S
+            else:
+                self._links[node] = await self._introduce_or_open(node, link)
+        except CsvfsError as error:
+            log.info("node %s is not reached any more: %s", node, error)
+        finally:
+            current = self._links.get(node)
+            for old in (server.link, link):
+                if current is None or current.link is not old:
+                    old.close(Disconnected(f"node {node} is reached by another path now"))
+            self._opening.pop(node).set()
+            if current is None:
+                self.on_lost(node)
+
+    async def _introduce_or_open(self, node: NodeName, link: Link) -> ServerLink:
+        try:
+            # The server closes the detour before it answers: nothing comes by it any more (I4).
+            opened = await self._introduce(node, link)
+        except CsvfsError as error:
+            log.info("the straight path to node %s was there for a moment only: %s", node, error)
+            return await self._open(node)
+        opened.excuses = True
+        log.info("node %s is reached by the straight path again", node)
+        return opened
 
     async def call(self, node: NodeName, name: str, args: dict[str, Any], *, timeout_s: float) -> Any:
         """One call to `node`'s drive server. Raises what the server answers, Unavailable, TimedOut."""
@@ -223,6 +329,31 @@ class ServerLinks:
     def close(self) -> None:
         for server in list(self._links.values()):
             server.link.close()
+
+
+async def without_excused(
+    links: ServerLinks, drives: Mapping[NodeName, Iterable[DriveId]], failures: dict[DriveId, CsvfsError]
+) -> dict[DriveId, CsvfsError]:
+    """`failures` but for those of links that broke, of drives (by node) whose server is reached by another path now:
+    there they are no drive's fault, and what was sent is to be sent again. Raises nothing. Cancel safe."""
+    left = dict(failures)
+    for node, of_node in drives.items():
+        broken = [drive for drive in of_node if isinstance(left.get(drive), Disconnected)]
+        if broken and links.paths is not None:
+            try:
+                server = await links.connected(node)
+            except CsvfsError:
+                continue  # by no path
+            for drive in broken if server.excuses else ():
+                del left[drive]
+    return left
+
+
+async def _drain(link: Link) -> None:
+    """Until nothing is under way on it, or for DRAIN_S."""
+    with trio.move_on_after(DRAIN_S):
+        while link.waiting_count and link.closed is None:
+            await trio.sleep(0.001)
 
 
 def _parse_hello(node: NodeName, link: Link, answer: Any) -> ServerLink:

@@ -21,6 +21,7 @@ import trio
 
 from csvfs.block.bus import Bus
 from csvfs.block.server_links import ServerAddress, ServerLinks
+from csvfs.block.tunnel_desk import waypoints_of
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
 from csvfs.cluster.node_process import ProcessNumbers, call_when_signalled, run_process
@@ -30,6 +31,7 @@ from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.mount import device, waits
 from csvfs.mount.admin_socket import AdminSocket
 from csvfs.mount.channel import Channel
+from csvfs.mount.coordinator_path import CoordinatorPath
 from csvfs.mount.direct import Direct
 from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.file_table import FileTable
@@ -41,8 +43,8 @@ from csvfs.mount.owner import VolumeOwner
 from csvfs.mount.relay import LEASE_NONE, PYFUSE3_TASKS_MAX, Relay
 from csvfs.mount.request_journal import RequestJournal
 from csvfs.mount.session import Session
+from csvfs.net.detours import Paths, Waypoint
 from csvfs.net.engine import Engine
-from csvfs.net.link import connect
 from csvfs.net.tls import open_identity
 from csvfs.store.opening import open_store
 from csvfs.store.revoked import follow_revoked_forever
@@ -169,18 +171,18 @@ class MountProcess:
         node = self._config.node
         options = self._config.options
         guard = Guard(self._liveness.may_serve)
+        paths = Paths(self._engine, self._waypoints, cluster=cluster, node=node)
         owner_view = VolumeOwner(self._view, self._volume_name)
+        way = CoordinatorPath(paths, owner_view, connect_timeout_s=options.connect_timeout_ms / 1000)
         session = Session(
             volume=self._volume_name,
             node=node,
             incarnation=self._incarnation,
             owner=owner_view,
-            connect=lambda address: connect(
-                self._engine, address, timeout_s=options.connect_timeout_ms / 1000, node=owner_view.node
-            ),
+            connect=way.connect,
             on_fenced=self._fail,
             on_contact=lambda sent_ns: self._on_contact(guard, sent_ns),
-            news=lambda: waits.news(self._facts(guard, session, bus)),
+            news=lambda: waits.news(self._facts(guard, session, bus, way)),
             io_timeout_s=options.io_timeout_ms / 1000,
             journal=self._journal,
             inherit=self._takes_over,
@@ -193,6 +195,7 @@ class MountProcess:
             writer=f"mount/{node}",
             incarnation=self._incarnation,
             local_node=node,
+            paths=paths,
         )
         self._view.on_change(links.check_servers)  # a node without power breaks no connection
         owner = CoordinatorOfSlabs(session)
@@ -227,8 +230,9 @@ class MountProcess:
         if self._takes_over and self._record is not None:
             table.take_over(self._record.left)
         session.holder = table
-        socket = self._open_socket(nursery, lambda: self._why(self._facts(guard, session, bus)))
+        socket = self._open_socket(nursery, lambda: self._why(self._facts(guard, session, bus, way)))
         nursery.start_soon(session.run_forever)
+        nursery.start_soon(way.return_forever)
         nursery.start_soon(bus.run_forever)
         nursery.start_soon(table.run_forever)
         if self._takes_over:
@@ -252,6 +256,9 @@ class MountProcess:
         if self._record is not None:
             self._record.covered_until(sent_ns + CONTACT_NS_MAX)
 
+    async def _waypoints(self) -> list[Waypoint]:
+        return waypoints_of(self._view.servers)
+
     def _open_socket(self, nursery: trio.Nursery, why: Callable[[], dict[str, Any]]) -> AdminSocket | None:
         """None: it cannot be made, and `csvfs why` says less; no reason not to mount."""
         try:
@@ -260,7 +267,7 @@ class MountProcess:
             log.error("no socket to say what %s waits for: %s", self._volume_name, error)
             return None
 
-    def _facts(self, guard: Guard, session: Session, bus: Bus) -> waits.Facts:
+    def _facts(self, guard: Guard, session: Session, bus: Bus, way: CoordinatorPath) -> waits.Facts:
         slabs = [
             waits.SlabWait(
                 state.descriptor.slab, len(state.parked), state.parked[0].parked_since, state.trouble, state.in_vain
@@ -276,6 +283,7 @@ class MountProcess:
             unlinked_s=session.unlinked_s,
             calls=session.waits(),
             slabs=slabs,
+            detours=_detours(bus, way),
         )
 
     def _why(self, facts: waits.Facts) -> dict[str, Any]:
@@ -345,6 +353,15 @@ class MountProcess:
                 await session.call("goodbye", {})
             except CsvfsError as error:
                 log.info("leases not given back, they will be recalled: %s", error)
+
+
+def _detours(bus: Bus, way: CoordinatorPath) -> list[waits.Detour]:
+    found = [waits.Detour(f"the drives of {node}", via, why) for node, (via, why) in sorted(bus.links.detours().items())]
+    to_coordinator = way.detour()
+    if to_coordinator is not None:
+        node, via, why = to_coordinator
+        found.append(waits.Detour(f"the coordinator on {node}", via, why))
+    return found
 
 
 async def unmount_in_order(mount_point: Path, wait_ended: Callable[[], Awaitable[None]]) -> None:

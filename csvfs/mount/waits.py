@@ -1,14 +1,15 @@
 """What this mount waits for, in words: for `csvfs why`, and the mode of its I/O for `csvfs volume status`.
 
 Place      mount floor. Pure: from facts and now to rows.
-Modes      direct: reads and writes go to the drive servers. paused: something waits, and goes on by itself within the
+Modes      direct: reads and writes go to the drive servers. redirected: to some only through another node, for want of a
+           path, or to the coordinator; slower, and nothing else changes. paused: something waits, and goes on by itself within the
            io_timeout. unavailable: it has waited longer, so programs get errors, or is known to be in vain.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-DIRECT, PAUSED, UNAVAILABLE = "direct", "paused", "unavailable"
+DIRECT, REDIRECTED, PAUSED, UNAVAILABLE = "direct", "redirected", "paused", "unavailable"
 CALL_S_MIN = 1.0  # a shorter call is work, not waiting; eviction of a dead mount takes longer
 SLAB_S_MIN = 0.5
 ROWS_MAX = 200
@@ -37,6 +38,15 @@ class SlabWait:
 
 
 @dataclass(slots=True, frozen=True)
+class Detour:
+    """What is reached through another node only."""
+
+    what: str
+    via: str
+    why: str  # the straight path is not taken
+
+
+@dataclass(slots=True, frozen=True)
 class Facts:
     """`contact_s`, `unlinked_s`: seconds of the trio clock, since when; None: never, or not so."""
 
@@ -48,6 +58,7 @@ class Facts:
     unlinked_s: float | None = None  # since when there is no link to a coordinator
     calls: list[CallWait] = field(default_factory=list)
     slabs: list[SlabWait] = field(default_factory=list)
+    detours: list[Detour] = field(default_factory=list)
 
 
 def rows(facts: Facts) -> list[dict[str, Any]]:
@@ -74,10 +85,18 @@ def mode(facts: Facts) -> tuple[str, str]:
     stuck = [row for row in rows(facts) if "slab" in row]
     in_vain = {wait.slab for wait in facts.slabs if wait.in_vain}
     if not stuck:
-        return DIRECT, ""
+        return _unstuck(facts)
     slabs = {row["slab"] for row in stuck}
     words = f"slab {stuck[0]['slab']}" if len(slabs) == 1 else f"{len(slabs)} slabs"
     return (UNAVAILABLE if slabs <= in_vain else PAUSED), f"{words}: {stuck[0]['on']}"[:WORDS_MAX]
+
+
+def _unstuck(facts: Facts) -> tuple[str, str]:
+    if not facts.detours:
+        return DIRECT, ""
+    ways = "; ".join(f"{detour.what} through {detour.via}" for detour in facts.detours)
+    reasons = "; ".join(dict.fromkeys(detour.why for detour in facts.detours if detour.why))
+    return REDIRECTED, (f"{ways} ({reasons})" if reasons else ways)[:WORDS_MAX]
 
 
 def news(facts: Facts) -> dict[str, Any]:

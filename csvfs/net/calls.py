@@ -8,6 +8,7 @@ Errors     A CsvfsError of a handler travels to the caller. Missing or wrongly t
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import trio
@@ -18,6 +19,15 @@ from csvfs.wire.control import unpack_call
 from csvfs.wire.frames import Frame, Kind
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class Then:
+    """A handler's value, and what to do as soon as it has been sent, or could not be. Of coroutine functions only."""
+
+    value: Any
+    after: Callable[[], None]
+
 
 Handler = Callable[[Link, dict[str, Any]], Any | Awaitable[Any]]
 TASKS_MAX = 4_096  # calls of all links being worked on; more are refused with Unavailable
@@ -76,7 +86,12 @@ class CallTable:
         self, handler: Handler, link: Link, request_id: int, name: str, args: dict[str, Any]
     ) -> None:
         try:
-            link.reply(request_id, await handler(link, args))
+            value = await handler(link, args)
+            if isinstance(value, Then):
+                link.reply(request_id, value.value)
+                value.after()
+            else:
+                link.reply(request_id, value)
         except CsvfsError as error:
             link.reply_error(request_id, error)
         except Exception:

@@ -35,7 +35,7 @@ from csvfs.errors import (
 from csvfs.net.engine import Engine
 from csvfs.net.handshakes import Reception, shake_hands
 from csvfs.net.refusals import Reason, Refused
-from csvfs.net.tls import Seal
+from csvfs.net.tls import Peer, Seal
 from csvfs.units import MIB
 from csvfs.wire import control
 from csvfs.wire.frames import (
@@ -76,6 +76,7 @@ class Link:
     """One connection. All methods run in the engine's thread; none but `call` awaits."""
 
     peer_node: str | None = None  # whose certificate was verified, or by a unix socket our own; None: nobody knows
+    via = ""  # the node in between, where there is one (detours.py)
     _seal: Seal | None = None
 
     def __init__(
@@ -106,7 +107,7 @@ class Link:
             identity.opened(self, seal.peer.serial, self.close)
         elif identity is not None and sock.family == socket.AF_UNIX:
             self.peer_node = identity.node
-        _tune(sock)
+        tune(sock)
         engine.register(self._fd, select.EPOLLIN, self._on_events)
 
     # -- sending ---------------------------------------------------------------------------------
@@ -332,21 +333,41 @@ class Link:
 
     def close(self, error: CsvfsError | None = None) -> None:
         """Close now; waiting requests get Disconnected. Twice does no harm."""
-        if self.closed is not None:
-            return
-        self.closed = error or Disconnected(f"connection to {self.peer} was closed here")
+        if self.closed is None:
+            self._finish(error or Disconnected(f"connection to {self.peer} was closed here"), keep_socket=False)
+
+    def release(self) -> tuple[socket.socket, Peer | None]:
+        """Give the socket away, without the seal: this link is closed, the connection is not. And who the peer was.
+
+        Raises   Disconnected: it is closed already, or something is still on its way; then it is closed now.
+        """
+        self._flush()
+        seal = self._seal
+        is_resting = not self._waiting and not self._outgoing and self._begin == self._end
+        if seal is not None and (seal.unsent is not None or seal.has_more):
+            is_resting = False
+        if self.closed is not None or not is_resting:
+            self.close()
+            raise Disconnected(f"the connection to {self.peer} cannot be passed on: {self.closed}")
+        self._finish(Disconnected(f"the connection to {self.peer} was passed on"), keep_socket=True)
+        return self._socket, None if seal is None else seal.peer
+
+    def _finish(self, error: CsvfsError, *, keep_socket: bool) -> None:
+        self.closed = error
         self.engine.unregister(self._fd)
         if self._seal is not None and self.engine.identity is not None:
             self.engine.identity.closed(self)
-        self._socket.close()
+        if not keep_socket:
+            self._socket.close()
         self._outgoing.clear()
         waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
-            answer(None, Disconnected(f"connection to {self.peer} was lost: {self.closed}"))
-        self.on_close(self, self.closed)
+            answer(None, Disconnected(f"connection to {self.peer} was lost: {error}"))
+        self.on_close(self, error)
 
 
-def _tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket) -> None:
+    """As all connections between processes of csvfs are."""
     sock.setblocking(False)
     for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
         with contextlib.suppress(OSError):  # needs CAP_NET_ADMIN; the default size works, more slowly

@@ -98,6 +98,7 @@ class Links:
         self.incarnation = incarnation
         self.engine = SimpleNamespace(hot=lambda: None)
         self.on_lost: Callable[[NodeName], None] = lambda node: None
+        self.paths = None
         self.servers: dict[NodeName, Any] = {}
 
     # -- for the bus -----------------------------------------------------------------------------
