@@ -139,7 +139,7 @@ async def serve_volume(
             nursery.start_soon(bus.run_forever)
             nursery.start_soon(links.pulls.follow_servers_forever)
             if paths is not None:
-                nursery.start_soon(partial(links.pulls.return_forever, hurry=False))
+                nursery.start_soon(partial(links.pulls.mind_paths_forever, hurry=False))
             await secure_metadata_slabs(book, changes, links.control, facts, setup.volume)
             read: ReadBlocks = reader.read
             try:

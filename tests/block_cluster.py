@@ -1,12 +1,13 @@
 """Three drive servers with a drive each and one writer, in one process over loopback: for tests of the bus."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
 
 from csvfs.block.block_service import BlockService
-from csvfs.block.bus import Bus
+from csvfs.block.bus import SILENCE_MS_MAX, Bus
 from csvfs.block.drive_calls import DriveCalls
 from csvfs.block.drive_watch import HANG_S, DriveWatch
 from csvfs.block.formatting import format_drive
@@ -41,6 +42,9 @@ class Server:
         self.reports: dict = {}
         self.on_reports = self._keep
         self.hang_s = HANG_S
+        self.on_end: Callable[[], None] = lambda: None
+        self.make_engine: Callable[[], Engine] = Engine
+        self.make_calls: Callable[[BlockService, Engine], DriveCalls] = DriveCalls
         self._scope: trio.CancelScope | None = None
 
     async def _keep(self, reports: dict) -> None:
@@ -52,9 +56,9 @@ class Server:
         await nursery.start(self._run)
 
     async def _run(self, task_status=trio.TASK_STATUS_IGNORED) -> None:
-        engine = Engine()
+        engine = self.make_engine()
         service = BlockService(engine, self.node, CLUSTER, Incarnation(self.incarnation), lambda: self.may_serve)
-        DriveCalls(service, engine)
+        self.make_calls(service, engine)
         self.service = service
         try:
             with trio.CancelScope() as self._scope:
@@ -63,6 +67,7 @@ class Server:
             for client in list(service.clients):
                 client.link.close()
             service.close(clean=False)
+            self.on_end()
             engine.close()
             self.service = None
 
@@ -148,7 +153,7 @@ class Owner:
             "chunks": None,
             "term": 1,
             "even_if_lost": even_if_lost,
-            "source": {"address": "127.0.0.1", "port": source.port, "drive": source.drive_id},
+            "source": self.cluster.source(server, source),
         }
         pulled = await self.links.call(server.node, "pull", args, timeout_s=60)
         async with self._changing:
@@ -179,6 +184,10 @@ class BlockCluster:
                 self.owner.links.close()
             self.engine.close()
 
+    def source(self, target: Server, source: Server) -> dict[str, object]:
+        """Where `target` is to pull from."""
+        return {"address": "127.0.0.1", "port": source.port, "drive": source.drive_id}
+
     def server_of(self, node: str) -> Server:
         return next(server for server in self.servers if server.node == node)
 
@@ -194,8 +203,11 @@ class BlockCluster:
             incarnation=Incarnation(incarnation), local_node=NodeName("n1"),
         )  # fmt: skip
 
-    def bus(self, writer: str = "mount/n1", incarnation: int = 1) -> Bus:
-        bus = Bus(self.links(writer, incarnation), self.owner, volume=VOLUME, local_node=NodeName("n1"))
+    def bus(self, writer: str = "mount/n1", incarnation: int = 1, silence_ms_max: int = SILENCE_MS_MAX) -> Bus:
+        bus = Bus(
+            self.links(writer, incarnation), self.owner, volume=VOLUME, local_node=NodeName("n1"),
+            silence_ms_max=silence_ms_max,
+        )  # fmt: skip
         self._buses.append(bus)
         self.nursery.start_soon(bus.run_forever)
         for descriptor in self.owner.descriptors.values():

@@ -237,7 +237,7 @@ class Bus:
             nursery.start_soon(self._tell_completed_forever)
             nursery.start_soon(self._given_up.run_forever)
             if self.links.paths is not None:
-                nursery.start_soon(partial(self.links.return_forever, hurry=True))
+                nursery.start_soon(partial(self.links.mind_paths_forever, hurry=True))
             while True:
                 await self._repair_wanted.wait()
                 self._repair_wanted = trio.Event()

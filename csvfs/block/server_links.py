@@ -4,12 +4,13 @@ Place      block floor, on net/. Used by the bus, and by whoever has calls for d
            "Calls to a drive server").
 Owns       at most one link per node. All writes of this writer to a node go over that link, in order (I4).
 Detours    With `paths`, a node that cannot be reached is reached through another one (net/detours.py): a link like any
-           other, which its server gives up when the same writer says hello by another path. `return_forever` goes back
-           to the straight path: it takes the link out of use, waits until nothing is under way on it, and says hello.
+           other, which its server gives up when the same writer says hello by another path. `mind_paths_forever` leaves
+           a path that gives no answers any more, and goes back to the straight one: it takes the link out of use, waits
+           until nothing is under way on it, and says hello.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,9 @@ CONNECT_TIMEOUT_S = 2.0
 LIST_INTERVAL_S = 0.2  # so often a server is asked at most whether a drive that was bad is in order by now
 WATCH_INTERVAL_S = 0.5
 WATCH_LATE_NS = 1_000_000_000  # from one look to the next: longer, and this process stood still
-RETURN_INTERVAL_S = 2.0  # so often the straight path to a node is tried, while a detour is in use
+RETURN_INTERVAL_S = 1.0  # after one try of the straight path to a node, while a detour is in use, comes the next
+DOUBT_S = 1.5  # nothing answered for so long, and other paths to the node are tried
+DOUBT_INTERVAL_S = 5.0
 DRAIN_S = 1.0  # then new requests wait at most so long for those that are under way on the detour
 EXCUSED_MAX = 4  # detours to one node that broke within EXCUSED_S: more, and it is the node that is to blame
 EXCUSED_S = 30.0
@@ -71,12 +74,19 @@ class ServerLink:
     incarnation: Incarnation
     drives: dict[DriveId, RemoteDrive] = field(default_factory=dict)
     listed_s: float = field(default_factory=trio.current_time)  # when `drives` was true
+    return_due_s: float = field(default_factory=lambda: trio.current_time() + RETURN_INTERVAL_S)
+    doubt_due_s: float = 0.0
     excuses: bool = False  # by another path than the link before: what failed there failed for want of a path
 
     @property
     def via(self) -> str:
         """The node in between; empty: none."""
         return self.link.via
+
+    @property
+    def silent_s(self) -> float:
+        """For how long nothing was answered, while something waits."""
+        return (monotonic_ns() - self.link.progress_ns) / 1e9
 
     def serves(self, drive: DriveId) -> bool:
         """As far as is known."""
@@ -90,6 +100,9 @@ class ServerLink:
             state = "not there" if remote is None else remote.state
             raise DriveFailed(f"drive {drive.hex()[:8]} of node {self.node} is {state}; see csvfs drive list")
         return remote.index
+
+
+Look = Callable[[NodeName, ServerLink, Address, Paths], Awaitable[None]]
 
 
 class ServerLinks:
@@ -212,38 +225,64 @@ class ServerLinks:
         server = self._links.get(node)
         return server is not None and server.link.via != ""
 
-    async def return_forever(self, *, hurry: bool) -> None:
-        """Leave detours for straight paths when these work again, until cancelled.
+    async def mind_paths_forever(self, *, hurry: bool) -> None:
+        """Leave paths that do not work any more, and detours when the straight path works again, until cancelled.
 
-        hurry   new requests wait up to DRAIN_S for those under way. Else only when nothing is, for calls that take long.
+        hurry   when going back, new requests wait up to DRAIN_S for those under way. Else only when nothing is under
+                way: for calls that take long.
         """
-        while True:
-            await trio.sleep(RETURN_INTERVAL_S)
-            for node, server in list(self._links.items()):
-                if server.via and (hurry or not server.link.waiting_count):
-                    await self._try_straight(node, server)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.sleep(WATCH_INTERVAL_S)
+                now_s = trio.current_time()
+                for node, server in self._links.items():
+                    waiting = server.link.waiting_count
+                    if node == self._local_node:
+                        continue
+                    if waiting and server.silent_s > DOUBT_S and now_s >= server.doubt_due_s:
+                        server.doubt_due_s = now_s + CONNECT_TIMEOUT_S + DOUBT_INTERVAL_S
+                        nursery.start_soon(self._look, self._try_others, node, server)
+                    elif server.via and (hurry or not waiting) and now_s >= server.return_due_s:
+                        server.return_due_s = now_s + CONNECT_TIMEOUT_S + RETURN_INTERVAL_S
+                        nursery.start_soon(self._look, self._try_straight, node, server)
 
-    async def _try_straight(self, node: NodeName, server: ServerLink) -> None:
+    async def _look(self, look: Look, node: NodeName, server: ServerLink) -> None:
         listed = self._directory(node)
         if listed is None or self.paths is None:
             return
         try:
-            address = (listed.address, listed.port)
-            link = await self.paths.connect_straight(address, node=node, timeout_s=CONNECT_TIMEOUT_S)
-        except CsvfsError:
-            return
-        if self._links.get(node) is not server:
-            link.close()  # it was lost meanwhile, and whoever needs it has opened another one
-            return
-        await self._move(node, server, link)
+            await look(node, server, (listed.address, listed.port), self.paths)
+        except CsvfsError as error:
+            log.debug("no other path to node %s: %s", node, error)
 
-    async def _move(self, node: NodeName, server: ServerLink, link: Link) -> None:
+    async def _try_straight(self, node: NodeName, server: ServerLink, address: Address, paths: Paths) -> None:
+        link = await paths.connect_straight(address, node=node, timeout_s=CONNECT_TIMEOUT_S)
+        if self._links.get(node) is server:
+            await self._move(node, server, link, drain=True)
+        else:
+            link.close()  # it was lost meanwhile, and whoever needs it has opened another one
+
+    async def _try_others(self, node: NodeName, server: ServerLink, address: Address, paths: Paths) -> None:
+        """Nothing comes by the open link. A server that is slow to answer lets us in anew by the same path; where it does
+        so by another path alone, this one is lost, and need not be waited for."""
+        before_ns = server.link.progress_ns
+        link = await paths.connect(address, node=node, service=DRIVES, timeout_s=CONNECT_TIMEOUT_S)
+        is_silent = self._links.get(node) is server and server.link.progress_ns == before_ns
+        if is_silent and link.via != server.via:
+            await self._move(node, server, link, drain=False)
+        else:
+            link.close()
+
+    async def _move(self, node: NodeName, server: ServerLink, link: Link, *, drain: bool) -> None:
         """From `server` to `link`, which is open and has said nothing yet. Whoever asks for the node waits meanwhile."""
         del self._links[node]
         self._opening[node] = trio.Event()
         self.on_moving()
         try:
-            await _drain(server.link)
+            if drain:
+                await _drain(server.link)
+            else:
+                server.link.close(Disconnected(f"node {node} does not answer by this path"))
             if server.link.waiting_count:
                 self._links[node] = server  # as before; the next try is in RETURN_INTERVAL_S
             else:
@@ -261,19 +300,30 @@ class ServerLinks:
 
     async def _introduce_or_open(self, node: NodeName, link: Link) -> ServerLink:
         try:
-            # The server closes the detour before it answers: nothing comes by it any more (I4).
+            # The server closes the link before, before it answers: nothing comes by it any more (I4).
             opened = await self._introduce(node, link)
         except CsvfsError as error:
-            log.info("the straight path to node %s was there for a moment only: %s", node, error)
+            log.info("another path to node %s was there for a moment only: %s", node, error)
             return await self._open(node)
         opened.excuses = True
-        log.info("node %s is reached by the straight path again", node)
+        log.info("node %s is reached %s now", node, f"through node {link.via}" if link.via else "by the straight path")
         return opened
 
     async def call(self, node: NodeName, name: str, args: dict[str, Any], *, timeout_s: float) -> Any:
-        """One call to `node`'s drive server. Raises what the server answers, Unavailable, TimedOut."""
+        """One call to `node`'s drive server, made once more when only its path was lost: all calls may be.
+
+        Raises   what the server answers, Unavailable, TimedOut. Cancel safe; it may still be carried out.
+        """
         server = await self.connected(node)
-        return await server.link.call(name, args, timeout_s=timeout_s)
+        try:
+            return await server.link.call(name, args, timeout_s=timeout_s)
+        except Disconnected:
+            if self.paths is None or server.link.closed is None:
+                raise
+            again = await self.connected(node)
+            if not again.excuses:
+                raise
+            return await again.link.call(name, args, timeout_s=timeout_s)
 
     def tell_all(self, name: str, args: dict[str, Any]) -> None:
         """Send a call over every open link and ignore the answers: for hints that may get lost."""

@@ -6,6 +6,7 @@ Rule       The caller names a node and a service, never an address: where that i
 """
 
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -84,7 +85,7 @@ class TunnelDesk:
                 raise TimedOut(f"node {node} does not answer node {self._node} either, for {REACH_S:g} s")
             failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if failure:
-                raise OSError(failure, "connect failed")
+                raise OSError(failure, os.strerror(failure))
             return sock
         except OSError as error:
             sock.close()

@@ -404,7 +404,7 @@ async def connect(engine: Engine, address: Address, *, timeout_s: float, node: s
                 await trio.lowlevel.wait_writable(sock)
             failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if failure:
-                raise OSError(failure, "connect failed")
+                raise OSError(failure, os.strerror(failure))
             if engine.identity is not None and family != socket.AF_UNIX:
                 seal = await shake_hands(sock, engine.identity, node)
         if scope.cancelled_caught:
