@@ -12,7 +12,7 @@ from csvfs.wire.block_messages import SlabDescriptor
 
 
 class IoMode(TypedDict):
-    """`mode`: direct, paused, unavailable (csvfs/mount/waits.py). `why`: empty for direct."""
+    """`mode`: direct, redirected, paused, unavailable (csvfs/mount/waits.py). `why`: empty for direct."""
 
     mode: str
     why: str

@@ -11,7 +11,9 @@ from typing import Any
 import trio
 
 from csvfs.admin.cluster_view import ClusterView, Record
+from csvfs.block.tunnel_desk import waypoints_of
 from csvfs.errors import CsvfsError, Unavailable
+from csvfs.net.detours import COORDINATOR, DRIVES, Paths, Waypoint
 from csvfs.net.engine import Engine
 from csvfs.net.link import Address, connect
 from csvfs.net.tls import Identity
@@ -21,10 +23,24 @@ ADMIN_WRITER = "admin"  # the one writer that may be connected several times at 
 
 
 class Peers:
-    """The processes of other nodes, as the cluster store names them."""
+    """The processes of other nodes, as the cluster store names them; through a third one where there is no path."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._view: ClusterView | None = None  # as last given
+        self._paths: Paths | None = None
+
+    def _paths_of(self, view: ClusterView) -> Paths | None:
+        """None: there is no cluster yet."""
+        self._view = view
+        if self._paths is None and view.cluster is not None:
+            own = self._engine.identity.node if self._engine.identity is not None else ""
+            self._paths = Paths(self._engine, self._waypoints, cluster=view.cluster.id(), node=own)
+        return self._paths
+
+    async def _waypoints(self) -> list[Waypoint]:
+        servers = self._view.servers if self._view is not None else {}
+        return waypoints_of({node: record.value for node, record in servers.items()})
 
     async def drive_server(self, view: ClusterView, node: str, name: str, **args: Any) -> Any:
         """One call to a node's drive server. Raises Unavailable or what the server answers. Cancel safe."""
@@ -37,7 +53,7 @@ class Peers:
             "writer": ADMIN_WRITER,
             "incarnation": 1,
         }
-        return await self._call(_address(server), node, hello, name, args)
+        return await self._call(_address(server), node, hello, name, args, paths=self._paths_of(view))
 
     async def ping(self, address: Address, node: str) -> None:
         """Whether a node's drive server is there. Raises Disconnected, TimedOut: it is not. Cancel safe."""
@@ -48,14 +64,13 @@ class Peers:
         host = view.coordinators.get(node)
         if host is None:
             raise Unavailable(f"node {node} runs no coordinator host")
-        return await self._call(_address(host), node, None, name, {})
+        return await self._call(
+            _address(host), node, None, name, {}, paths=self._paths_of(view), service=COORDINATOR
+        )
 
     async def coordinator(self, view: ClusterView, volume: str, name: str, **args: Any) -> Any:
         """One call to a volume's coordinator. Raises Unavailable or what it answers. Cancel safe."""
-        owner = view.owners.get(volume)
-        if owner is None:
-            raise Unavailable(f"volume {volume} has no coordinator at the moment")
-        return await self._call(_address(owner), owner.text("node"), None, name, {"volume": volume, **args})
+        return await self.coordinator_slowly(view, volume, name, CALL_TIMEOUT_S, **args)
 
     async def coordinator_slowly(
         self, view: ClusterView, volume: str, name: str, timeout_s: float, **args: Any
@@ -64,7 +79,10 @@ class Peers:
         owner = view.owners.get(volume)
         if owner is None:
             raise Unavailable(f"volume {volume} has no coordinator at the moment")
-        return await self._call(_address(owner), owner.text("node"), None, name, {"volume": volume, **args}, timeout_s)
+        return await self._call(
+            _address(owner), owner.text("node"), None, name, {"volume": volume, **args}, timeout_s,
+            paths=self._paths_of(view), service=COORDINATOR,
+        )  # fmt: skip
 
     async def local(self, path: str, name: str, timeout_s: float) -> Any:
         """One call to a process of this node by its unix socket. Raises Unavailable or what it answers. Cancel safe."""
@@ -78,9 +96,15 @@ class Peers:
         name: str,
         args: dict[str, Any],
         timeout_s: float | None = None,
+        *,
+        paths: Paths | None = None,
+        service: str = DRIVES,
     ) -> Any:
         deadline = trio.current_time() + (timeout_s or CALL_TIMEOUT_S)
-        link = await connect(self._engine, address, timeout_s=CALL_TIMEOUT_S, node=node)
+        if paths is None:
+            link = await connect(self._engine, address, timeout_s=CALL_TIMEOUT_S, node=node)
+        else:
+            link = await paths.connect(address, node=node, service=service, timeout_s=CALL_TIMEOUT_S)
         try:
             if hello is not None:
                 await link.call("hello", hello, timeout_s=_left_s(deadline))

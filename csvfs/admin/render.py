@@ -30,6 +30,7 @@ STYLES = {
     "starting": "yellow",
     "draining": "yellow",
     "paused": "yellow",
+    "redirected": "yellow",
     "No redundancy": "red",
     "failed": "red",
     "Degraded": "yellow",

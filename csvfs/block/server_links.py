@@ -185,6 +185,8 @@ class ServerLinks:
             link = await connect(self.engine, address, timeout_s=CONNECT_TIMEOUT_S, node=node)
         else:
             link = await self.paths.connect(address, node=node, service=DRIVES, timeout_s=CONNECT_TIMEOUT_S)
+        if link.via:
+            log.warning("the drive server of node %s is reached through node %s only", node, link.via)
         return await self._introduce(node, link)
 
     async def _introduce(self, node: NodeName, link: Link) -> ServerLink:
@@ -306,7 +308,7 @@ class ServerLinks:
             log.info("another path to node %s was there for a moment only: %s", node, error)
             return await self._open(node)
         opened.excuses = True
-        log.info("node %s is reached %s now", node, f"through node {link.via}" if link.via else "by the straight path")
+        log.warning("the drive server of node %s is reached %s now", node, f"through node {link.via}" if link.via else "by the straight path")
         return opened
 
     async def call(self, node: NodeName, name: str, args: dict[str, Any], *, timeout_s: float) -> Any:

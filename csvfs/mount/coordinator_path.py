@@ -6,12 +6,16 @@ Return     The session's link is closed when the straight path works again and n
            again with their numbers, as after every loss of a link (I11).
 """
 
+import logging
+
 import trio
 
 from csvfs.errors import CsvfsError, Disconnected
 from csvfs.mount.owner import VolumeOwner
 from csvfs.net.detours import COORDINATOR, Paths
 from csvfs.net.link import Address, Link
+
+log = logging.getLogger(__name__)
 
 RETURN_INTERVAL_S = 2.0
 REST_LOOKS = 50  # for a moment without calls, REST_LOOK_S apart
@@ -33,6 +37,8 @@ class CoordinatorPath:
         link = await self._paths.connect(
             address, node=self._owner.node, service=COORDINATOR, timeout_s=self._connect_timeout_s
         )
+        if link.via:
+            log.warning("the coordinator on node %s is reached through node %s only", self._owner.node, link.via)
         self._link = link
         return link
 

@@ -109,7 +109,7 @@ class Paths:
         link = await _first(go_straight, detours, patience_s, timeout_s)
         if link.via:
             self._last_waypoint[node] = link.via
-            log.warning("node %s is reached through node %s: %s", node, link.via, known.why or "no answer by the straight path so far")
+            log.info("node %s is reached through node %s: %s", node, link.via, known.why or "no answer by the straight path so far")
             if known.since_s is None:  # it has not failed, it is just not there yet
                 now_s = trio.current_time()
                 known.failed(now_s - patience_s, now_s, f"no connection within {patience_s:g} s")
