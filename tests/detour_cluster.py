@@ -48,9 +48,15 @@ class Wire:
     def __init__(self, target: Server) -> None:
         self.port = 0
         self.accepted = 0
+        self._held = 0  # pieces that were read and not sent on yet
         self._target = target
         self._whole = trio.Event()
         self._whole.set()
+
+    @property
+    def empty(self) -> bool:
+        """All that came out of one end so far has gone into the other."""
+        return self._held == 0
 
     def cut(self) -> None:
         self._whole = trio.Event()
@@ -77,8 +83,12 @@ class Wire:
     async def _carry(self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for data in source:
-                await self._whole.wait()
-                await sink.send_all(data)
+                self._held += 1
+                try:
+                    await self._whole.wait()
+                    await sink.send_all(data)
+                finally:
+                    self._held -= 1
         await self._whole.wait()
         both.cancel()
 
@@ -109,8 +119,9 @@ class DetourCluster(BlockCluster):
 
     def _make_calls(self, server: Server, service: BlockService, engine: Engine) -> DriveCalls:
         async def find(node: str, kind: str) -> tuple[str, int] | None:
-            wire = self.wires.get((server.node, node))
-            return None if wire is None or kind != "drives" else ("127.0.0.1", wire.port)
+            ports = {other: wire.port for (here, other), wire in self.wires.items() if here == server.node}
+            port = {**ports, server.node: server.port}.get(node)
+            return None if port is None or kind != "drives" else ("127.0.0.1", port)
 
         tunnels = self.tunnels[server.node] = Tunnels(engine)
         server.on_end = tunnels.close
