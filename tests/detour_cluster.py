@@ -77,10 +77,10 @@ class Wire:
             with contextlib.suppress(OSError):
                 far = await trio.open_tcp_stream("127.0.0.1", self._target.port)
                 async with far, trio.open_nursery() as nursery:
-                    nursery.start_soon(self._carry, near, far, nursery.cancel_scope)
-                    nursery.start_soon(self._carry, far, near, nursery.cancel_scope)
+                    nursery.start_soon(self._carry, near, far)
+                    nursery.start_soon(self._carry, far, near)
 
-    async def _carry(self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
+    async def _carry(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for data in source:
                 self._held += 1
@@ -90,7 +90,8 @@ class Wire:
                 finally:
                     self._held -= 1
         await self._whole.wait()
-        both.cancel()
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await sink.send_eof()
 
 
 class DetourCluster(BlockCluster):
