@@ -5,18 +5,20 @@ Why        SQLite's pages are cached (slab_vfs.py) and written through memory; w
            the drive servers answer from another process. One blocking connection per node, with short
            time-outs.
 Errors     every in-sync member is tried; Unavailable when none answers with blocks that verify (I9).
+Detours    (net/detours.py) are tried when no member is reached by the straight path, WAYPOINTS_MAX for each.
 """
 
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from coordinator.slab_book import MetadataBook
 from csvfs.block.server_links import ServerAddress
 from csvfs.errors import Corrupt, CsvfsError, Disconnected, Fenced, ProtocolError, Unavailable
 from csvfs.ids import Incarnation, NodeName, SlabId, VolumeId, id_bytes
+from csvfs.net.detours import DRIVES, Waypoint
 from csvfs.net.tls import Identity
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire import control
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 2.0
+WAYPOINTS_MAX = 2  # nothing else is done meanwhile
 
 ReadLocal = Callable[[SlabId, int, int], "bytes | bytearray | None"]
 
@@ -45,9 +48,18 @@ class _Connection:
     """One request at a time."""
 
     def __init__(
-        self, server: ServerAddress, hello: dict[str, Any], identity: Identity | None, *, local: bool
+        self,
+        server: ServerAddress,
+        hello: dict[str, Any],
+        identity: Identity | None,
+        *,
+        local: bool,
+        waypoint: Waypoint | None = None,
     ) -> None:
+        """`waypoint`: by a detour through that node."""
         address: Any = server.unix_path if local and server.unix_path else (server.address, server.port)
+        if waypoint is not None:
+            address = (waypoint.address, waypoint.port)
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.incarnation = server.incarnation
         self._node = server.node
@@ -56,6 +68,8 @@ class _Connection:
         try:
             self._socket.settimeout(CONNECT_TIMEOUT_S)
             self._socket.connect(address)
+            if waypoint is not None:
+                self._go_through(waypoint, hello, identity)
             if identity is not None and family != socket.AF_UNIX:
                 self._socket = identity.shake_hands_blocking(self._socket, server.node)
             self._socket.settimeout(READ_TIMEOUT_S)
@@ -69,6 +83,16 @@ class _Connection:
         except BaseException:
             self.close()
             raise
+
+    def _go_through(self, waypoint: Waypoint, hello: dict[str, Any], identity: Identity | None) -> None:
+        """Have the node in between pass the connection on: PROTOCOL.md, "Detours"."""
+        if identity is not None:
+            self._socket = identity.shake_hands_blocking(self._socket, waypoint.node)
+        self._socket.settimeout(READ_TIMEOUT_S)
+        ask = {"cluster": hello["cluster"], "node": self._node, "service": DRIVES}
+        self.request(Kind.CALL, control.pack_call("via", ask))
+        self._socket = socket.socket(fileno=self._socket.detach())  # without its seal
+        self._socket.settimeout(READ_TIMEOUT_S)
 
     def request(self, kind: int, head: bytes) -> Frame:
         """Send one frame and wait for its answer. Raises Disconnected, ProtocolError, or what is answered."""
@@ -115,8 +139,11 @@ class BlockReader:
         local_node: NodeName,
         blocks_per_slab: int,
         identity: Identity | None = None,
+        waypoints: Callable[[], Iterable[Waypoint]] = tuple,
     ) -> None:
+        """`waypoints`: nodes that may pass us on, this one among them or not."""
         self._book = book
+        self._waypoints = waypoints
         self._identity = identity
         self._directory = directory
         self._hello = {
@@ -148,9 +175,10 @@ class BlockReader:
             return bytes(data)
         descriptor = self._book.current(slab)
         failures: list[CsvfsError] = []
-        for member in sorted(descriptor.in_sync, key=lambda member: member.node != self._local_node):
+        members = sorted(descriptor.in_sync, key=lambda member: member.node != self._local_node)
+        for member, waypoint in self._ways(members, failures):
             try:
-                return self._read_member(member, descriptor, block, count)
+                return self._read_member(member, descriptor, block, count, waypoint)
             except Fenced:
                 raise
             except CsvfsError as error:
@@ -165,11 +193,29 @@ class BlockReader:
             f"metadata slab {slab} blocks {block} to {block + count - 1}: {text or 'no in-sync member'}"
         )
 
-    def _read_member(self, member: Member, descriptor: SlabDescriptor, block: int, count: int) -> bytes:
-        connection = self._connected(member.node)
+    def _ways(
+        self, members: list[Member], failures: list[CsvfsError]
+    ) -> Iterator[tuple[Member, Waypoint | None]]:
+        """All members by the straight path, then by detours those that were not reached. `failures`: of those that were
+        tried so far, in order."""
+        for member in members:
+            yield member, None
+        unreached = [
+            member for member, error in zip(members, failures, strict=True)
+            if isinstance(error, Unavailable) and member.node != self._local_node
+        ]  # fmt: skip
+        for member in unreached:
+            others = [w for w in self._waypoints() if w.node not in (member.node, self._local_node)]
+            for waypoint in others[:WAYPOINTS_MAX]:
+                yield member, waypoint
+
+    def _read_member(
+        self, member: Member, descriptor: SlabDescriptor, block: int, count: int, waypoint: Waypoint | None
+    ) -> bytes:
+        connection = self._connected(member.node, waypoint)
         if member.drive not in connection.indexes:
             self._drop(member.node)  # the drive may have been added since
-            connection = self._connected(member.node)
+            connection = self._connected(member.node, waypoint)
         index = connection.indexes.get(member.drive)
         if index is None:
             raise Unavailable(f"node {member.node} does not serve drive {member.drive.hex()[:8]}")
@@ -192,14 +238,16 @@ class BlockReader:
                 )
         return bytes(data)
 
-    def _connected(self, node: NodeName) -> _Connection:
+    def _connected(self, node: NodeName, waypoint: Waypoint | None) -> _Connection:
+        """One that is open is used, whatever its path is."""
         server = self._directory(node)
         connection = self._connections.get(node)
         if server is None:
             raise Unavailable(f"node {node} runs no drive server now")
         if connection is None or connection.incarnation != server.incarnation:
             self._drop(node)
-            connection = _Connection(server, self._hello, self._identity, local=node == self._local_node)
+            local = node == self._local_node
+            connection = _Connection(server, self._hello, self._identity, local=local, waypoint=waypoint)
             self._connections[node] = connection
         return connection
 

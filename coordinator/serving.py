@@ -24,6 +24,7 @@ from coordinator.volume_settings import VolumeSettings
 from csvfs.block.bus import Bus
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.server_links import ServerLinks
+from csvfs.block.tunnel_desk import waypoints_of
 from csvfs.errors import Corrupt
 from csvfs.ids import DriveId, Epoch, Incarnation, SlabId
 from csvfs.net.detours import Paths
@@ -85,6 +86,7 @@ def block_reader(engine: Engine, facts: ClusterFacts, cluster: bytes, setup: Vol
         reader = BlockReader(
             book, facts.server, cluster=cluster, volume=setup.volume, term=setup.term,
             local_node=setup.node, blocks_per_slab=setup.slab_blocks, identity=engine.identity,
+            waypoints=lambda: waypoints_of(facts.view.servers),
         )  # fmt: skip
         reader.read_local = bus.read_local
         return reader

@@ -3,10 +3,12 @@
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
+from coordinator.block_reader import BlockReader
 from csvfs.admin.cluster_ca import serial_of
 from csvfs.block import server_links
 from csvfs.block.bus_writes import SlabState
@@ -19,7 +21,7 @@ from csvfs.errors import (
     NotPermitted,
     Unavailable,
 )
-from csvfs.ids import NodeName
+from csvfs.ids import Epoch, NodeName
 from csvfs.mount import waits
 from csvfs.net.detours import DETOUR_AFTER_S, FORGET_S, Straight, Waypoint, connect_through
 from csvfs.net.engine import Engine
@@ -28,9 +30,10 @@ from csvfs.net.refusals import Refused
 from csvfs.net.tls import Identity
 from csvfs.net.tunnels import TUNNEL_BUFFER_SIZE, TUNNELS_MAX, Tunnels
 from csvfs.units import BLOCK_SIZE, MIB
+from csvfs.wire.block_messages import SlabDescriptor
 from csvfs.wire.control import pack_call
 from csvfs.wire.frames import Kind
-from tests.block_cluster import CLUSTER, SLAB, Server, write
+from tests.block_cluster import CLUSTER, SLAB, SLAB_SIZE, VOLUME, Server, write
 from tests.detour_cluster import PATIENCE_S, THEIRS, DetourCluster, detour_cluster, make_place, until
 
 N1, N2, N3 = NodeName("n1"), NodeName("n2"), NodeName("n3")
@@ -258,6 +261,33 @@ async def test_a_process_that_is_gone_is_not_looked_for_behind_other_nodes(clust
         await cluster.paths.connect((address.address, port), node="n2", service="drives", timeout_s=PATIENCE_S)
     await writer.stop()
     assert [tunnels.begun for tunnels in cluster.tunnels.values()] == [0, 0, 0]
+
+
+async def test_a_coordinator_reads_metadata_by_a_detour_while_it_waits_and_sqlite_with_it(cluster):
+    await write(cluster.bus(), 5, Writer.content(1) + Writer.content(2))
+    only_n2 = tuple(m for m in cluster.owner.descriptors[SLAB].members if m.node == "n2")
+    descriptor = SlabDescriptor(SLAB, Epoch(1), only_n2)
+    reader = BlockReader(
+        SimpleNamespace(slabs=[SLAB], current=lambda slab: descriptor),  # type: ignore[arg-type]
+        cluster.directory, cluster=CLUSTER, volume=VOLUME, term=1, local_node=N1,
+        blocks_per_slab=SLAB_SIZE // BLOCK_SIZE, identity=cluster.identities["n1"],
+        waypoints=lambda: [Waypoint(node, "127.0.0.1", cluster.server_of(node).port) for node in (N1, N2, N3)],
+    )  # fmt: skip
+
+    async def read() -> bytes:
+        return await trio.to_thread.run_sync(reader.read, 5, 2)
+
+    assert await read() == Writer.content(1) + Writer.content(2)
+    cluster.cut("n1", "n2")
+    assert await read() == Writer.content(1) + Writer.content(2)
+    by_detour = reader._connections[N2]
+    assert by_detour._socket.getpeername()[1] == cluster.server_of("n3").port
+    assert await read() == Writer.content(1) + Writer.content(2)
+    assert reader._connections[N2] is by_detour
+    cluster.cut("n3", "n2")
+    with pytest.raises(Unavailable):
+        await read()
+    reader.close()
 
 
 # Who gets through

@@ -103,10 +103,12 @@ class Paths:
         async def go_straight() -> Link:
             return await self.connect_straight(address, node=node, timeout_s=timeout_s)
 
-        waypoints = [waypoint for waypoint in await self._waypoints() if waypoint.node not in (node, self._node)]
-        waypoints.sort(key=lambda waypoint: (waypoint.node != self._last_waypoint.get(node), waypoint.node))
-        detours = [self._detour(waypoint, node, service, timeout_s) for waypoint in waypoints[:WAYPOINTS_TRIED_MAX]]
-        link = await _first(go_straight, detours, patience_s, timeout_s)
+        async def find_detours() -> list[Attempt]:
+            waypoints = [waypoint for waypoint in await self._waypoints() if waypoint.node not in (node, self._node)]
+            waypoints.sort(key=lambda waypoint: (waypoint.node != self._last_waypoint.get(node), waypoint.node))
+            return [self._detour(waypoint, node, service, timeout_s) for waypoint in waypoints[:WAYPOINTS_TRIED_MAX]]
+
+        link = await _first(go_straight, find_detours, patience_s, timeout_s)
         if link.via:
             self._last_waypoint[node] = link.via
             log.info("node %s is reached through node %s: %s", node, link.via, known.why or "no answer by the straight path so far")
@@ -161,15 +163,18 @@ async def connect_through(engine: Engine, waypoint: Waypoint, ask: dict[str, obj
     raise TimedOut(f"node {node} was not reached through node {waypoint.node} within {timeout_s:g} s")
 
 
-async def _first(straight: Attempt, detours: list[Attempt], patience_s: float, timeout_s: float) -> Link:
-    """The link of the first attempt that succeeds; the straight one where both do at once.
+async def _first(
+    straight: Attempt, find_detours: Callable[[], Awaitable[list[Attempt]]], patience_s: float, timeout_s: float
+) -> Link:
+    """The link of the first attempt that succeeds; the straight one where both do at once. `find_detours` is asked when
+    one is due.
 
     Raises   what the straight attempt raised, or TimedOut. Cancel safe: links that nobody gets are closed.
     """
     found: list[Link] = []
     errors: list[CsvfsError] = []  # of the straight attempt
 
-    async def make(attempt: Attempt, ended: trio.Event) -> None:
+    async def make(attempt: Attempt, ended: trio.Event, nursery: trio.Nursery) -> None:
         try:
             found.append(await attempt())
             nursery.cancel_scope.cancel()  # no await since the line above: no second one can be found later
@@ -181,18 +186,20 @@ async def _first(straight: Attempt, detours: list[Attempt], patience_s: float, t
         finally:
             ended.set()
 
+    async def begin(attempt: Attempt, wait_s: float, nursery: trio.Nursery) -> None:
+        """And wait for its end, but not for long."""
+        ended = trio.Event()
+        nursery.start_soon(make, attempt, ended, nursery)
+        with trio.move_on_after(wait_s):
+            await ended.wait()
+
     try:
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
-                pause_s = patience_s
-                for attempt in [straight, *detours]:
-                    ended = trio.Event()
-                    nursery.start_soon(make, attempt, ended)
-                    with trio.move_on_after(pause_s):
-                        await ended.wait()
-                    if attempt is straight and errors and (pause_s > 0 or isinstance(errors[0], Refused)):
-                        break  # it failed before a detour was due
-                    pause_s = DETOUR_AFTER_S
+                await begin(straight, patience_s, nursery)
+                if not errors or (patience_s == 0 and not isinstance(errors[0], Refused)):  # else: before one was due
+                    for attempt in await find_detours():
+                        await begin(attempt, DETOUR_AFTER_S, nursery)
     except BaseException:
         for link in found:
             link.close()
