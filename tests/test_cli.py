@@ -700,8 +700,8 @@ def lab_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         monkeypatch.setattr(f"csvfs.admin.cli_lab.lab.{name}", call)
 
     nodes = [
-        {"name": "n1", "address": "10.77.0.1", "state": "up", "processes": {"node": [7], "mount": [8, 9]}},
-        {"name": "n2", "address": "10.77.0.2", "state": "partitioned", "processes": {}},
+        {"name": "n1", "address": "10.77.0.1", "state": "up", "cut_from": ["n2"], "processes": {"node": [7], "mount": [8, 9]}},
+        {"name": "n2", "address": "10.77.0.2", "state": "partitioned", "cut_from": [], "processes": {}},
     ]
     for name in ("lab_up", "lab_kill", "lab_start", "lab_partition", "lab_heal", "lab_down"):
         record(name)
@@ -726,7 +726,8 @@ UP = {"nodes": 3, "drives": 3, "drive_size": 4 * GIB, "store": "embedded", "tls"
         (("kill", "n1", "--dir", "/lab"), ("lab_kill", LAB, "n1", "all")),
         (("kill", "--dir", "/lab", "n1", "--role", "drives"), ("lab_kill", LAB, "n1", "drives")),
         (("start", "n1", "--dir", "/lab"), ("lab_start", LAB, "n1")),
-        (("partition", "n1", "--dir", "/lab"), ("lab_partition", LAB, "n1")),
+        (("partition", "n1", "--dir", "/lab"), ("lab_partition", LAB, "n1", None, {"one_way": False})),
+        (("partition", "n1", "n2", "--one-way", "--dir", "/lab"), ("lab_partition", LAB, "n1", "n2", {"one_way": True})),
         (("heal", "--dir", "/lab"), ("lab_heal", LAB)),
         (("down", "--dir", "/lab"), ("lab_down", LAB)),
     ],
@@ -755,7 +756,7 @@ def test_lab_exec_passes_on_everything_behind_the_dashes_and_the_exit_status(
 def test_lab_status_names_processes(bare: Cluster, lab_calls: list[tuple[Any, ...]]) -> None:
     text = bare.run("lab", "status").stdout
     assert "mount 8 9, node 7" in text
-    assert "partitioned" in text
+    assert "partitioned" in text and "up, cut from n2" in text
     assert bare.json("lab", "status")["nodes"][0]["processes"] == {"node": [7], "mount": [8, 9]}
 
 

@@ -15,6 +15,7 @@ from csvfs.block.drive_server import DriveServer
 from csvfs.block.drive_watch import DriveWatch
 from csvfs.block.flusher import Flushed, Flusher
 from csvfs.errors import CsvfsError, DriveFailed
+from csvfs.net.tunnels import Tunnels
 from tests.simulator.network import ProcessKilled
 from tests.simulator.process import Process
 
@@ -35,7 +36,8 @@ class SimDriveServer(DriveServer):
         self.service = BlockService(
             engine, process.node, process.world.cluster, process.incarnation, process.may_serve
         )
-        self.calls = DriveCalls(self.service, engine)
+        self.calls = DriveCalls(self.service, engine)  # nobody is passed on here: there are straight paths only
+        self.tunnels = Tunnels(engine)
         self.watch = DriveWatch(self.service, self._publish)
         self._key = {}
         self._lease = process.machine.lease
