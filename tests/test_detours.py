@@ -391,7 +391,6 @@ async def test_an_evicted_nodes_certificate_does_not_get_through_a_node_that_has
     await until(lambda: link.closed is not None and cluster.passed_on_by("n3") == 0)
     with pytest.raises(Unavailable):
         await connect_through(evicted, waypoint, arguments, node="n2", timeout_s=PATIENCE_S)
-    evicted.close()
 
 
 async def test_a_detour_that_ends_at_another_node_is_refused(cluster):
