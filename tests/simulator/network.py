@@ -19,7 +19,7 @@ import trio
 
 from csvfs.errors import CsvfsError, Disconnected, ProtocolError, TimedOut, Unavailable
 from csvfs.net.link import _ANSWERS, Address, Link, Payload, _ignore_frame, describe_address
-from csvfs.wire.frames import ACCEPTING_SIDE_BIT, Frame, pack_frame, parse_frame
+from csvfs.wire.frames import ACCEPTING_SIDE_BIT, Frame, Kind, pack_frame, parse_frame
 from tests.simulator.events import EventQueue
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class SimLink(Link):
     def send(self, kind: int, request_id: int, head: bytes = b"", payload: Payload | None = None) -> None:
         if self.closed is not None:
             return
+        if kind == Kind.WRITE and self.process.role in self.out.network.before_write:
+            self.out.network.before_write.pop(self.process.role)(self.process)
         if payload is None:
             self.out.send(bytearray(pack_frame(kind, request_id, head)))
         else:
@@ -215,6 +217,9 @@ class Network:
         self.scale = 1.0  # of all delays of the run
         self.slow: dict[str, float] = {}  # node to seconds that its frames take longer
         self.stalled: dict[Pipe, None] = {}
+        self.held: set[Pipe] = set()  # deliver nothing at the moment
+        self.held_senders: set[Process] = set()  # of which nothing arrives, by any connection
+        self.before_write: dict[str, Callable[[Process], None]] = {}  # by role: once, before one sends its next WRITE
         self.links: list[SimLink] = []  # one end of each connection made
 
     @property
@@ -232,6 +237,8 @@ class Network:
     def passable(self, pipe: Pipe, held: bool) -> bool:
         source, target = pipe.sender.process, pipe.receiver.process
         if target.paused or (held and source.paused) or not target.machine.up:
+            return False
+        if pipe in self.held or source in self.held_senders:
             return False
         return source.node == target.node or (source.node, target.node) not in self.cut
 
@@ -252,6 +259,36 @@ class Network:
             end.out.drop(self.rng.randrange(3))
             end.out.send(_END)
         return f"{near.process.name} - {far.process.name}"
+
+    def reaches(self, source: Process, target: Process) -> bool:
+        """In both directions."""
+        pairs = {(source.node, target.node), (target.node, source.node)}
+        return target.machine.up and (source.node == target.node or not pairs & self.cut)
+
+    def hold_some(self) -> Pipe | None:
+        """One direction of one connection delivers nothing any more, as where packets are lost again and again."""
+        self.links = [link for link in self.links if link.closed is None]
+        if not self.links:
+            return None
+        near = self.rng.choice(self.links)
+        pipe = near.out if self.rng.random() < 0.5 else near.out.receiver.out
+        self.held.add(pipe)
+        return pipe
+
+    def let_go(self, pipe: Pipe) -> None:
+        if pipe in self.held:
+            self.held.discard(pipe)
+            self.kick()
+
+    def let_sender_go(self, process: Process) -> None:
+        self.held_senders.discard(process)
+        self.kick()
+
+    def let_all_go(self) -> None:
+        self.before_write.clear()
+        self.held.clear()
+        self.held_senders.clear()
+        self.kick()
 
     async def connect(self, engine: Any, address: Address, *, timeout_s: float) -> Link:
         """As csvfs.net.link.connect, from the process of `engine`."""

@@ -7,7 +7,7 @@ Place      simulator, above network.py, medium.py and store.py. `Machine` does w
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -19,6 +19,8 @@ from csvfs.ids import Incarnation, NodeName
 from csvfs.net.refusals import Refusals
 from csvfs.store.interface import Compare, Delete, Put
 from csvfs.wire.control import pack_value
+from tests.simulator import freezing
+from tests.simulator.freezing import OWNER
 from tests.simulator.medium import Medium
 from tests.simulator.network import Network, ProcessKilled, SimLink
 from tests.simulator.store import StoreHandle
@@ -72,9 +74,13 @@ class Process:
         self.store = StoreHandle(machine.world.store, self)
         self.scope = trio.CancelScope()
         self.on_killed: Callable[[], None] = lambda: None
+        self.put_aside: list[Any] = []  # tasks that have come due while it stands still (freezing.py)
+        self.host: Any = None  # what it is, by its role
+        self.mount: Any = None
 
     async def run(self, main: Callable[[], Awaitable[None]]) -> None:
         """Until it ends or is killed. What it raises on purpose ends it, anything else ends the simulation."""
+        OWNER.set(self)
         try:
             with self.scope:
                 await main()
@@ -91,6 +97,7 @@ class Process:
             self.world.trace(f"{self.name} killed: {why}")
             self._bury(quietly=quietly)
             self.scope.cancel()
+            freezing.go_on(self)
 
     def _bury(self, *, quietly: bool) -> None:
         if not self.alive:
@@ -122,6 +129,8 @@ class Machine:
         self.name = NodeName(name)
         self.media = media
         self.rate = rate  # of its clock; 1.0 is exact
+        self.clock_offset_ns = 0  # of its monotonic clock
+        self.wall_offset_ns = 0
         self.up = True
         self.serve_until = 0
         self.boots = 0
@@ -139,7 +148,7 @@ class Machine:
             medium.boot = boot
 
     def clock_ns(self) -> int:
-        return int(self.world.clock.now * self.rate * 1e9)
+        return int(self.world.clock.now * self.rate * 1e9) + self.clock_offset_ns
 
     # -- power -----------------------------------------------------------------------------------
 
@@ -218,11 +227,15 @@ class Machine:
         if renewed is False:
             self.serve_until = 0
             self.world.trace(f"{self.name} lost its lease")
-            scope.cancel()
+            self._end_lease(scope)
             return
         if renewed:
             self.serve_until = max(self.serve_until, serve_until_ns(sent, NODE_LEASE_MS, MARGIN_MS))
         self.world.events_queue.after(HEARTBEAT_S, lambda: self._heartbeat(agent, scope))
+
+    def _end_lease(self, scope: trio.CancelScope) -> None:
+        """Kill all processes; a new lease follows."""
+        scope.cancel()
 
     async def _keep_running(
         self, agent: Process, role: str, main: Callable[[Process], Awaitable[None]]

@@ -112,6 +112,8 @@ class StoreHandle:
         self._process = process
 
     async def _travel(self) -> None:
+        if not self._process.alive and self._process.world.freezes:
+            raise Unavailable("its process is dead: what still runs are its last steps")
         await self._core.events.sleep(self._delay())
         if self._process.node in self._core.cut:
             await trio.sleep(GIVE_UP_S)

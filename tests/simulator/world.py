@@ -79,10 +79,15 @@ class Outcome:
     writes: int = 0
     flushes: int = 0
     simulated_s: float = 0.0
+    calls: int = 0  # of programs, that were answered (clients/)
+    undecided: int = 0  # objects whose history was too long for the checker
+    errors: dict[str, int] = field(default_factory=dict)  # seen by programs, other than answers
 
 
 class World:
-    """All that exists in a run."""
+    """All that exists in a run. `freezes`: stopped processes run none of their own timers (freezing.py)."""
+
+    freezes = False
 
     def __init__(self, seed: int, operations: int, *, verbose: bool = False) -> None:
         self.seed = seed

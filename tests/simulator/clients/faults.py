@@ -1,0 +1,147 @@
+"""What goes wrong while programs use a volume, and when: drawn from the seed.
+
+Place      simulator.
+
+Injected   kill of a mount, of a coordinator host, of a drive server; power cut of a node; a process that stands
+           still for 0.2 to 12 s and wakes up believing what it believed before (a mount, a coordinator, a drive
+           server; all of a node), while its clock and everybody else go on; partitions of a node from the
+           others, in both directions or one, or of two nodes; a node, or all nodes, cut off from the cluster
+           store, with transactions whose answer is lost; connections that break at any frame; one direction of
+           one connection that delivers nothing for a while, so that what was sent on it arrives after its
+           sender has connected anew and sent it again; all that one mount sends to others, or a coordinator
+           whose node loses its lease, arrives late: when it has been evicted or replaced; or that coordinator
+           stands still and wakes up then; slow nodes; monotonic clocks that run up to 2 % fast or slow and
+           begin anywhere; wall clocks that differ by up to a minute; kernels with and without epochs of names.
+Not        what the block world injects (tests/simulator/faults.py): faults of drives, what a power cut takes
+           from page caches (it may take the only copy, so programs may lose what they did not flush). A
+           suspended machine (its clock stands still, too): ARCHITECTURE.md, "Limits of the design". What the
+           kernel of a node keeps while its mount stands still for more than 2 s (RELIABILITY.md, "Open"): it is
+           not asked. mmap, locks, extended attributes, joining and leaving nodes, more than one volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING
+
+from tests.simulator.faults import Faults
+
+if TYPE_CHECKING:
+    from tests.simulator.clients.world import ClientsWorld
+    from tests.simulator.process import Process
+
+# Only these faults, for a mutant that others hardly ever show (mutants.EMPHASIS); empty: all.
+EMPHASIS: tuple[str, ...] = ()
+_DEPOSED_S = (3.2, 4.0, 5.0, 8.0)  # leases last 3 s
+
+
+class ClientFaults(Faults):
+    """The faults of one run."""
+
+    def __init__(self, world: ClientsWorld, rng: Random) -> None:
+        self._world = self._clients = world
+        self._rng = rng
+        kinds: dict[str, Callable[[], None]] = {
+            "kill mount": lambda: self._kill_role("mount"),
+            "kill host": lambda: self._kill_role("host"),
+            "kill server": lambda: self._kill_role("server"),
+            "power cut": self._power_cut,
+            "stop mount": lambda: self._stop("mount"),
+            "stop host": lambda: self._stop("host"),
+            "stop server": lambda: self._stop("server"),
+            "stop node": self._pause_node,
+            "partition": self._partition,
+            "store cut": self._store_cut,
+            "store outage": self._store_outage,
+            "break": self._break,
+            "hold": self._hold,
+            "hold mount": self._hold_mount,
+            "depose": self._depose,
+            "slow": self._slow,
+        }
+        names = sorted(EMPHASIS or kinds)
+        count = rng.choice((1, 2, 2, 3, 3, 4))
+        self.plan = [(rng.choice(names), kinds) for _ in range(count)]
+
+    def _later(self, undo: Callable[[], None], *durations: float) -> None:
+        # Leases last 3 s, a mount that is not heard is evicted after 5 to 10 s.
+        super()._later(undo, *(durations or (0.3, 1.0, 3.5, 6.0, 9.0, 12.0)))
+
+    def _power_cut(self) -> None:
+        machine = self._machine()
+        for medium in machine.media:
+            medium.sync()  # see "Not"
+        machine.power_off()
+        self._later(machine.power_on)
+
+    def _stop(self, role: str) -> None:
+        process = self._process(role)
+        if role == "host":  # rather the one that coordinates
+            owner = self._world.owner_node()
+            if owner is not None and self._rng.random() < 0.8:
+                process = self._world.machines[owner].processes.get("host")
+        if process is not None and process.alive:
+            stopped = [process]
+            self._world.pause(stopped)
+            self._later(lambda: self._world.resume(stopped))
+
+    def _store_outage(self) -> None:
+        names = list(self._world.machines)
+        self._world.trace("nobody reaches the cluster store")
+        self._world.store.cut.update(names)
+        self._later(lambda: self._world.store.cut.difference_update(names), 0.3, 1.0, 2.0, 4.0)
+
+    def _hold_out(self, process: Process, *durations: float) -> None:
+        """What it sends to other processes arrives late."""
+        network = self._world.network
+        self._world.trace(f"what {process.name} sends is held")
+        network.held_senders.add(process)
+        self._later(lambda: network.let_sender_go(process), *durations)
+
+    def _hold_some(self, process: Process, *durations: float) -> None:
+        """As _hold_out, of some of its connections."""
+        network = self._world.network
+        self._world.trace(f"some of what {process.name} sends is held")
+        for link in list(process.links):
+            if self._rng.random() < 0.5:
+                network.held.add(link.out)
+                self._later(lambda pipe=link.out: network.let_go(pipe), *durations)  # type: ignore[misc]
+
+    def _hold_mount(self) -> None:
+        durations = (3.0, 7.0, 10.0, 14.0)
+        if self._rng.random() < 0.7:
+            self._world.network.before_write["mount"] = lambda process: self._hold_out(process, *durations)
+            return
+        process = self._process("mount")
+        if process is not None:
+            self._hold_some(process, *durations)
+
+    def _depose(self) -> None:
+        """Its node's lease ends, and it does not know, or what it has sent is still under way."""
+        owner = self._world.owner_node()
+        host = None if owner is None else self._world.machines[owner].processes.get("host")
+        if owner is None or host is None or not host.alive:
+            return
+        if self._rng.random() < 0.3:
+            self._world.pause([host])
+            self._later(lambda: self._world.resume([host]), *_DEPOSED_S)
+            self._cut_from_store(owner)
+        else:
+            self._world.network.before_write["host"] = self._hold_deposed
+
+    def _hold_deposed(self, host: Process) -> None:
+        self._hold_out(host, *_DEPOSED_S)
+        self._cut_from_store(host.node)
+
+    def _cut_from_store(self, node: str) -> None:
+        self._world.trace(f"{node} is cut off from the cluster store")
+        self._world.store.cut.add(node)
+        self._later(lambda: self._world.store.cut.discard(node), *_DEPOSED_S)
+
+    def _hold(self) -> None:
+        for _ in range(self._rng.randrange(1, 4)):
+            pipe = self._world.network.hold_some()
+            if pipe is not None:
+                self._world.trace(f"held: {pipe.sender.process.name} to {pipe.receiver.process.name}")
+                self._later(lambda pipe=pipe: self._world.network.let_go(pipe), 0.2, 1.0, 3.0, 6.0)  # type: ignore[misc]

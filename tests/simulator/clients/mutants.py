@@ -1,0 +1,198 @@
+"""Deliberately broken rules of membership, fencing, leases and sessions, for a run: the history has to give them away.
+
+Place      simulator, top; as tests/simulator/mutants.py does for the block layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import coordinator.dispatch
+import csvfs.block.slab_state
+import csvfs.mount.operations
+from coordinator.eviction import Eviction
+from coordinator.lease_table import LeaseTable
+from coordinator.replies import Replies
+from coordinator.service import Service
+from coordinator.sessions import Outcome
+from csvfs.block.block_service import BlockService
+from csvfs.mount.guard import Guard
+from csvfs.mount.lapse import Lapse
+from csvfs.mount.recall import Recaller
+from csvfs.mount.relay import Relay
+from tests.simulator.clients import faults, programs
+from tests.simulator.process import Process
+
+Patch = tuple[Any, str, Any]
+
+
+def _I5_mount_serves_when_cut_off() -> list[Patch]:
+    """A mount answers from what it holds, whatever became of its node's lease and its coordinator."""
+
+    def serving(self: Guard) -> bool:
+        return True
+
+    return [(Guard, "serving", serving)]
+
+
+def _I5_caches_outlive_lapse() -> list[Patch]:
+    """What the kernel has cached stays when its mount may not serve any more."""
+
+    def begin(self: Lapse) -> None:
+        """Nothing is taken back."""
+
+    return [(Lapse, "begin", begin)]
+
+
+def _I5_recall_leaves_pages() -> list[Patch]:
+    """A recall is answered, and pages stay."""
+
+    async def empty(self: Recaller, state: Any, recall: Any, held: Any) -> None:
+        held.hold_all()
+        while state.reads or state.writers or state.writes:
+            await state.wait_change()
+
+    return [(Recaller, "_empty", empty)]
+
+
+def _I5_coordinator_serves_when_cut_off() -> list[Patch]:
+    """A coordinator answers though its node's lease has run out, and the host goes on."""
+
+    def check(self: Service) -> None:
+        """Whatever the liveness page says."""
+
+    def may_serve(self: Process) -> bool:
+        return self.role == "host" or self.machine.clock_ns() < self.machine.serve_until
+
+    return [(Service, "_check_serving", check), (Process, "may_serve", may_serve)]
+
+
+def _I6_fenced_too_late() -> list[Patch]:
+    """Leases pass on at once; the fence is set some time."""
+
+    async def fence_out(self: Eviction, session: Any, *, succeeded: Callable[[], bool]) -> None:
+        """Nobody is asked."""
+
+    return [(Eviction, "fence_out", fence_out)]
+
+
+def _I6_answered_before_in_force() -> list[Patch]:
+    """A drive server answers a fence, and carries it out eight seconds later."""
+    true = BlockService.fence
+
+    def fence(self: BlockService, volume: Any, writer: str, min_incarnation: Any) -> None:
+        process: Any = self.engine.process  # type: ignore[attr-defined]
+        process.network.events.after(8.0, lambda: process.alive and true(self, volume, writer, min_incarnation))
+
+    return [(BlockService, "fence", fence), (csvfs.block.slab_state, "bump", _same_epoch)]
+
+
+def _same_epoch(descriptor: Any) -> Any:
+    """Epochs refuse late writes, too, as those of a new one are equal on all members: without that, nothing does."""
+    return descriptor
+
+
+def _I11_reply_not_stored() -> list[Patch]:
+    """An operation that is sent again is done again."""
+
+    def store_reply(self: Replies, session: int, op: int, reply: bytes) -> None:
+        """Nothing is kept."""
+
+    return [(Replies, "store_reply", store_reply)]
+
+
+def _I11_op_ignored() -> list[Patch]:
+    """A change is carried out whenever it is sent, whatever its number."""
+
+    def once(store: Any, session: Any, op: int, op_done: int, apply: Callable[[], Any]) -> Callable[[], Outcome]:
+        return lambda: Outcome(apply())
+
+    return [(coordinator.dispatch, "once", once)]
+
+
+def _lease_given_twice() -> list[Patch]:
+    """The write lease of one session does not keep others from getting theirs."""
+
+    def recall_others(self: LeaseTable, *args: Any) -> bool:
+        return False
+
+    return [(LeaseTable, "_recall_others", recall_others)]
+
+
+def _K1_cached_without_lease() -> list[Patch]:
+    """The kernel may keep whatever it is told."""
+    true = csvfs.mount.operations.entry_attributes
+
+    def entry_attributes(attr: Any, leased: bool, name_leased: bool = False) -> Any:
+        return true(attr, True, True)
+
+    def valid_s(self: Relay, ino: int, stamp: int) -> int:
+        return 1 << 24
+
+    return [
+        (csvfs.mount.operations, "entry_attributes", entry_attributes),
+        (Relay, "_valid_s", valid_s),
+        (Relay, "_attr_valid_s", valid_s),
+    ]
+
+
+MUTANTS: dict[str, Callable[[], list[Patch]]] = {
+    "I5 a mount that is cut off goes on serving": _I5_mount_serves_when_cut_off,
+    "I5 the kernel's caches outlive the lapse": _I5_caches_outlive_lapse,
+    "I5 a recall leaves pages": _I5_recall_leaves_pages,
+    "I5 a coordinator that is cut off goes on serving": _I5_coordinator_serves_when_cut_off,
+    "I6 leases pass on before the fence": _I6_fenced_too_late,
+    "I6 a fence is answered before it is in force": _I6_answered_before_in_force,
+    "I11 replies are not stored": _I11_reply_not_stored,
+    "I11 operation numbers are ignored": _I11_op_ignored,
+    "lease given twice": _lease_given_twice,
+    "K1 cached without a lease": _K1_cached_without_lease,
+}
+_CUTS = ("partition", "store cut")
+EMPHASIS = {
+    "I5 a mount that is cut off goes on serving": _CUTS,
+    "I5 the kernel's caches outlive the lapse": _CUTS,
+    "I5 a coordinator that is cut off goes on serving": _CUTS,
+    "I6 leases pass on before the fence": ("hold mount",),
+    "I6 a fence is answered before it is in force": ("hold mount",),
+    "I11 replies are not stored": ("kill host", "break", "hold"),
+    "I11 operation numbers are ignored": ("kill host", "break", "hold"),
+}
+
+
+# Tried first.
+CATCHING_SEEDS = {
+    "I6 leases pass on before the fence": (17,),
+    "I6 a fence is answered before it is in force": (17,),
+    "I5 a mount that is cut off goes on serving": (3,),
+    "I5 the kernel's caches outlive the lapse": (3,),
+    "I5 a coordinator that is cut off goes on serving": (64,),
+    "I11 replies are not stored": (17,),
+    "I11 operation numbers are ignored": (17,),
+    "K1 cached without a lease": (3,),
+}
+# Of programs that show a write which comes too late: they hardly ever write to other places.
+_FEW_PLACES = {"FILES": ((b"", b"f0"),), "CELLS_MAX": 2, "PACES_S": (0.0, 0.05, 0.3)}
+
+
+@contextmanager
+def emphasis_of(name: str) -> Iterator[None]:
+    """Run with the faults and programs that show this mutant best."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(faults, "EMPHASIS", EMPHASIS.get(name, ())))
+        if name.startswith("I6"):
+            for attribute, value in _FEW_PLACES.items():
+                stack.enter_context(patch.object(programs, attribute, value))
+        yield
+
+
+@contextmanager
+def broken(name: str) -> Iterator[None]:
+    """Run with one rule broken."""
+    with ExitStack() as stack:
+        for target, attribute, value in MUTANTS[name]():
+            stack.enter_context(patch.object(target, attribute, value))
+        yield

@@ -1,0 +1,47 @@
+"""Programs on mounts and coordinators under simulated faults: a range of seeds in every test run.
+
+A failure prints the seed; `tools/sim --world clients --seed N` replays it. What is injected:
+tests/simulator/clients/faults.py.
+"""
+
+import re
+from functools import partial
+
+import pytest
+
+from tests.test_simulator import TIMEOUT_S, check, simulate
+
+clients = partial(simulate, "--world", "clients")
+SEEDS = 60
+# Seeds that found something when they were first run, beyond those of the range.
+KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188)
+
+
+@pytest.mark.slow
+def test_what_programs_see_is_linearizable_whatever_breaks() -> None:
+    """Reads, writes, appends, truncations and names, on three nodes; in the end all nodes agree."""
+    half = SEEDS // 2
+    check([clients("--seeds", f"{first}..{first + half - 1}") for first in (1, half + 1)], SEEDS)
+
+
+@pytest.mark.slow
+def test_seeds_that_once_found_a_fault_of_clients_hold() -> None:
+    """The faults have tests of their own, too: a seed is another run when the code runs in another order."""
+    check([clients("--seeds", ",".join(map(str, KNOWN_SEEDS)))], len(KNOWN_SEEDS))
+
+
+def test_a_few_seeds_of_clients_hold() -> None:
+    """What fits into the fast tests."""
+    check([clients("--seeds", "2001..2006")], 6)
+
+
+def test_a_seed_of_clients_replays_its_run_exactly() -> None:
+    """In another process, after other seeds, with other hashes: the same events at the same instants."""
+    alone = [clients("--seed", "13", hash_seed=hash_seed) for hash_seed in ("0", "random")]
+    outputs = {run.communicate(timeout=TIMEOUT_S)[0] for run in alone}
+    assert len(outputs) == 1
+    (output,) = outputs
+    assert len(output.splitlines()) > 50
+    after = clients("--seeds", "7,13", "--digests")
+    found = dict(re.findall(r"^digest of (\d+): (\w+)", after.communicate(timeout=TIMEOUT_S)[0], re.M))
+    assert found["13"] == output.split()[-1]
