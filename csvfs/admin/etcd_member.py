@@ -5,7 +5,7 @@ File       `member.json` (store/etcd_place.py) is in the words of etcd's own con
            is there, `csvfs node run` runs the member; nowhere else is written whether a node has one.
 Command    The same words as options of the command, because one thing cannot be said in the file: the list of
            certificates that are not taken any more (`revoked.crl`; etcd reads it anew for each connection).
-Why so     heartbeat and election: a leader that dies is replaced within 0.8 s, while the nodes' liveness
+Why so     heartbeat and election: a leader that dies is replaced within 1.2 s, while the nodes' liveness
            pages are good for 2 to 2.5 s, so losing one member stops nobody. A new leader counts every lease anew, with
            the election timeout on top: so it counts twice in the pause of a node that led and died. Not shorter: a
            leader that waits so long for its disk is deposed.
@@ -23,8 +23,8 @@ from csvfs.admin.files import write_whole
 from csvfs.errors import Corrupt, NotFound, NotSupported
 from csvfs.store.etcd_place import EtcdPlace
 
-HEARTBEAT_MS = 40
-ELECTION_MS = 400
+HEARTBEAT_MS = 60
+ELECTION_MS = 600
 REVISIONS_KEPT = 10_000
 QUOTA = 2 << 30  # bytes; the store itself has a few hundred KiB
 REQUEST_SIZE_MAX = 8 << 20  # bytes; `pool recover` writes everything in one transaction
