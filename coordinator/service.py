@@ -162,9 +162,7 @@ class Service:
             setup.name, metadata, self.batches, [self.changes, metadata_changes], control, facts,
             self.members.look_into, slab_blocks=setup.slab_blocks, is_paused=lambda: record.is_paused("scrub"),
         )  # fmt: skip
-        self.lost = LostSlabs(
-            setup.name, setup.volume, metadata, self.changes, control, facts, book.store
-        )
+        self.lost = LostSlabs(setup.name, setup.volume, metadata, self.changes, control, facts, book.store)
         self.lost.on_accepted = self.members.look_into
         self._books: list[SlabBook] = [book, data_book]
         self._health = Health(self._books, self.healing.wanted, facts.domain_of)

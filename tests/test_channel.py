@@ -12,9 +12,10 @@ import trio
 from csvfs.errors import CsvfsError, NoSpace
 from csvfs.mount import channel as channel_module
 from csvfs.mount import fuse_abi as abi
+from csvfs.mount import request_journal
 from csvfs.mount.channel import WRITE_APPEND, Channel
 from csvfs.mount.relay import CACHE_VALID_S, Relay
-from csvfs.mount.request_journal import UNIQUE_RESENT, current_request
+from csvfs.mount.request_journal import UNIQUE_RESENT, RequestJournal, current_request
 from csvfs.net.engine import Engine
 from tests.memory_volume import READ_LEASE, MemoryVolume
 
@@ -668,3 +669,35 @@ async def test_I11_a_name_that_is_made_again_for_the_next_process_is_a_call_of_t
     setting.send(abi.FSYNC, UNIQUE_RESENT | 7, FILE, bytes(16))
     await setting.receive_error()
     assert seen == [7, 7]
+
+
+async def test_I11_a_request_that_is_cancelled_is_found_by_the_next_process_and_an_answered_one_is_not(
+    setting: Setting,
+) -> None:
+    """A bug in one task ends a mount by cancelling all others: the kernel asks the next process for what they did."""
+    words = memoryview(bytearray(8 * request_journal.WORDS)).cast("Q")
+    journal = setting.channel._journal = RequestJournal(words)
+    numbered: list[int] = []
+
+    async def fsync(ino: int) -> None:
+        numbered.append(journal.number("unlink")[0])
+        if len(numbered) == 2:
+            await trio.sleep_forever()
+
+    setting.volume.fsync = fsync  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        setting.channel._nursery = nursery
+        setting.send(abi.FSYNC, 10, FILE, bytes(16))
+        assert await setting.receive_error() == (10, 0)
+        setting.send(abi.FSYNC, 12, FILE, bytes(16))
+        with trio.fail_after(60):
+            while len(numbered) < 2:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    successor = RequestJournal(words)
+    for request, was_asked in ((10, False), (12, True)):
+        successor.begin(request)
+        token = current_request.set(request)
+        op, again = successor.number("unlink")
+        current_request.reset(token)
+        assert again == was_asked and (op == numbered[1]) == was_asked

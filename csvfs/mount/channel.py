@@ -341,16 +341,21 @@ class Channel:
         request = unique & UNIQUE_MASK
         current_request.set(request)
         try:
-            await function(unique, *args)
-        except Exception as error:
-            self._reply_failure(unique, error)
-        finally:
+            await self._answer(unique, function, args)
+            # Not when cancelled: the kernel has no answer, and the next process must find what was done for it (I11).
             self._journal.done(request)
             if self._replaying:
                 self._replayed(unique)
+        finally:
             if self._waiting == REQUESTS_WAITING_MAX and not self.ended.is_set():
                 self._engine.modify(self._fd, select.EPOLLIN)
             self._waiting -= 1
+
+    async def _answer(self, unique: int, function: Callable[..., Awaitable[None]], args: tuple) -> None:
+        try:
+            await function(unique, *args)
+        except Exception as error:
+            self._reply_failure(unique, error)
 
     def _on_read(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, size, _, _, _, _ = abi.READ_IN.unpack_from(body)

@@ -187,31 +187,7 @@ class MountProcess:
             journal=self._journal,
             inherit=self._takes_over,
         )
-        links = ServerLinks(
-            self._engine,
-            server_directory(self._view),
-            cluster=cluster,
-            volume=volume,
-            writer=f"mount/{node}",
-            incarnation=self._incarnation,
-            local_node=node,
-            paths=paths,
-        )
-        self._view.on_change(links.check_servers)  # a node without power breaks no connection
-        owner = CoordinatorOfSlabs(session)
-        bus = Bus(
-            links,
-            owner,
-            volume=volume,
-            local_node=node,
-            silence_ms_max=options.write_timeout_ms,
-            io_timeout_s=options.io_timeout_ms / 1000,
-            owner_patience_s=OWNER_PATIENCE_S,
-            make_equal=owner.make_equal,
-        )
-        self._view.on_change(lambda: self._follow_volume(bus))
-        self._follow_volume(bus)
-        bus.on_fenced = self._fail
+        bus = self._make_bus(cluster, volume, session, paths)
         if self._record is None:
             self._fd = device.open_device()
         notifier = KernelNotifier(self._fd)
@@ -250,6 +226,35 @@ class MountProcess:
             if socket is not None:
                 socket.close()
             bus.close()
+
+    def _make_bus(self, cluster: bytes, volume: VolumeId, session: Session, paths: Paths) -> Bus:
+        node, options = self._config.node, self._config.options
+        links = ServerLinks(
+            self._engine,
+            server_directory(self._view),
+            cluster=cluster,
+            volume=volume,
+            writer=f"mount/{node}",
+            incarnation=self._incarnation,
+            local_node=node,
+            paths=paths,
+        )
+        self._view.on_change(links.check_servers)  # a node without power breaks no connection
+        owner = CoordinatorOfSlabs(session)
+        bus = Bus(
+            links,
+            owner,
+            volume=volume,
+            local_node=node,
+            silence_ms_max=options.write_timeout_ms,
+            io_timeout_s=options.io_timeout_ms / 1000,
+            owner_patience_s=OWNER_PATIENCE_S,
+            make_equal=owner.make_equal,
+        )
+        self._view.on_change(lambda: self._follow_volume(bus))
+        self._follow_volume(bus)
+        bus.on_fenced = self._fail
+        return bus
 
     def _on_contact(self, guard: Guard, sent_ns: int) -> None:
         guard.contact(sent_ns)
