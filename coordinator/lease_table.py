@@ -242,10 +242,6 @@ class LeaseTable:
                         waiting[ticket] = None
         return [action for ticket in waiting for action in self.finish(ticket)]
 
-    def held_by(self, session: SessionKey) -> list[tuple[InodeNo, int]]:
-        """Its leases, by inode number."""
-        return [(ino, self.held(session, ino)) for ino in sorted(self._sessions.get(session, ()))]
-
     def trim(self) -> list[Action]:
         """Recall the longest-held leases of sessions that hold too many. To be called now and then."""
         actions: list[Action] = []
