@@ -15,7 +15,7 @@ import trio
 from csvfs.admin.child import bound_log
 from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.mount_points import mounted_paths
-from csvfs.admin.node_run import next_incarnation
+from csvfs.admin.node_lease import next_incarnation
 from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import item_map
 from csvfs.store.interface import ClusterStore

@@ -6,9 +6,8 @@ File       `member.json` (store/etcd_place.py) is in the words of etcd's own con
 Command    The same words as options of the command, because one thing cannot be said in the file: the list of
            certificates that are not taken any more (`revoked.crl`; etcd reads it anew for each connection).
 Why so     heartbeat and election: a leader that dies is replaced within 1.2 s, while the nodes' liveness
-           pages are good for 2 to 2.5 s, so losing one member stops nobody. A new leader counts every lease anew, with
-           the election timeout on top: so it counts twice in the pause of a node that led and died. Not shorter: a
-           leader that waits so long for its disk is deposed.
+           pages are good for 2 to 2.5 s, so losing one member stops nobody. Not shorter: a vote is flushed before it is
+           given, so where flushes take longer than an election may, none ever ends (RELIABILITY.md, "Open").
            compaction: csvfs never asks for the past but to go on with a watch.
            the gateway: with a configuration file etcd leaves it out unless told.
 """

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from csvfs.cluster.beats import BEATS
 from csvfs.errors import CsvfsError, Unavailable
 from csvfs.ids import DriveId, NodeName, Term, id_bytes
 from csvfs.store.interface import Change, ClusterStore, Item
@@ -83,10 +84,12 @@ class View:
         return result
 
     def apply(self, changes: list[Change]) -> None:
-        """Take over changes of the store, then tell everybody who waits."""
+        """Take over changes of the store, then tell everybody who waits. Beats are no news: they come all the time."""
         for change in changes:
             self._apply_one(change.key, change.item.value if change.item else None)
             self.revision = max(self.revision, change.revision)
+        if changes and all(change.key.startswith(BEATS) for change in changes):
+            return
         changed, self._changed = self._changed, trio.Event()
         changed.set()
         for callback in list(self._callbacks):

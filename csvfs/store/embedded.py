@@ -129,7 +129,9 @@ class EmbeddedStore:
 
     # Transactions
 
-    async def transact(self, compares: list[Compare], changes: list[Put | Delete]) -> TransactionResult:
+    async def transact(
+        self, compares: list[Compare], changes: list[Put | Delete], *, repeatable: bool = False
+    ) -> TransactionResult:
         """See interface.py. Raises NotFound when a Put names a lease that has ended; nothing is changed then.
 
         Cancel   safe; a transaction that has begun is finished before Cancelled is raised.

@@ -93,7 +93,9 @@ class EtcdStore:
 
     # Transactions
 
-    async def transact(self, compares: list[Compare], changes: list[Put | Delete]) -> TransactionResult:
+    async def transact(
+        self, compares: list[Compare], changes: list[Put | Delete], *, repeatable: bool = False
+    ) -> TransactionResult:
         """See interface.py. Raises NotFound when a Put names a lease that has ended; nothing is changed then.
 
         Raises   Unavailable: no majority for long; it may or may not have been done, or be done within the
@@ -101,6 +103,8 @@ class EtcdStore:
         Cancel   safe; it may or may not have been done.
         """
         check_changes(changes)
+        if repeatable:
+            return await self._transact_again_and_again(compares, changes)
         async with self._transacting:
             try:
                 return await self._transact(compares, changes)
@@ -127,6 +131,14 @@ class EtcdStore:
             if result is not None:
                 return result
         raise Unavailable(f"{_names(changes)}: not done, {TURNS_MAX} times no answer came; is etcd overloaded?")
+
+    async def _transact_again_and_again(
+        self, compares: list[Compare], changes: list[Put | Delete]
+    ) -> TransactionResult:
+        """Without a token: nobody needs to know whether it was done once or twice."""
+        compared, done = messages.transaction_request(compares, changes)
+        answer = await self._ask("/v3/kv/txn", {"compare": compared, "success": done, "failure": []})
+        return TransactionResult(bool(answer.get("succeeded")), messages.header_of(answer).revision)
 
     async def _try_once(
         self, token: "_Token", compared: list[dict[str, Any]], done: list[dict[str, Any]], attempt_s: float

@@ -67,8 +67,15 @@ class ClusterStore(Protocol):
 
     async def get(self, key: str) -> Item | None: ...
 
-    async def transact(self, compares: list[Compare], changes: list[Put | Delete]) -> TransactionResult:
-        """Apply all changes at once iff all compares hold; else nothing."""
+    async def transact(
+        self, compares: list[Compare], changes: list[Put | Delete], *, repeatable: bool = False
+    ) -> TransactionResult:
+        """Apply all changes at once iff all compares hold; else nothing.
+
+        repeatable   Doing it several times does no harm and holds as long as the compares do. So where an answer is
+                     lost it is asked again, at once, and several may be under way: then it may be done more than once,
+                     or again after it was answered.
+        """
         ...
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
