@@ -1,11 +1,13 @@
 """Attributes: what stat shows and chmod, chown, utimes and truncate change; and extended attributes.
 
-Place      coordinator floor; above inodes.py and extents.py, below metadata.py.
-Owns       table xattrs.
+Place      coordinator floor; above inodes.py, access_lists.py and extents.py, below metadata.py.
+Owns       table xattrs, but for ACLs.
 """
 
 import stat
 
+from coordinator import posix_acl
+from coordinator.access_lists import AccessLists
 from coordinator.database import Database
 from coordinator.extents import FILE_SIZE_MAX, Extents
 from coordinator.inodes import TIME_MAX, TIME_MIN, Inode, Inodes
@@ -31,8 +33,9 @@ _ID_MAX = 0xFFFF_FFFF
 class Attributes:
     """Attributes of all inodes."""
 
-    def __init__(self, database: Database, inodes: Inodes, extents: Extents) -> None:
+    def __init__(self, database: Database, inodes: Inodes, extents: Extents, lists: AccessLists) -> None:
         self._database = database
+        self._lists = lists
         self._inodes = inodes
         self._extents = extents
 
@@ -56,10 +59,11 @@ class Attributes:
 
         A file of very many extents may end up larger than `size`: then commit, and call again.
 
-        Raises   NotFound, BadRequest, FileTooBig, IsADirectory or Conflict: size of what is no regular file.
+        Raises   NotFound, BadRequest, FileTooBig, IsADirectory or Conflict: size of what is no regular file; Corrupt.
         """
         inode = self._inodes.get(ino)
         _check_change(mode, uid, gid, atime_ns, mtime_ns)
+        entries = () if mode is None else self._lists.of(inode, posix_acl.ACCESS)
         if size is not None:
             self._inodes.file(ino)
             if not 0 <= size <= FILE_SIZE_MAX:
@@ -73,6 +77,7 @@ class Attributes:
                 inode.mode = _mode_after_chown(inode.mode)
         if mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+            self._lists.mode_changed(inode, entries)
         inode.atime = inode.atime if atime_ns is None else atime_ns
         inode.mtime = inode.mtime if mtime_ns is None else mtime_ns
         inode.ctime = now_ns
@@ -122,10 +127,13 @@ class Attributes:
             for (name,) in self._database.rows("SELECT name FROM xattrs WHERE ino = ? ORDER BY name", (ino,))
         ]
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, now_ns: int) -> None:
-        """Flags: 0, XATTR_CREATE or XATTR_REPLACE.
+    def setxattr(
+        self, ino: int, name: bytes, value: bytes, flags: int, now_ns: int, *, drops_set_gid: bool = False
+    ) -> None:
+        """Flags: 0, XATTR_CREATE or XATTR_REPLACE. An access ACL changes the mode, too; drops_set_gid: also by that bit.
 
-        Raises   NotFound, NameTooLong, ResultTooLarge, Exists, NoAttribute, NoSpace (too many), BadRequest.
+        Raises   NotFound, NameTooLong, ResultTooLarge, Exists, NoAttribute, NoSpace (too many), BadRequest;
+                 of an ACL: NotSupported, AccessDenied.
         """
         inode = self._inodes.get(ino)
         if not isinstance(name, bytes) or not isinstance(value, bytes):
@@ -138,6 +146,7 @@ class Attributes:
             raise ResultTooLarge(f"attribute {name!r} of {len(value)} B, may have {XATTR_VALUE_SIZE_MAX} B")
         if flags not in (0, XATTR_CREATE, XATTR_REPLACE):
             raise BadRequest(f"setxattr flags {flags:#x} are not known")
+        entries = self._lists.check(inode, name, value) if name in posix_acl.NAMES else None
         exists = self._value(inode, name) is not None
         if exists and flags == XATTR_CREATE:
             raise Exists(f"inode {ino} has an attribute {name!r} already")
@@ -147,10 +156,13 @@ class Attributes:
             names = self.listxattr(ino)
             if sum(len(known) + 1 for known in names) + len(name) + 1 > XATTR_LIST_SIZE_MAX:
                 raise NoSpace(f"inode {ino}: its {len(names)} attribute names fill {XATTR_LIST_SIZE_MAX} B")
-            inode.xattrs += 1
-        self._database.run(
-            "INSERT OR REPLACE INTO xattrs(ino, name, value) VALUES(?,?,?)", (ino, name, value)
-        )
+        if entries is not None:
+            self._lists.set(inode, name, entries, drops_set_gid=drops_set_gid)
+        else:
+            inode.xattrs += not exists
+            self._database.run(
+                "INSERT OR REPLACE INTO xattrs(ino, name, value) VALUES(?,?,?)", (ino, name, value)
+            )
         inode.ctime = now_ns
         self._inodes.changed(inode)
 

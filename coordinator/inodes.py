@@ -21,7 +21,7 @@ _SECTORS_PER_BLOCK = BLOCK_SIZE // 512
 _COLUMNS = "ino, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime, generation, parent, xattrs"
 ATTR_COLUMNS = (
     "i.ino, i.mode, i.nlink, i.uid, i.gid, i.rdev, i.size, i.blocks * 8,"
-    " i.atime, i.mtime, i.ctime, i.generation"
+    " i.atime, i.mtime, i.ctime, i.generation, i.xattrs"
 )
 assert _SECTORS_PER_BLOCK == 8  # ATTR_COLUMNS
 _READ = f"SELECT {_COLUMNS} FROM inodes WHERE ino = ?"
@@ -55,7 +55,7 @@ class Inode:
         """As PROTOCOL.md, "Calls to a coordinator", has it."""
         return [
             self.ino, self.mode, self.nlink, self.uid, self.gid, self.rdev, self.size,
-            self.blocks * _SECTORS_PER_BLOCK, self.atime, self.mtime, self.ctime, self.generation,
+            self.blocks * _SECTORS_PER_BLOCK, self.atime, self.mtime, self.ctime, self.generation, self.xattrs,
         ]  # fmt: skip
 
 

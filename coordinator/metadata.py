@@ -10,6 +10,7 @@ Use        `begin`, operations, `commit` (or `rollback`); then send `image.take_
 import secrets
 from dataclasses import dataclass
 
+from coordinator.access_lists import AccessLists
 from coordinator.attributes import Attributes
 from coordinator.database import Database
 from coordinator.extents import Extents
@@ -48,9 +49,10 @@ class Metadata:
         self.volume = volume
         self.inodes = Inodes(database)
         self.space = space = Space(database)
+        lists = AccessLists(database)
         self.extents = extents = Extents(database, self.inodes, space)
-        self.names = names = Namespace(database, self.inodes, extents, hash_key)
-        self.attributes = attributes = Attributes(database, self.inodes, extents)
+        self.names = names = Namespace(database, self.inodes, extents, lists, hash_key)
+        self.attributes = attributes = Attributes(database, self.inodes, extents, lists)
         self.sessions = replies = Replies(database)
         replies.load()
         self.locks = FileLocks(database)

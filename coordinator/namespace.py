@@ -1,6 +1,6 @@
 """The namespace: names in directories, and what make, link, unlink and rename do to them.
 
-Place      coordinator floor; above inodes.py and extents.py, below metadata.py.
+Place      coordinator floor; above inodes.py, access_lists.py and extents.py, below metadata.py.
 Owns       tables entries, symlinks and orphans; link counts; `parent` of directories.
 Rule       an operation checks all before it changes anything: an expected error leaves the batch intact.
 
@@ -11,6 +11,7 @@ others come and go, and readdir goes on from it. Names of one hash share a bucke
 import stat
 from hashlib import blake2b
 
+from coordinator.access_lists import AccessLists
 from coordinator.database import Database
 from coordinator.extents import Extents
 from coordinator.inodes import ATTR_COLUMNS, DIRECTORY_SIZE, Inode, Inodes
@@ -56,8 +57,11 @@ WHERE e.parent = ? AND e.cookie > ? ORDER BY e.cookie LIMIT ?
 class Namespace:
     """All directories of the volume."""
 
-    def __init__(self, database: Database, inodes: Inodes, extents: Extents, hash_key: bytes) -> None:
+    def __init__(
+        self, database: Database, inodes: Inodes, extents: Extents, lists: AccessLists, hash_key: bytes
+    ) -> None:
         self._database = database
+        self._lists = lists
         self._inodes = inodes
         self._extents = extents
         self._hash = blake2b(key=hash_key, digest_size=8)
@@ -108,9 +112,21 @@ class Namespace:
     # Changing
 
     def make(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, target: bytes, now_ns: int
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int,
+        target: bytes,
+        now_ns: int,
+        *,
+        umask: int = 0,
     ) -> list[int]:
         """A new file, directory, symlink (to `target`) or special file; returns its attr.
+
+        umask: taken away from `mode`, but not of a symlink, and not where the directory has a default ACL.
 
         Raises   NotFound (no parent), NotADirectory, Exists, NameTooLong, TooManyLinks, BadRequest.
         """
@@ -133,6 +149,7 @@ class Namespace:
         if directory.mode & stat.S_ISGID:
             gid = directory.gid
             mode |= stat.S_ISGID if is_directory else 0
+        default = () if is_symlink else self._lists.default_of(directory)
         counters = self._database.counters
         ino = counters.next_ino
         counters.next_ino += 1
@@ -141,6 +158,8 @@ class Namespace:
             ino, mode, 2 if is_directory else 1, uid, gid, rdev, size, 0, now_ns, now_ns, now_ns,
             1, parent if is_directory else 0, 0,
         )  # fmt: skip
+        if not is_symlink:
+            self._lists.inherit(inode, default, umask)
         self._inodes.add(inode)
         self._database.run(_ADD, (parent, free_cookie, name, ino))
         if is_symlink:

@@ -109,9 +109,10 @@ class Operations:
     def _setxattr(self, session: SessionKey, args: Args) -> Operation:
         ino, name, value = arguments.inode(args), typed(args, "name", bytes), typed(args, "value", bytes)
         flags = arguments.number_or_zero(args, "flags")
+        drops_set_gid = arguments.flag(args, "drops_set_gid")
 
         def apply() -> Value:
-            self._metadata.setxattr(ino, name, value, flags, self.now_ns())
+            self._metadata.setxattr(ino, name, value, flags, self.now_ns(), drops_set_gid=drops_set_gid)
             return {}
 
         return Operation(needs=lambda: {ino: Need.ATTRIBUTES}, apply=apply)
@@ -178,11 +179,12 @@ class Operations:
         mode = arguments.number(args, "mode", 0, 0xFFFF)
         uid, gid = arguments.number(args, "uid", 0, U32_MAX), arguments.number(args, "gid", 0, U32_MAX)
         rdev = arguments.number_or_zero(args, "rdev")
+        umask = arguments.optional_number(args, "umask", 0, 0o7777) or 0
         target = optional_field(args, "target", bytes) or b""
         return Operation(
             needs=lambda: {parent: Need.ENTRIES},
             apply=lambda: {
-                "attr": self._metadata.make(parent, name, mode, uid, gid, rdev, target, self.now_ns())
+                "attr": self._metadata.make(parent, name, mode, uid, gid, rdev, target, self.now_ns(), umask=umask)
             },
             leases=lambda reply: {"lease": InodeNo(reply["attr"][_INO]), "dir_lease": parent},
             made=lambda reply: [InodeNo(reply["attr"][_INO])],

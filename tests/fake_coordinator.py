@@ -36,7 +36,7 @@ class File:
 
     def attr(self) -> list:
         times = [1000, self.mtime, self.ctime]
-        return [self.ino, self.mode, 1, 0, 0, 0, self.size, 8 * len(self.blocks), *times, 1]
+        return [self.ino, self.mode, 1, 0, 0, 0, self.size, 8 * len(self.blocks), *times, 1, 0]
 
 
 class FakeCoordinator:

@@ -51,7 +51,7 @@ class Inode:
         size = len(self.data) if stat.S_ISREG(self.mode) else len(self.target) or len(self.entries)
         blocks = (size + 4095) // 4096 * 8
         times = [self.atime_ns, self.mtime_ns, self.ctime_ns]
-        return [self.ino, self.mode, self.nlink, self.uid, self.gid, self.rdev, size, blocks, *times, 1]
+        return [self.ino, self.mode, self.nlink, self.uid, self.gid, self.rdev, size, blocks, *times, 1, len(self.xattrs)]
 
     def changed(self) -> None:
         self.mtime_ns = self.ctime_ns = time.time_ns()
@@ -295,9 +295,10 @@ class MemoryVolume:
         return self._entry(self._inode(ino))
 
     def call_make(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, target: bytes | None
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, target: bytes | None, umask: int = 0
     ) -> dict[str, Any]:
         directory = self._directory(parent)
+        mode &= ~0 if stat.S_ISLNK(mode) else ~umask
         if name in directory.entries:
             raise Exists(name.decode())
         inode = Inode(self.next_ino, mode, uid, gid, rdev, target=target or b"")
@@ -393,7 +394,7 @@ class MemoryVolume:
     def call_listxattr(self, ino: int, name: bytes) -> dict[str, Any]:
         return {"names": list(self._inode(ino).xattrs)}
 
-    def call_setxattr(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
+    def call_setxattr(self, ino: int, name: bytes, value: bytes, flags: int, drops_set_gid: bool) -> None:
         xattrs = self._inode(ino).xattrs
         if flags & XATTR_CREATE and name in xattrs:
             raise Exists(name.decode())

@@ -40,8 +40,11 @@ class Names:
     async def fsync_directory(self) -> None:
         await self.volume.call("fsync", {})
 
-    async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
+    async def set_attribute(
+        self, ino: int, name: bytes, value: bytes, flags: int, drops_set_gid: bool = False
+    ) -> None:
         self.set.append((ino, name, value, flags))
+        self.drops_set_gid = drops_set_gid
 
     def close_directory(self, fh: int) -> None:
         self.closed_directories.append(fh)
@@ -335,6 +338,29 @@ async def test_setxattr_keeps_its_flags_and_malformed_ones_are_refused(setting: 
         assert await setting.ask(abi.SETXATTR, FILE, wrong) == errno.EINVAL
     assert await setting.ask(abi.GETXATTR, FILE, bytes(8) + b"security.capability\0") == errno.ENODATA
     assert len(setting.names.set) == 1
+
+
+async def test_with_setxattr_ext_the_kernel_says_whether_an_acl_takes_the_set_gid_bit(setting: Setting) -> None:
+    await setting.negotiate()
+    for kills in (abi.SETXATTR_ACL_KILL_SGID, 0):
+        body = abi.SETXATTR_EXT_IN.pack(3, 0, kills, 0) + b"system.posix_acl_access\0" + b"v\0w"
+        assert await setting.ask(abi.SETXATTR, FILE, body) == 0
+        assert setting.names.set.pop() == (FILE, b"system.posix_acl_access", b"v\0w", 0)
+        assert setting.names.drops_set_gid is bool(kills)
+
+
+async def test_that_an_inode_has_no_attributes_is_answered_here_while_its_lease_says_so(setting: Setting) -> None:
+    volume, name = setting.volume, abi.GETXATTR_IN.pack(100, 0) + b"system.posix_acl_access\0"
+    volume.attributes_at_hand, volume.leases = True, {FILE: READ_LEASE}
+    assert await setting.ask(abi.GETXATTR, FILE, name) == errno.ENODATA
+    assert await setting.ask(abi.LISTXATTR, FILE, abi.GETXATTR_IN.pack(100, 0)) == 0
+    setting.send(abi.LISTXATTR, 7, FILE, abi.GETXATTR_IN.pack(0, 0))
+    assert (await setting.receive())[abi.OUT_HEADER.size :] == abi.GETXATTR_IN.pack(0, 0)
+    volume.inodes[FILE].xattrs[b"user.a"] = b"1"
+    assert (await setting.pass_through(abi.GETXATTR, FILE, name, b"v"))[-1:] == b"v"
+    volume.inodes[FILE].xattrs.clear()
+    volume.recall(FILE)
+    assert (await setting.pass_through(abi.GETXATTR, FILE, name, b"v"))[-1:] == b"v"
 
 
 async def test_rubbish_from_the_device_ends_nothing(setting: Setting) -> None:

@@ -26,7 +26,7 @@ from csvfs.errors import (
 from tests.metadata_members import TestVolume
 
 FILE, DIRECTORY, SYMLINK = 0o100644, 0o040755, 0o120777
-INO, MODE, NLINK, UID, GID, RDEV, SIZE, BLOCKS, ATIME, MTIME, CTIME, GENERATION = range(12)
+INO, MODE, NLINK, UID, GID, RDEV, SIZE, BLOCKS, ATIME, MTIME, CTIME, GENERATION, XATTRS = range(13)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_new_file_has_the_attributes_it_was_made_with(volume):
     with volume.batch() as metadata:
         attr = metadata.make(1, b"file", 0o104755, 7, 8, 0, b"", 1234)
         device = metadata.make(1, b"device", stat.S_IFCHR | 0o600, 0, 0, 0x501, b"", 1234)
-    assert attr == [2, 0o104755, 1, 7, 8, 0, 0, 0, 1234, 1234, 1234, 1]
+    assert attr == [2, 0o104755, 1, 7, 8, 0, 0, 0, 1234, 1234, 1234, 1, 0]
     assert device[RDEV] == 0x501
     assert metadata.lookup(1, b"file") == attr
     assert metadata.lookup(1, b"fil") is None

@@ -22,6 +22,7 @@ from csvfs.mount import fuse_abi as abi
 from csvfs.mount.direct import Direct
 from csvfs.mount.errno_border import errno_of
 from csvfs.mount.file_locks import FileLocks
+from csvfs.mount.file_state import XATTRS
 from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
 from csvfs.mount.request_journal import UNIQUE_MASK, UNIQUE_RESENT, RequestJournal, current_request
 from csvfs.net.engine import Engine
@@ -89,7 +90,9 @@ class Names(Protocol):
 
     def is_absent(self, parent: int, name: bytes) -> bool: ...
     async def fsync_directory(self) -> None: ...
-    async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None: ...
+    async def set_attribute(
+        self, ino: int, name: bytes, value: bytes, flags: int, drops_set_gid: bool = False
+    ) -> None: ...
     def close_directory(self, fh: int) -> None: ...
 
 
@@ -292,6 +295,7 @@ class Channel:
             abi.STATFS: lambda unique, _n, _: self._start(unique, self._statfs),
             abi.SETXATTR: self._on_setxattr,
             abi.GETXATTR: self._on_getxattr,
+            abi.LISTXATTR: self._on_listxattr,
             abi.DESTROY: lambda unique, _n, _: self._reply_errno(unique, 0),
             abi.FALLOCATE: self._on_fallocate,
             abi.LSEEK: self._on_lseek,
@@ -537,21 +541,37 @@ class Channel:
 
     def _on_setxattr(self, unique: int, node: int, body: memoryview) -> None:
         # pyfuse3 makes XATTR_CREATE and XATTR_REPLACE of two calls, which another node may come between.
-        size, flags = abi.SETXATTR_IN.unpack_from(body)
-        name, separator, rest = bytes(body[abi.SETXATTR_IN.size :]).partition(b"\0")
+        head = abi.SETXATTR_EXT_IN if self._relay.flags & abi.FLAG_SETXATTR_EXT else abi.SETXATTR_IN
+        size, flags, *further = head.unpack_from(body)
+        drops_set_gid = bool(further and further[0] & abi.SETXATTR_ACL_KILL_SGID)
+        name, separator, rest = bytes(body[head.size :]).partition(b"\0")
         if not separator or not name or len(rest) < size:
             self._reply_errno(unique, errno.EINVAL)
             return
         set_attribute = self._names.set_attribute
-        self._start(unique, self._then_ok, set_attribute, node, name, rest[:size], flags)
+        self._start(unique, self._then_ok, set_attribute, node, name, rest[:size], flags, drops_set_gid)
 
     def _on_getxattr(self, unique: int, node: int, body: memoryview) -> None:
         name = bytes(body[abi.GETXATTR_IN.size :]).partition(b"\0")[0]
         if name == b"security.capability":
             # The kernel asks before every buffered write, whether there is one to remove: there never is.
             self._reply_errno(unique, errno.ENODATA)
-            return
-        self._forward(abi.GETXATTR, unique, node, body)
+        elif self._has_no_attributes(node):
+            self._reply_errno(unique, errno.ENODATA)
+        else:
+            self._forward(abi.GETXATTR, unique, node, body)
+
+    def _on_listxattr(self, unique: int, node: int, body: memoryview) -> None:
+        if self._has_no_attributes(node):
+            self._reply(unique, (abi.pack_no_names_reply(unique, abi.GETXATTR_IN.unpack_from(body)[0]),))
+        else:
+            self._forward(abi.LISTXATTR, unique, node, body)
+
+    def _has_no_attributes(self, node: int) -> bool:
+        """Known under the lease: the kernel asks for an ACL of every inode that somebody else than its owner uses. That
+        there is none it remembers until its attributes are taken back, as a recall does before somebody sets one."""
+        attr = self._files.getattr_nowait(node)
+        return attr is not None and attr[XATTRS] == 0
 
     # ---- replies
 

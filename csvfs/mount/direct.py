@@ -48,6 +48,7 @@ class Caller:
     uid: int
     gid: int
     pid: int
+    umask: int = 0  # of requests that make something
 
 
 # Synchronous, when the request was read: (unique, what it is about, its body) -> what a task has to do.
@@ -80,7 +81,7 @@ class Direct:
         return self.by_opcode[opcode](pending, Caller(uid, gid, pid), bytes(request[abi.IN_HEADER.size :]))
 
     def _create(self, pending: Pending, caller: Caller, body: bytes) -> Prepared:
-        flags, mode, _, _ = abi.CREATE_IN.unpack_from(body)
+        flags, mode, caller.umask, _ = abi.CREATE_IN.unpack_from(body)
         name = _name(body[abi.CREATE_IN.size :])
         pending.detail = flags
 
@@ -92,7 +93,7 @@ class Direct:
         return run
 
     def _mkdir(self, pending: Pending, caller: Caller, body: bytes) -> Prepared:
-        mode, _ = abi.MKDIR_IN.unpack_from(body)
+        mode, caller.umask = abi.MKDIR_IN.unpack_from(body)
         name = _name(body[abi.MKDIR_IN.size :])
 
         async def run(unique: int) -> None:
@@ -159,7 +160,7 @@ class Direct:
         return run
 
     def _mknod(self, pending: Pending, caller: Caller, body: bytes) -> Prepared:
-        mode, rdev, _, _ = abi.MKNOD_IN.unpack_from(body)
+        mode, rdev, caller.umask, _ = abi.MKNOD_IN.unpack_from(body)
         name = _name(body[abi.MKNOD_IN.size :])
 
         async def run(unique: int) -> None:

@@ -24,8 +24,8 @@ from csvfs.volume.file_io import WriteDone
 LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE = range(4)  # PROTOCOL.md, lease kinds
 
 # PROTOCOL.md, "attr"
-INO, MODE, NLINK, UID, GID, RDEV, SIZE, BLOCKS, ATIME, MTIME, CTIME, GENERATION = range(12)
-ATTR_LENGTH = 12
+INO, MODE, NLINK, UID, GID, RDEV, SIZE, BLOCKS, ATIME, MTIME, CTIME, GENERATION, XATTRS = range(13)
+ATTR_LENGTH = 13
 
 WHOLE_FILE = (0, 0)  # offset, length; length 0: to the end
 

@@ -28,6 +28,7 @@ STATFS, RELEASE, FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH = 17, 
 INIT, OPENDIR, READDIR, RELEASEDIR, FSYNCDIR, GETLK, SETLK, SETLKW = 26, 27, 28, 29, 30, 31, 32, 33
 ACCESS, CREATE, INTERRUPT, BMAP, DESTROY, IOCTL, POLL, NOTIFY_REPLY = 34, 35, 36, 37, 38, 39, 40, 41
 BATCH_FORGET, FALLOCATE, READDIRPLUS, RENAME2, LSEEK, COPY_FILE_RANGE = 42, 43, 44, 45, 46, 47
+TMPFILE = 51
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
 OUT_HEADER = struct.Struct("=IiQ")  # len, error, unique
@@ -54,7 +55,9 @@ RENAME_IN = struct.Struct("=Q")  # new directory; then both names
 RENAME2_IN = struct.Struct("=QII")  # new directory, flags, padding; then both names
 RELEASE_IN = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 FSYNC_IN = struct.Struct("=QII")  # fh, fsync_flags, padding
-SETXATTR_IN = struct.Struct("=II")  # size, flags; then name, NUL, value (FUSE_SETXATTR_EXT is not negotiated)
+SETXATTR_IN = struct.Struct("=II")  # size, flags; then name, NUL, value: without FUSE_SETXATTR_EXT
+SETXATTR_EXT_IN = struct.Struct("=IIII")  # size, flags, setxattr_flags, padding; with it
+SETXATTR_ACL_KILL_SGID = 1 << 0
 FALLOCATE_IN = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 LK_IN = struct.Struct("=QQQQIIII")  # fh, owner, start, end, type, pid, lk_flags, padding
 LK_OUT = struct.Struct("=QQII")  # start, end, type, pid
@@ -63,7 +66,7 @@ INTERRUPT_IN = struct.Struct("=Q")  # unique
 assert (LK_IN.size, LK_OUT.size, FLUSH_IN.size, INTERRUPT_IN.size) == (48, 24, 24, 8)
 LSEEK_IN = struct.Struct("=QQII")  # fh, offset, whence, padding
 assert (FALLOCATE_IN.size, LSEEK_IN.size) == (32, 24)
-GETXATTR_IN = struct.Struct("=II")  # size, padding; then name, NUL
+GETXATTR_IN = struct.Struct("=II")  # size, padding; then name, NUL. Also of LISTXATTR, without a name
 assert (RELEASE_IN.size, FSYNC_IN.size, SETXATTR_IN.size, GETXATTR_IN.size) == (24, 16, 8, 8)
 READDIR_SIZE_OFFSET = IN_HEADER.size + 16  # `size` of a fuse_read_in
 U32 = struct.Struct("=I")
@@ -92,6 +95,7 @@ FLAG_ASYNC_READ = 1 << 0
 FLAG_POSIX_LOCKS = 1 << 1
 FLAG_ATOMIC_O_TRUNC = 1 << 3
 FLAG_BIG_WRITES = 1 << 5
+FLAG_DONT_MASK = 1 << 6
 FLAG_FLOCK_LOCKS = 1 << 10
 FLAG_AUTO_INVAL_DATA = 1 << 12
 FLAG_DO_READDIRPLUS = 1 << 13
@@ -99,9 +103,11 @@ FLAG_READDIRPLUS_AUTO = 1 << 14
 FLAG_ASYNC_DIO = 1 << 15
 FLAG_WRITEBACK_CACHE = 1 << 16
 FLAG_PARALLEL_DIROPS = 1 << 18
+FLAG_POSIX_ACL = 1 << 20
 FLAG_MAX_PAGES = 1 << 22
 FLAG_CACHE_SYMLINKS = 1 << 23
 FLAG_EXPLICIT_INVAL_DATA = 1 << 25
+FLAG_SETXATTR_EXT = 1 << 29
 FLAG_INIT_EXT = 1 << 30
 FLAG_DIRECT_IO_ALLOW_MMAP = 1 << 36
 FLAG_HAS_RESEND = 1 << 39  # the kernel offers it: FUSE_NOTIFY_RESEND works
@@ -173,6 +179,12 @@ def pack_lock_reply(unique: int, first: int, last: int, kind: int, pid: int) -> 
     return OUT_HEADER.pack(OUT_HEADER.size + LK_OUT.size, 0, unique) + LK_OUT.pack(first, last, kind, pid)
 
 
+def pack_no_names_reply(unique: int, room: int) -> bytes:
+    """To a LISTXATTR of an inode without attributes; room: that it asked for, 0: it asks how much it would be."""
+    body = b"" if room else GETXATTR_IN.pack(0, 0)
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
+
+
 def pack_write_reply(unique: int, size: int) -> bytes:
     return WRITE_REPLY.pack(WRITE_REPLY.size, 0, unique, size, 0)
 
@@ -189,7 +201,7 @@ def pack_statfs_reply(unique: int, figures: dict[str, int], block_size: int = 40
 
 def pack_attr_reply(unique: int, attr: list[int], valid_s: int) -> bytes:
     """`attr` as in PROTOCOL.md."""
-    ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, _ = attr
+    ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns = attr[:11]
     atime, atime_rest = divmod(atime_ns, 1_000_000_000)
     mtime, mtime_rest = divmod(mtime_ns, 1_000_000_000)
     ctime, ctime_rest = divmod(ctime_ns, 1_000_000_000)

@@ -30,7 +30,7 @@ SESSION_ENVIRONMENT = "CSVFS_MOUNT_SESSION"  # "descriptor of /dev/fuse,descript
 # far the session is; until when (CLOCK_MONOTONIC, ns) the kernel may go on showing what it has cached without a process;
 # the kernel's INIT request, its size in bytes and itself.
 _VERSION, _STAGE, _COVERED_UNTIL, _INIT_SIZE, _INIT = range(5)
-VERSION = 1
+VERSION = 2
 STAGE_NEW, STAGE_SERVED, STAGE_OVER = range(3)  # SERVED: the next process can take over
 INIT_SIZE_MAX = 480  # 40 of its header, 64 of its body so far
 _JOURNAL = 64  # words

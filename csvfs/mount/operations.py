@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields
 
-from csvfs.errors import Exists
+from csvfs.errors import Exists, NoAttribute
 from csvfs.mount import fuse_abi
 from csvfs.mount.errno_border import fuse_errors, stale_when_gone
 from csvfs.mount.file_state import CTIME, MODE
@@ -29,13 +29,13 @@ from csvfs.mount.relay import LEASE_READ, LEASE_WRITE
 
 READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
 COOKIE_OF_PARENT = 2  # of `..`; the coordinator's cookies are above
-# Attributes of the kernel or of other layers, which the volume does not keep: file capabilities (the mount is
-# nosuid), and ACLs (modes alone are checked).
+# Others are of the kernel or of other layers, as are file capabilities: the mount is nosuid.
 _NAMESPACES_KEPT = (b"user.", b"trusted.", b"security.")
+_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 _TRUSTED = b"trusted."
 _CAPABILITY = b"security.capability"
 
-Attr = list  # [ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, generation]
+Attr = list  # [ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, generation, xattrs]
 
 
 class Table(Protocol):
@@ -215,7 +215,7 @@ class VolumeOperations(pyfuse3.Operations):
         rdev: int = 0,
         target: bytes | None = None,
     ) -> EntryAttributes:
-        args = {"parent": parent, "name": name, "mode": mode, "uid": ctx.uid, "gid": ctx.gid}
+        args = {"parent": parent, "name": name, "mode": mode, "uid": ctx.uid, "gid": ctx.gid, "umask": ctx.umask}
         asked = self._table.stamp()
         self._known.add(parent, name)
         reply = await self._session.call("make", {**args, "rdev": rdev, "target": target})
@@ -409,17 +409,26 @@ class VolumeOperations(pyfuse3.Operations):
         return names if ctx.uid == 0 else [name for name in names if not name.startswith(_TRUSTED)]
 
     @fuse_errors
-    async def set_attribute(self, ino: int, name: bytes, value: bytes, flags: int) -> None:
-        """setxattr(2) with XATTR_CREATE or XATTR_REPLACE in `flags`: one step at the coordinator."""
+    async def set_attribute(
+        self, ino: int, name: bytes, value: bytes, flags: int, drops_set_gid: bool = False
+    ) -> None:
+        """setxattr(2) with XATTR_CREATE or XATTR_REPLACE in `flags`: one step at the coordinator.
+
+        drops_set_gid: an ACL, set by somebody who may not keep that bit of the mode.
+        """
         _check_namespace(name)
-        args = {"ino": ino, "name": name, "value": value, "flags": flags}
+        args = {"ino": ino, "name": name, "value": value, "flags": flags, "drops_set_gid": drops_set_gid}
         await self._change(ino, "setxattr", args)
 
     @fuse_errors
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         _check_namespace(name)
         args = {"ino": inode, "name": name, "value": b"", "flags": 0}
-        await self._change(inode, "removexattr", args)
+        try:
+            await self._change(inode, "removexattr", args)
+        except NoAttribute:
+            if name not in _ACLS:  # to have no ACL is what was asked for
+                raise
 
     async def _change(self, ino: int, name: str, args: dict[str, Any]) -> None:
         """A call that changes the inode's ctime, of which the reply says nothing."""
@@ -429,6 +438,8 @@ class VolumeOperations(pyfuse3.Operations):
 
 
 def _check_namespace(name: bytes) -> None:
+    if name in _ACLS:
+        return
     if not name.startswith(_NAMESPACES_KEPT) or name == _CAPABILITY:
         raise FUSEError(errno.EOPNOTSUPP)
     if name in _NAMESPACES_KEPT:

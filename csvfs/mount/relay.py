@@ -59,6 +59,10 @@ WANTED_FLAGS = (
     | abi.FLAG_DIRECT_IO_ALLOW_MMAP
     | abi.FLAG_POSIX_LOCKS
     | abi.FLAG_FLOCK_LOCKS
+    # The kernel checks ACLs, as modes; the coordinator keeps them, and takes the umask away where there is no default ACL.
+    | abi.FLAG_POSIX_ACL
+    | abi.FLAG_DONT_MASK
+    | abi.FLAG_SETXATTR_EXT
     # Left out on purpose: WRITEBACK_CACHE (written means in the drives' hands), AUTO_INVAL_DATA (leases say
     # when), ATOMIC_O_TRUNC (the kernel sends SETATTR, which takes the write lease), HANDLE_KILLPRIV (the
     # kernel clears set-uid bits by SETATTR).
@@ -154,6 +158,7 @@ class Relay:
         # Inode -> how often the kernel was given it and has not forgotten it.
         self.lookups: dict[int, int] = {}
         self.minor = 0
+        self.flags = 0  # agreed on with the kernel
         self._socket, self._pyfuse3_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._socket, self._pyfuse3_socket):
             end.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_SNDBUFFORCE", 32), SOCKET_BUFFER_SIZE)
@@ -314,12 +319,13 @@ class Relay:
             )
             return
         self.minor = min(offer.minor, abi.FUSE_MINOR_MAX)
+        self.flags = WANTED_FLAGS & offer.flags
         if pending.is_past:
             return
         reply = abi.pack_init_reply(
             unique,
             minor=self.minor,
-            flags=WANTED_FLAGS & offer.flags,
+            flags=self.flags,
             max_readahead=min(offer.max_readahead, MAX_READAHEAD),
             max_background=MAX_BACKGROUND,
             io_size_max=abi.IO_SIZE_MAX,

@@ -1,0 +1,125 @@
+"""What POSIX asks of a file system beyond the ordinary, on a lab of two nodes: what one node did the other one sees."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab_cluster import LabCluster, needs_lab, running_lab, wait_for
+from tests.test_first_cluster import is_mounted
+
+pytestmark = [pytest.mark.lab, needs_lab]
+
+VOLUME = "/clusterstorage/Volume1"
+
+# Carries out the statements of each line of its input, and says what `result` is afterwards. Its names stay.
+AGENT = """
+import errno, json, os, stat, struct, sys
+NO_ID = 0xFFFFFFFF
+ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+def acl(*entries):
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+def for_user(permissions, mask=7):
+    return acl((1, 6, NO_ID), (2, permissions, 1001), (4, 0, NO_ID), (16, mask, NO_ID), (32, 0, NO_ID))
+def trying(function, *args, **options):
+    try:
+        return function(*args, **options)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+names = dict(globals())
+for line in sys.stdin:
+    names["result"] = None
+    exec(json.loads(line), names)
+    print(json.dumps(names["result"]), flush=True)
+"""
+
+
+class Agent:
+    """A program on a node, to be told what to do."""
+
+    def __init__(self, lab: LabCluster, node: str, *, user: int = 0) -> None:
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+        self._process = lab.start_command(
+            node, *become, sys.executable, "-c", AGENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def do(self, statements: str) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(statements) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def get(self, expression: str) -> Any:
+        return self.do(f"result = {expression}")
+
+    def end(self, *, kill: bool = False) -> None:
+        if kill:
+            self._process.kill()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[LabCluster]:
+    with running_lab(nodes=2, drives=1) as cluster:
+        cluster.run("n1", "csvfs", "volume", "create", "Volume1", "--copies", "2")
+        for node in ("n1", "n2"):
+            wait_for(lambda node=node: is_mounted(cluster, node), within_s=120, explain=cluster.logs)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def agents(lab: LabCluster) -> Iterator[dict[str, Agent]]:
+    """Of root on both nodes, and of user 1001 on n1."""
+    agents = {"n1": Agent(lab, "n1"), "n2": Agent(lab, "n2"), "user": Agent(lab, "n1", user=1001)}
+    yield agents
+    for agent in agents.values():
+        agent.end()
+
+
+def test_an_acl_that_one_node_changes_counts_on_the_other_at_once(agents: dict[str, Agent]) -> None:
+    n1, n2, user = agents["n1"], agents["n2"], agents["user"]
+    path = f"{VOLUME}/shared"
+    n2.do(f"os.umask(0o077); open('{path}', 'w').write('x')")
+    # By this n1 has a read lease: what its kernel knows of the file it keeps until somebody takes it back.
+    assert n1.get(f"open('{path}').read()") == "x"
+    may_open = f"trying(lambda: os.close(os.open('{path}', os.O_RDONLY)))"
+    assert user.get(may_open) == "EACCES"
+    for _ in range(20):
+        n2.do(f"os.setxattr('{path}', ACCESS, for_user(4))")
+        assert user.get(may_open) is None
+        assert user.get(f"os.getxattr('{path}', ACCESS) == for_user(4)")
+        n2.do(f"os.setxattr('{path}', ACCESS, for_user(0))")
+        assert user.get(may_open) == "EACCES"
+    n2.do(f"os.setxattr('{path}', ACCESS, for_user(4))")
+    assert user.get(may_open) is None
+    n2.do(f"os.chmod('{path}', 0o600)")  # takes the mask away
+    assert user.get(may_open) == "EACCES"
+    n2.do(f"os.chmod('{path}', 0o640)")
+    assert user.get(may_open) is None
+    n2.do(f"os.removexattr('{path}', ACCESS)")
+    assert user.get(may_open) == "EACCES"
+
+
+def test_an_acl_of_a_directory_is_inherited_and_lets_another_node_in(agents: dict[str, Agent]) -> None:
+    n1, n2, user = agents["n1"], agents["n2"], agents["user"]
+    path = f"{VOLUME}/team"
+    n1.do(f"os.mkdir('{path}', 0o700); os.chmod('{path}', 0o700)")
+    assert user.get(f"trying(os.listdir, '{path}')") == "EACCES"
+    n2.do(f"[os.setxattr('{path}', name, acl((1, 7, NO_ID), (2, 7, 1001), (4, 0, NO_ID), (16, 7, NO_ID), (32, 0, NO_ID)))"
+          " for name in (ACCESS, DEFAULT)]")  # fmt: skip
+    n2.do(f"os.close(os.open('{path}/file', os.O_CREAT, 0o666)); os.mkdir('{path}/below', 0o777)")
+    assert sorted(user.get(f"os.listdir('{path}')")) == ["below", "file"]
+    assert user.get(f"open('{path}/file', 'a').write('x')") == 1
+    assert user.get(f"oct(os.stat('{path}/file').st_mode)") == "0o100660"
+    assert user.do(f"os.close(os.open('{path}/below/mine', os.O_CREAT | os.O_WRONLY, 0o666))") is None
+    assert n2.get(f"oct(os.stat('{path}/below/mine').st_mode)") == "0o100660"
+    assert n2.get(f"sorted(os.listxattr('{path}/below'))") == ["system.posix_acl_access", "system.posix_acl_default"]
+    assert user.get(f"trying(os.setxattr, '{path}/file', ACCESS, for_user(7))") == "EPERM"
+    assert n1.get(f"trying(os.setxattr, '{path}/file', DEFAULT, for_user(7))") == "EACCES"
+    assert n1.get(f"trying(os.setxattr, '{path}/file', ACCESS, b'nonsense')") in ("EINVAL", "ENOTSUP")
+    assert n1.get(f"trying(os.removexattr, '{path}/below/mine', DEFAULT)") is None
