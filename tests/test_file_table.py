@@ -439,6 +439,22 @@ async def test_a_time_set_by_hand_overrides_that_of_an_earlier_write() -> None:
         assert c.coordinator.files[FILE].mtime == 12345
 
 
+async def test_a_time_set_by_another_node_overrides_that_of_an_earlier_write_here() -> None:
+    async with cluster() as c:
+        c.coordinator.add_file(FILE)
+        writer, other = c.node("n1"), c.node("n2")
+        await writer.table.open(FILE, True)
+        await writer.write(FILE, 0, b"x")
+        await other.session.call("setattr", {"ino": FILE, "mtime_ns": 7})
+        assert (await writer.table.getattr(FILE))[9] == 7
+        await writer.table.flush(FILE)
+        await writer.write(FILE, 0, b"y")
+        assert (await writer.table.getattr(FILE))[9] > 7
+        await other.session.call("setattr", {"ino": FILE, "mtime_ns": 8})
+        await writer.table.flush(FILE)  # nobody looked meanwhile
+        assert c.coordinator.files[FILE].mtime == 8
+
+
 async def test_another_node_sees_size_and_time_of_a_file_that_is_being_written() -> None:
     async with cluster() as c:
         node = await prepared(c)

@@ -101,7 +101,10 @@ class Recaller:
         if state.lease > kind:
             await self.take_back(state, kind)
         elif attr:
+            report = _report(state)
             self._forget_attributes(state)
+            if state.lease == LEASE_WRITE:
+                return {"kind": state.lease, **report}
         if state.lease == LEASE_WRITE:
             return {"kind": state.lease, **_report(state)}
         report = state.report or {"size": None, "mtime_ns": None, "atime_ns": None}
@@ -235,7 +238,14 @@ class Recaller:
             self._lowered(state)
 
     def _forget_attributes(self, state: FileState) -> None:
+        """Somebody is about to change them, maybe the time of the last write: the coordinator is told ours with the
+        answer, and from then on that there counts.
+        """
         state.attr = None
+        if state.lease == LEASE_WRITE:
+            state.times_dirty = False
+            state.mtime_ns = 0
+            self._leases.kept.timed(state.ino, False)
         if state.directory:
             self._notifier.increment_epoch()
         self._leases.mark_recalled(state.ino)
