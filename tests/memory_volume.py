@@ -197,6 +197,9 @@ class MemoryVolume:
     def getattr_nowait(self, ino: int) -> list | None:
         return self._inode(ino).attr() if self.attributes_at_hand and self.holds(ino) >= READ_LEASE else None
 
+    def knows_attributes(self, ino: int) -> bool:
+        return self.holds(ino) >= READ_LEASE
+
     async def getattr(self, ino: int) -> list:
         self.leases.setdefault(ino, READ_LEASE)
         return self._inode(ino).attr()

@@ -9,6 +9,7 @@ import trio
 from coordinator.lease_table import Need
 from csvfs.errors import Conflict, DriveFailed, LeaseLost, NoSpace, NotFound, TimedOut, Unavailable
 from csvfs.mount.file_state import LEASE_NONE, LEASE_READ
+from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.write_path import FUSE_WRITE_CACHE, WRITE_APPEND
 from tests.mount_nodes import Cluster, Node, cluster
 
@@ -412,6 +413,18 @@ async def test_attributes_told_without_the_lease_are_not_kept_under_it() -> None
         c.coordinator.files[FILE].mode ^= 0o7
         assert node.table.getattr_nowait(FILE) is None
         assert (await node.table.getattr(FILE))[1] == c.coordinator.files[FILE].mode
+
+
+async def test_attributes_told_without_the_lease_are_not_given_to_the_kernel_to_keep_either() -> None:
+    """A getattr is answered while another node's change waits for its turn: with what they still are, and no lease."""
+    async with cluster() as c:
+        node = await prepared(c, blocks=1)
+        await c.node("n2").read(FILE, 0, 1)  # so that this one holds it for reading
+        operations = VolumeOperations(node.session, node.table)
+        assert (await operations.getattr(FILE, None)).attr_timeout > 0
+        await node.table.recall(FILE, LEASE_READ, True)
+        c.coordinator.table.begin(("n3", 1), {FILE: Need.ATTRIBUTES})
+        assert (await operations.getattr(FILE, None)).attr_timeout == 0 and node.table.holds(FILE) == LEASE_READ
 
 
 async def test_a_time_reported_during_a_truncation_tells_no_size() -> None:

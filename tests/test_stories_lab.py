@@ -1,4 +1,6 @@
-"""The whole of what programs may ask for, on two nodes at random, against a model: names, attributes, data, errnos."""
+"""The whole of what programs may ask for, on two nodes at random, against a model: names, attributes, data, errnos; and
+fsx, many more operations on the bytes of one file. `tools/fsx` runs it at length.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,18 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from csvfs.units import GIB
-from tests.lab_cluster import LabCluster, needs_lab, running_lab, wait_for
+from tests.lab_cluster import needs_lab, running_lab, wait_for
+from tests.programs import fsx
 from tests.programs.hands import Hand, hands_on
-from tests.programs.stories import KINDS, PICK_MAX, Step, Story
+from tests.programs.stories import STEP_BYTES, Story, steps_of
 from tests.test_first_cluster import is_mounted
 
 pytestmark = [pytest.mark.lab, needs_lab]
 
 STEPS = 200
 folders = itertools.count()
-picks = st.integers(0, PICK_MAX)
-stories = st.lists(st.tuples(st.integers(0, len(KINDS) - 1), st.integers(0, 1), picks, picks, picks), min_size=STEPS, max_size=STEPS)
+# Bytes, five a step: drawn at once, and made smaller by becoming zeros, which are steps that do nothing.
+stories = st.binary(min_size=STEPS * STEP_BYTES, max_size=STEPS * STEP_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +36,10 @@ def hands() -> Iterator[list[Hand]]:
             yield both
 
 
-def play(hands: list[Hand], steps: list[Step]) -> None:
+def play(hands: list[Hand], story_bytes: bytes) -> None:
     story = Story(hands, b"/clusterstorage/Volume1/%d" % next(folders))
     try:
-        for step in steps:
+        for step in steps_of(story_bytes):
             story.play(step)
         story.end()
     except AssertionError:
@@ -48,5 +51,10 @@ def play(hands: list[Hand], steps: list[Step]) -> None:
 
 @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(stories)
-def test_two_nodes_are_one_posix_file_system_whatever_they_do(hands: list[Hand], steps: list[Step]) -> None:
-    play(hands, steps)
+def test_two_nodes_are_one_posix_file_system_whatever_they_do(hands: list[Hand], story_bytes: bytes) -> None:
+    play(hands, story_bytes)
+
+
+@pytest.mark.parametrize("mode", sorted(fsx.KINDS))
+def test_fsx_finds_every_byte_of_a_file_that_two_nodes_change_in_turns(hands: list[Hand], mode: str) -> None:
+    fsx.run(hands, b"/clusterstorage/Volume1", mode, seed=5, operations=500)

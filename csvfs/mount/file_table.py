@@ -198,6 +198,10 @@ class FileTable:
         known = state is not None and state.lease >= LEASE_READ and state.attr is not None and not state.stale
         return state.attributes() if state is not None and known and self._guard.serving() else None
 
+    def knows_attributes(self, ino: int) -> bool:
+        """Whether those told last were told under a lease that is held, and may be cached as long as it is."""
+        return self.getattr_nowait(ino) is not None
+
     async def getattr(self, ino: int) -> list:
         """The attributes, by our lease where we have one, else as the coordinator says.
 

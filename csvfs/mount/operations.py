@@ -53,6 +53,7 @@ class Table(Protocol):
     async def open(self, ino: int, writing: bool) -> None: ...
     def set_parent(self, ino: int, parent: int) -> None: ...
     def parent(self, ino: int) -> int: ...
+    def knows_attributes(self, ino: int) -> bool: ...
     async def getattr(self, ino: int) -> Attr: ...
     async def truncate(self, ino: int, changes: dict[str, Any]) -> Attr: ...
     async def flush(self, ino: int) -> None: ...
@@ -147,7 +148,8 @@ class VolumeOperations(pyfuse3.Operations):
 
     async def _own_attributes(self, ino: int) -> tuple[Attr, bool]:
         attr = await self._table.getattr(ino)
-        return attr, self._table.holds(ino) >= LEASE_READ  # without an await since: learned under that lease
+        # That a lease is held is not enough: while somebody else changes them they are told without it, though it stays.
+        return attr, self._table.knows_attributes(ino)
 
     # ---- attributes
 
@@ -194,7 +196,7 @@ class VolumeOperations(pyfuse3.Operations):
             if changes["mtime_ns"] is None:
                 changes["mtime_ns"] = time.time_ns()
             truncated = await self._table.truncate(inode, changes)
-            return entry_attributes(truncated, self._table.holds(inode) >= LEASE_READ)
+            return entry_attributes(truncated, self._table.knows_attributes(inode))
         if changes["mtime_ns"] is not None and self._table.holds(inode) == LEASE_WRITE:
             # A time set by hand must not be overwritten by that of an earlier write, which is reported
             # lazily.

@@ -52,7 +52,9 @@ class Inode:
 
     def holds(self, other: Inode) -> bool:
         """It is `other`, or `other` lies somewhere below."""
-        return self is other or any(child.holds(other) for child in self.entries.values() if child.is_directory)
+        return self is other or any(
+            child.holds(other) for child in self.entries.values() if child.is_directory
+        )
 
     def facts(self) -> tuple[int | None, ...]:
         """Mode, links, uid, gid, size (of a directory None), modification time (None: nobody knows)."""
@@ -364,6 +366,11 @@ class Model:
     def _tree(self, directory: Inode, above: bytes) -> Iterator[Any]:
         for name, inode in sorted(directory.entries.items()):
             path = above + b"/" + name
-            yield path, inode.facts(), bytes(inode.data) if inode.is_file else inode.target, sorted(inode.attributes.items())
+            yield (
+                path,
+                inode.facts(),
+                bytes(inode.data) if inode.is_file else inode.target,
+                sorted(inode.attributes.items()),
+            )
             if inode.is_directory:
                 yield from self._tree(inode, path)

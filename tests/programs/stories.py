@@ -2,7 +2,7 @@
 
 Place      tests, over hands.py and model.py. A step is a tuple of small numbers, so that hypothesis can make a story
            smaller; step kind 0 does nothing, and is left out of what is told.
-Looks      after every change the other node looks at what was changed. At the end both nodes show everything.
+Looks      after half of the changes the other node looks at what was changed. At the end both nodes show everything.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tests.programs.hands import Call, Hand
@@ -31,7 +31,13 @@ HANDLES = 3  # per node
 SIZES = (0, 1, 100, 4095, 4096, 4097, 10_000, 40_000)
 FLAGS = (0, os.O_CREAT, os.O_CREAT | os.O_EXCL, os.O_CREAT | os.O_TRUNC, os.O_CREAT | os.O_APPEND, os.O_NOFOLLOW)
 FALLOCATE_MODES = (0, 1, 3, 16, 17)
-PICK_MAX = 255
+STEP_BYTES = 5
+
+
+def steps_of(data: bytes) -> Iterator[Step]:
+    for at in range(0, len(data), STEP_BYTES):
+        kind, node, one, two, number = data[at : at + STEP_BYTES]
+        yield kind, node % 2, one, two, number
 
 
 def _pick(from_: Sequence[Any], number: int) -> Any:
@@ -83,7 +89,7 @@ class Story:
         got = compare(got)
         self.told.append(f"{self.hands[node].name} {name} {' '.join(_show(a) for a in arguments)} = {_show(wanted)}")
         assert agrees(wanted, got), f"{self.told[-1]}, but the volume says {_show(got)}"
-        if look is not None and not (isinstance(wanted, tuple) and wanted[:1] == ("!",)):
+        if look is not None and len(self.told) % 2 and not (isinstance(wanted, tuple) and wanted[:1] == ("!",)):
             self._look(1 - node, look)
         return wanted
 
@@ -173,7 +179,7 @@ class Story:
         if handle is None:
             return
         self._make(node, name, handle, *arguments, handle=True, compare=facts if name == "fstat" else lambda got: got)
-        if changes:
+        if changes and len(self.told) % 2:
             self._see(1 - node, self.model.files[handle].inode)
 
     def _see(self, node: int, inode: Any) -> None:
