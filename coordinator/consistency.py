@@ -6,6 +6,7 @@ Place      coordinator floor; above metadata.py. Reads everything: for tests and
 import stat
 from collections import Counter
 
+from coordinator import quotas
 from coordinator.database import Database
 from coordinator.metadata import Metadata
 from csvfs.ids import ROOT_INODE
@@ -18,6 +19,7 @@ def check(metadata: Metadata) -> list[str]:
     problems += _check_links(database)
     problems += _check_belongings(database)
     problems += _check_space(database)
+    problems += quotas.problems(database)
     return problems
 
 

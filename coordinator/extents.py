@@ -121,13 +121,17 @@ class Extents:
         reached = end
         needed = sum(hole_end - hole for hole, hole_end in holes)
         available = self._space.available_blocks
+        quota = self._inodes.quotas.of(ino)
+        if quota is not None and needed:
+            quota.check(needed, 0)
         if needed > available:
             missing = needed - available
             return Allocation(inode.attr(), [e for e in known if e.end > block], missing, holes[0][0])
         given_end = end
         if holes:
             wide = self._widen(inode, known, holes)
-            if sum(hole_end - hole for hole, hole_end in wide) <= available:
+            room = available if quota is None else min(available, needed + quota.blocks_ahead)
+            if sum(hole_end - hole for hole, hole_end in wide) <= room:
                 holes = wide
             reached = min(end, self._fill(inode, known, holes))
             given_end = max(end, holes[-1][1])

@@ -93,6 +93,12 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
         return partial(service.healing.record.control, action, kind, optional_field(args, "speed", str))
     if name == "volume_set":
         return partial(service.control.change, args)
+    if name == "quota_set":
+        return partial(service.quotas.set, args)
+    if name == "quota_remove":
+        return partial(service.quotas.remove, args)
+    if name == "quota_list":
+        return partial(_now, service.quotas.listing)
     if name == "repair":
         return service.repair_now
     if name == "drive_members":

@@ -1,7 +1,7 @@
 """Inodes: rows of the table, kept as objects while they are in use.
 
 Place      coordinator floor; above database.py, below extents, attributes, namespace.
-Owns       the inode cache. Whoever changes an Inode calls `changed` on it in the same batch.
+Owns       the inode cache. Whoever changes an Inode calls `changed` on it in the same batch, which also tells the quotas.
 """
 
 import stat
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.database import Database
+from coordinator.quotas import Quotas
 from csvfs.errors import Conflict, IsADirectory, NotADirectory, NotFound
 from csvfs.units import BLOCK_SIZE
 
@@ -30,7 +31,8 @@ _WRITE = f"INSERT OR REPLACE INTO inodes({_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,
 
 @dataclass(slots=True)
 class Inode:
-    """Times in ns, size in bytes. `blocks`: of 4,096 bytes, in extents. `parent`: of directories, else 0."""
+    """Times in ns, size in bytes. `blocks`: of 4,096 bytes, in extents. `parent`: of directories, else 0. `charged`:
+    blocks that a quota, if it counts for one, knows of."""
 
     ino: int
     mode: int
@@ -46,6 +48,7 @@ class Inode:
     generation: int
     parent: int
     xattrs: int  # how many
+    charged: int = 0  # not stored
 
     @property
     def is_directory(self) -> bool:
@@ -64,6 +67,7 @@ class Inodes:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.quotas = Quotas(database)
         self._cache: dict[int, Inode] = {}
         self._changed: dict[int, Inode] = {}
         database.add_part(self)
@@ -78,6 +82,7 @@ class Inodes:
             if not rows:
                 raise NotFound(f"inode {ino} does not exist")
             inode = self._cache[ino] = Inode(*rows[0])
+            inode.charged = inode.blocks
         return inode
 
     def sizes(self, inos: Sequence[int]) -> dict[int, int]:
@@ -115,10 +120,21 @@ class Inodes:
     def changed(self, inode: Inode) -> None:
         assert self._database.active, "changes need a batch"
         self._changed[inode.ino] = inode
+        if inode.blocks != inode.charged and self.quotas.by_root:
+            quota = self.quotas.of(inode.ino)
+            if quota is not None:
+                self.quotas.used(quota, inode.blocks - inode.charged, 0)
+            inode.charged = inode.blocks
 
     def remove(self, inode: Inode) -> None:
         self._cache.pop(inode.ino, None)
         self._changed.pop(inode.ino, None)
+        quota = self.quotas.of(inode.ino)
+        if quota is not None:
+            self.quotas.leave(quota, inode.ino, inode.charged)
+            if quota.root == inode.ino:
+                self.quotas.forget_members(quota, 1 << 62)  # files without a name at most
+                self.quotas.remove(quota)
         self._database.run("DELETE FROM inodes WHERE ino = ?", (inode.ino,))
         self._database.counters.files -= 1
 

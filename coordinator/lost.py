@@ -23,6 +23,7 @@ import trio
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.metadata import Metadata
+from coordinator.paths import directory_path
 from coordinator.restoration import Census, take_census
 from coordinator.slab_changes import SlabChanges
 from csvfs.block import slab_state
@@ -158,21 +159,9 @@ class LostSlabs:
                 break
             last = (rows[-1][0], rows[-1][1])
             await trio.sleep(0)
-        directories: dict[int, bytes] = {1: b""}
+        directories: dict[int, bytes] = {}
         for ino, (parent, name) in parents.items():
-            files[ino].path = self._path_of(parent, directories) + b"/" + name
-
-    def _path_of(self, directory: int, known: dict[int, bytes]) -> bytes:
-        if directory not in known:
-            rows = self._metadata.database.rows("SELECT parent FROM inodes WHERE ino = ?", (directory,))
-            if not rows:
-                return b"?"
-            parent = rows[0][0]
-            names = self._metadata.database.rows(
-                "SELECT name FROM entries WHERE parent = ? AND ino = ?", (parent, directory)
-            )
-            known[directory] = self._path_of(parent, known) + b"/" + (bytes(names[0][0]) if names else b"?")
-        return known[directory]
+            files[ino].path = directory_path(self._metadata.database, parent, directories) + b"/" + name
 
     # -- giving up -------------------------------------------------------------------------------
 

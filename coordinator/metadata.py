@@ -56,6 +56,7 @@ class Metadata:
         self.sessions = replies = Replies(database)
         replies.load()
         self.locks = FileLocks(database)
+        self.quotas, self.quota_trees = self.inodes.quotas, names.trees
 
         self.lookup = names.lookup
         self.readlink = names.readlink

@@ -15,6 +15,7 @@ from coordinator.access_lists import AccessLists
 from coordinator.database import Database
 from coordinator.extents import Extents
 from coordinator.inodes import ATTR_COLUMNS, DIRECTORY_SIZE, Inode, Inodes
+from coordinator.quota_trees import QuotaTrees
 from csvfs.errors import (
     BadRequest,
     Conflict,
@@ -64,6 +65,7 @@ class Namespace:
         self._lists = lists
         self._inodes = inodes
         self._extents = extents
+        self.trees = QuotaTrees(database, inodes)
         self._hash = blake2b(key=hash_key, digest_size=8)
         self._new_orphans: set[int] = (
             set()
@@ -146,6 +148,7 @@ class Namespace:
         is_directory = kind == stat.S_IFDIR
         if is_directory and directory.nlink >= NLINK_MAX:
             raise TooManyLinks(f"directory {parent} has {NLINK_MAX - 2} subdirectories already")
+        self.trees.check_make(parent)
         if directory.mode & stat.S_ISGID:
             gid = directory.gid
             mode |= stat.S_ISGID if is_directory else 0
@@ -161,6 +164,7 @@ class Namespace:
         if not is_symlink:
             self._lists.inherit(inode, default, umask)
         self._inodes.add(inode)
+        self.trees.made(inode, parent)
         self._database.run(_ADD, (parent, free_cookie, name, ino))
         if is_symlink:
             self._database.run("INSERT INTO symlinks(ino, target) VALUES(?,?)", (ino, target))
@@ -181,6 +185,7 @@ class Namespace:
         found, free_cookie = self._find(parent, name)
         if found is not None:
             raise Exists(f"{name!r} exists in directory {parent}")
+        self.trees.check_link(inode, parent)
         self._database.run(_ADD, (parent, free_cookie, name, ino))
         inode.nlink += 1
         inode.ctime = now_ns
@@ -239,6 +244,7 @@ class Namespace:
             return inode.ino, 0, 0
         if flags == RENAME_EXCHANGE:
             assert other is not None and new_found is not None
+            self.trees.check_exchange(inode, parent, other, new_parent)
             self._exchange((source, found[0], inode), (target, new_found[0], other), now_ns)
             return inode.ino, other.ino, other.nlink
         if other is not None:
@@ -246,6 +252,7 @@ class Namespace:
         moves_directory = inode.is_directory and source is not target
         if moves_directory and other is None and target.nlink >= NLINK_MAX:
             raise TooManyLinks(f"directory {new_parent} has {NLINK_MAX - 2} subdirectories already")
+        self.trees.check_move(inode, new_parent)
         self._database.run(_REMOVE, (parent, found[0]))
         if other is None or new_found is None:
             self._database.run(_ADD, (new_parent, free_cookie, new_name, inode.ino))
@@ -254,6 +261,7 @@ class Namespace:
             self._drop_link(other, target, now_ns)
         if moves_directory:
             self._move_directory(inode, source, target)
+        self.trees.moved(inode, new_parent)
         inode.ctime = now_ns
         self._inodes.changed(inode)
         self._entries_changed(source, now_ns)

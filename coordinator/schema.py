@@ -22,8 +22,31 @@ CREATE TABLE IF NOT EXISTS locks(
 CREATE INDEX IF NOT EXISTS locks_of_session ON locks(session);
 """
 
+QUOTAS = """
+CREATE TABLE IF NOT EXISTS quotas(
+    root INTEGER PRIMARY KEY,
+    blocks_max INTEGER NOT NULL,
+    files_max INTEGER NOT NULL,
+    blocks INTEGER NOT NULL,
+    files INTEGER NOT NULL,
+    state INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS quota_walk(
+    root INTEGER NOT NULL,
+    directory INTEGER NOT NULL,
+    cookie INTEGER NOT NULL,
+    PRIMARY KEY (root, directory)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quota_members(
+    ino INTEGER PRIMARY KEY,
+    root INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS quota_members_by_root ON quota_members(root);
+"""
+
 TABLES = (
     FILE_LOCKS
+    + QUOTAS
     + """
 CREATE TABLE settings(
     name TEXT PRIMARY KEY,

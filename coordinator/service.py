@@ -39,6 +39,7 @@ from coordinator.metadata import Metadata
 from coordinator.metadata_log import MetadataLog
 from coordinator.metadata_space import MetadataSpace
 from coordinator.questions import Reply
+from coordinator.quota_desk import QuotaDesk
 from coordinator.scrub import Scrub
 from coordinator.session_desk import SessionDesk
 from coordinator.sessions import BUSY_S, Session
@@ -152,6 +153,7 @@ class Service:
         self.desk.leases = self.leases
         self._janitor = Janitor(metadata, self.batches, self.leases)
         self.locks = LockDesk(metadata, self.batches)
+        self.quotas = QuotaDesk(metadata, self.batches)
         self.dispatch = Dispatch(
             metadata, self.batches, self.log, self.leases, self.slabs, self._janitor.orphaned
         )
@@ -216,6 +218,7 @@ class Service:
         self.desk.load()
         self._janitor.load()
         self._metadata.locks.prepare()
+        self._metadata.quotas.prepare()
         self.log.append(self._metadata.image.take_log())  # what recovery of the database has written
         try:
             async with trio.open_nursery() as nursery:
@@ -230,6 +233,7 @@ class Service:
                 nursery.start_soon(self._metadata_space.grow_forever)
                 nursery.start_soon(self.members.run_forever)
                 nursery.start_soon(self._janitor.run_forever)
+                nursery.start_soon(self.quotas.run_forever)
                 nursery.start_soon(self.scrub.run_forever)
                 nursery.start_soon(self._describe_forever)
                 nursery.start_soon(self._settings.follow_forever)
@@ -499,7 +503,8 @@ class Service:
         return Reply({}, position=self.log.position)
 
     def _statfs(self, session: Session, args: Args) -> Reply:
-        return Reply(self.statfs(), position=self.log.position)
+        ino, figures = arguments.optional_number(args, "ino", 1), self.statfs()
+        return Reply(figures if ino is None else self.quotas.statfs(ino, figures), position=self.log.position)
 
     async def _statfs_later(self, session: Session, args: Args) -> Reply:
         await self.slabs.wait_spaces()

@@ -106,6 +106,18 @@ class NoSpace(CsvfsError):
     posix_errno = errno.ENOSPC
 
 
+class QuotaExceeded(CsvfsError):
+    """The quota of a directory's tree has no room left."""
+
+    posix_errno = errno.EDQUOT
+
+
+class CrossesQuota(CsvfsError):
+    """A name, or a directory, would come into the tree of another quota; programs copy instead."""
+
+    posix_errno = errno.EXDEV
+
+
 class Conflict(CsvfsError):
     """A compare-and-swap lost, or a thing is in the wrong state for the request."""
 

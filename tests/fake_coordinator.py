@@ -224,7 +224,7 @@ class FakeCoordinator:
     async def _fsync(self, session: SessionKey) -> dict:
         return {}
 
-    async def _statfs(self, session: SessionKey) -> dict:
+    async def _statfs(self, session: SessionKey, ino: int = 0) -> dict:
         return {"size": 1 << 30, "free": 1 << 29, "files": 10, "files_free": 90, "name_max": 255}
 
     def lookup(self, session: SessionKey, ino: int) -> dict:

@@ -208,7 +208,7 @@ class MemoryVolume:
         self._apply(self._inode(ino), changes)
         return self._inode(ino).attr()
 
-    async def statfs(self) -> dict[str, int]:
+    async def statfs(self, ino: int) -> dict[str, int]:
         used = sum(len(inode.data) for inode in self.inodes.values())
         return {
             "size": 8 * GIB, "free": 8 * GIB - used,

@@ -126,6 +126,31 @@ def test_statfs_says_what_the_volume_has(lab):
     assert 0 < free <= blocks
 
 
+def test_a_directory_with_a_quota_holds_so_much_on_all_nodes_together(lab):
+    directory = f"{VOLUME}/limited"
+    lab.run("n1", "sh", "-c", f"mkdir {directory} && head -c 3M /dev/zero > {directory}/before")
+    said = lab.run("n2", "csvfs", "quota", "set", directory, "--size", "40M", "--files", "4").decode()
+    assert said.startswith(f"quota of {directory}: 40.0 MiB and 4 files")
+
+    def quota() -> dict:
+        (row,) = json.loads(lab.run("n1", "csvfs", "quota", "list", "Volume1", "--json"))
+        return row
+
+    wait_for(lambda: quota()["state"] == "in force", within_s=60)
+    assert quota() == quota() | {"path": "/limited", "size": 40 * MIB, "files": 2, "files_max": 4}
+    assert 3 * MIB <= quota()["used"] <= 7 * MIB  # with what was granted ahead
+    lab.run("n3", "sh", "-c", f"head -c 20M /dev/zero > {directory}/on-n3")
+    full = lab.run("n1", "sh", "-c", f"head -c 20M /dev/zero 2>&1 > {directory}/on-n1 || true")
+    assert b"Disk quota exceeded" in full
+    refused = lab.run("n2", "sh", "-c", f"mkdir {directory}/more 2>&1 || true")
+    assert b"Disk quota exceeded" in refused
+    size, free = map(int, lab.run("n2", "df", "--output=size,avail", "-B1M", directory).split()[-2:])
+    assert size == 40 and free < 4
+    lab.run("n2", "csvfs", "quota", "remove", directory)
+    lab.run("n3", "sh", "-c", f"head -c 50M /dev/zero > {directory}/more && rm -r {directory}")
+    wait_for(lambda: json.loads(lab.run("n1", "csvfs", "quota", "list", "--json")) == [], within_s=60)
+
+
 def test_a_mapping_shared_on_one_node_is_read_on_another(lab):
     script = f"""
 import mmap, os

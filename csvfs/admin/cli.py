@@ -14,6 +14,7 @@ from csvfs.admin.cli_job import job_group
 from csvfs.admin.cli_lab import lab_group
 from csvfs.admin.cli_node import node_group
 from csvfs.admin.cli_pool import pool_group
+from csvfs.admin.cli_quota import quota_group
 from csvfs.admin.cli_status import status_command
 from csvfs.admin.cli_volume import volume_group
 from csvfs.admin.cli_why import why_command
@@ -36,6 +37,7 @@ for command in (
     domain_group,
     pool_group,
     volume_group,
+    quota_group,
     why_command,
     job_group,
     lab_group,

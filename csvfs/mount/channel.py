@@ -64,7 +64,7 @@ class Files(Leases, Protocol):
     def flush_is_due(self, ino: int) -> bool: ...
     def closed(self, ino: int, writing: bool) -> None: ...
     def forget(self, ino: int) -> None: ...
-    async def statfs(self) -> dict[str, int]: ...
+    async def statfs(self, ino: int) -> dict[str, int]: ...
     async def fallocate(self, ino: int, offset: int, length: int, mode: int) -> None: ...
     async def seek(self, ino: int, offset: int, whence: int) -> int | None: ...
     def set_id_is_due(self, ino: int) -> bool: ...
@@ -292,7 +292,7 @@ class Channel:
             abi.FSYNCDIR: lambda unique, _n, _: self._start(
                 unique, self._then_ok, self._names.fsync_directory
             ),
-            abi.STATFS: lambda unique, _n, _: self._start(unique, self._statfs),
+            abi.STATFS: lambda unique, node, _: self._start(unique, self._statfs, node),
             abi.SETXATTR: self._on_setxattr,
             abi.GETXATTR: self._on_getxattr,
             abi.LISTXATTR: self._on_listxattr,
@@ -374,8 +374,8 @@ class Channel:
         await function(*args)
         self._reply_errno(unique, 0)
 
-    async def _statfs(self, unique: int) -> None:
-        self._reply(unique, (abi.pack_statfs_reply(unique, await self._files.statfs()),))
+    async def _statfs(self, unique: int, node: int) -> None:
+        self._reply(unique, (abi.pack_statfs_reply(unique, await self._files.statfs(node)),))
 
     # ---- WRITE
 

@@ -216,9 +216,9 @@ class FileTable:
         state = self.leases.states[ino]
         return state.attributes() if state.attr is not None else list(reply["attr"])
 
-    async def statfs(self) -> dict[str, int]:
-        """size, free, files, files_free, name_max; bytes."""
-        figures: dict[str, int] = await self._coordinator.call("statfs", {})
+    async def statfs(self, ino: int) -> dict[str, int]:
+        """size, free, files, files_free, name_max; bytes. Of the volume, or of the quota that `ino` counts for."""
+        figures: dict[str, int] = await self._coordinator.call("statfs", {"ino": ino})
         return figures
 
     # -- open files ------------------------------------------------------------------------------
