@@ -11,6 +11,8 @@ from coordinator.database import Database
 from coordinator.metadata import Metadata
 from csvfs.ids import ROOT_INODE
 
+OWNERS_MAX = 255
+
 
 def check(metadata: Metadata) -> list[str]:
     """What is wrong, one line each; empty: all is well. Call it between batches."""
@@ -98,13 +100,65 @@ def _check_belongings(database: Database) -> list[str]:
     return problems
 
 
-def _check_space(database: Database) -> list[str]:
-    """Every block is in one extent, or in one trim, or free (P1)."""
+def owners_of_blocks(database: Database) -> dict[int, bytearray]:
+    """By slab: for each of its blocks how many extents have it, OWNERS_MAX and more as one."""
+    found = {slab: bytearray(blocks) for slab, blocks in database.rows("SELECT id, blocks FROM slabs")}
+    for slab, block, count in database.rows("SELECT slab, slab_block, count FROM extents"):
+        owners = found.get(slab, bytearray())
+        end = min(block + count, len(owners))
+        if not any(owners[block:end]):
+            owners[block:end] = b"\1" * max(0, end - block)
+            continue
+        for at in range(block, end):
+            owners[at] = min(owners[at] + 1, OWNERS_MAX)
+    return found
+
+
+def _check_shared(database: Database) -> list[str]:
+    """What several extents have is in `shared` with their number, and nothing else is (P3)."""
     problems = []
+    found = owners_of_blocks(database)
+    said = {slab: bytearray(min(owners, 1) for owners in blocks) for slab, blocks in found.items()}
+    if has_shared_blocks(database):
+        for slab, block, count, owners in database.rows("SELECT slab, block, count, owners FROM shared"):
+            if slab not in said or not 0 <= block < block + count <= len(said[slab]) or owners < 2:
+                problems.append(f"shared blocks {block}+{count} of slab {slab} of {owners} owners cannot be")
+            else:
+                said[slab][block : block + count] = bytes([min(owners, OWNERS_MAX)]) * count
+    for slab, blocks in found.items():
+        wrong = [at for at in range(len(blocks)) if blocks[at] != said[slab][at]]
+        if wrong:
+            first = wrong[0]
+            problems.append(
+                f"slab {slab}: {len(wrong)} blocks are counted wrong, the first {first}: "
+                f"{blocks[first]} extents have it, {said[slab][first]} are counted"
+            )
+    return problems
+
+
+def has_shared_blocks(database: Database) -> bool:
+    """Whether anything was ever cloned on the volume: else it has no tables for that."""
+    return bool(database.rows("SELECT 1 FROM sqlite_master WHERE name = 'shared'"))
+
+
+def _check_space(database: Database) -> list[str]:
+    """Every block is in extents, or in one trim, or replaces a shared one soon, or is free (P1, P4)."""
+    problems = _check_shared(database)
     slabs = {row[0]: row[1:] for row in database.rows("SELECT id, blocks, free, bitmap FROM slabs")}
-    taken = {slab: bytearray(blocks) for slab, (blocks, _, _) in slabs.items()}
-    owners = "SELECT slab, slab_block, count FROM extents UNION ALL SELECT slab, block, count FROM trims"
-    for slab, block, count in database.rows(owners):
+    taken = {
+        slab: bytearray(min(owners, 1) for owners in blocks)
+        for slab, blocks in owners_of_blocks(database).items()
+    }
+    for slab, block, count in database.rows("SELECT slab, slab_block, count FROM extents"):
+        if slab not in taken or block < 0 or block + count > len(taken[slab]):
+            problems.append(f"blocks {block}+{count} of slab {slab} do not exist")
+    in_extents = sum(blocks.count(1) for blocks in taken.values())
+    replacing = 0
+    owners = "SELECT slab, block, count, 0 FROM trims"
+    if has_shared_blocks(database):
+        owners += " UNION ALL SELECT slab, slab_block, count, count FROM replacements"
+    for slab, block, count, used in database.rows(owners):
+        replacing += used
         if slab not in taken or block < 0 or block + count > len(taken[slab]):
             problems.append(f"blocks {block}+{count} of slab {slab} do not exist")
         elif any(taken[slab][block : block + count]):
@@ -118,8 +172,8 @@ def _check_space(database: Database) -> list[str]:
             problems.append(f"slab {slab}: bitmap is wrong for {len(wrong)} blocks, the first {wrong[0]}")
         if free != taken[slab].count(0):
             problems.append(f"slab {slab} says {free} free blocks, has {taken[slab].count(0)}")
-    ((used,),) = database.rows("SELECT ifnull(sum(count), 0) FROM extents")
-    found = (used, sum(free for _, free, _ in slabs.values()), sum(blocks for blocks, _, _ in slabs.values()))
+    free_blocks, all_blocks = (sum(row[index] for row in slabs.values()) for index in (1, 0))
+    found = (in_extents + replacing, free_blocks, all_blocks)
     (counted,) = database.rows("SELECT used_blocks, free_blocks, slab_blocks FROM counters")
     if counted != found:
         problems.append(f"used, free and all blocks are counted as {counted}, are {found}")

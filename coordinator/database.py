@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import apsw
 
-from coordinator.schema import SCHEMA_VERSION, TABLES
+from coordinator.schema import SCHEMA_VERSION, TABLES, VERSIONS_KNOWN
 from coordinator.slab_image import PAGES_PER_BLOCK, SlabImage
 from coordinator.slab_vfs import connect
 from csvfs.errors import Corrupt, NoSpace
@@ -87,9 +87,9 @@ class Database:
         database = Database(image, connection, vfs)
         try:
             ((version,),) = database.rows("PRAGMA user_version")
-            if version != SCHEMA_VERSION:
+            if version not in VERSIONS_KNOWN:
                 raise Corrupt(
-                    f"metadata database has schema {version}, this csvfs reads {SCHEMA_VERSION}; upgrade"
+                    f"metadata database has schema {version}, this csvfs reads {max(VERSIONS_KNOWN)}; upgrade"
                 )
             database._load_counters()
         except BaseException:

@@ -13,6 +13,7 @@ from typing import Any
 from coordinator import arguments
 from coordinator.arguments import Args
 from coordinator.batches import Batches
+from coordinator.extents import Extent
 from coordinator.lease_table import NONE, OPEN, READ, WRITE, Need, Ticket
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
@@ -27,6 +28,7 @@ from csvfs.ids import Incarnation, InodeNo
 RELEASE_ITEMS_MAX = 65_536
 ALLOCATE_BLOCKS_MAX = 1 << 20  # 4 GiB in one call
 LAYOUT_EXTENTS_MAX = 16_384
+UNSHARE_BLOCKS_MAX = 1024
 _NEED_OF_KIND = {OPEN: Need.OPEN, READ: Need.READ, WRITE: Need.WRITE}
 _SIZE, _ATIME, _MTIME = 6, 8, 9  # in an attr
 
@@ -92,6 +94,8 @@ class Dispatch:
         self._orphaned = orphaned
         self._questions = Questions(metadata, leases)
         self._operations = Operations(metadata, leases.table)
+        # Changes that may have to wait for space.
+        self.takers = {"allocate": self.allocate, "unshare": self.unshare}
 
     # -- questions -------------------------------------------------------------------------------
 
@@ -231,6 +235,12 @@ class Dispatch:
         extents = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)
         value["extents"] = [extent.to_wire() for extent in extents]
         value["slabs"] = self._descriptors({extent.slab for extent in extents})
+        value |= self._shared(extents)
+
+    def _shared(self, extents: list[Extent]) -> Value:
+        """Only where there is something to say: most volumes have no clones."""
+        shared = self._metadata.shared_in(extents)
+        return {"shared": shared} if shared else {}
 
     def _descriptors(self, slabs: set[int]) -> list[list]:
         return [self._metadata.slab(slab).to_wire() for slab in sorted(slabs)]
@@ -264,6 +274,7 @@ class Dispatch:
                 "size": allocated.attr[_SIZE],
                 "extents": [extents[first].to_wire() for first in sorted(extents)],
                 "slabs": self._descriptors({extent.slab for extent in extents.values()}),
+                **self._shared(list(extents.values())),
             }
 
         def durable(outcome: Outcome, error: CsvfsError | None) -> None:
@@ -281,6 +292,32 @@ class Dispatch:
 
         transaction = once(self._metadata, session, op, op_done, apply)
         self._batches.submit(transaction, None, durable)
+
+    def unshare(self, session: Session, args: Args, done: ChangeDone) -> None:
+        """Set fresh blocks aside for shared ones. `done`: as of allocate."""
+        op, op_done = arguments.number(args, "op", 1), arguments.number(args, "op_done")
+        ino, block = arguments.inode(args), arguments.number(args, "block")
+        count = arguments.number(args, "count", 1, UNSHARE_BLOCKS_MAX)
+        check_grant = self._operations.grant_of(session.key, ino)
+        needed = 0
+
+        def apply() -> Value | None:
+            nonlocal needed
+            check_grant()
+            unshared = self._metadata.unshare(ino, block, count, session.id)
+            needed = unshared.missing and unshared.missing + self._metadata.space.available_blocks
+            if needed:
+                return None
+            rows = [list(row) for row in unshared.rows]
+            return {"rows": rows, "slabs": self._descriptors({row[2] for row in rows})}
+
+        def durable(outcome: Outcome, error: CsvfsError | None) -> None:
+            self._slabs.note_use()
+            if error is None and outcome.reply is None:
+                error = NeedsSpaceError(needed)
+            done(None if error is not None else Reply(outcome.reply), error)
+
+        self._batches.submit(once(self._metadata, session, op, op_done, apply), None, durable)
 
     async def make_space(self, blocks: int) -> None:
         """After NeedsSpaceError, before the allocation begins anew. Raises NoSpace."""

@@ -1,6 +1,6 @@
 """Extents: which blocks of which slabs hold a file's blocks.
 
-Place      coordinator floor; above inodes.py and space.py, below attributes, namespace, metadata.
+Place      coordinator floor; above inodes.py, space.py and shared_blocks.py, below cloning, attributes, namespace, metadata.
 Owns       table extents, and `blocks` of inodes.
 
 A hole has no extent. Blocks that were granted but never written read as zeros, so more may be granted than
@@ -8,10 +8,12 @@ was asked for: whole chunks below the end of a file, and ahead of a file that gr
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator.database import Database
 from coordinator.inodes import TIME_MAX, TIME_MIN, Inode, Inodes
+from coordinator.shared_blocks import SharedBlocks
 from coordinator.space import Piece, Space
 from csvfs.errors import BadRequest, FileTooBig
 from csvfs.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, MIB, TIB
@@ -68,10 +70,11 @@ class Allocation:
 class Extents:
     """The layouts of all files."""
 
-    def __init__(self, database: Database, inodes: Inodes, space: Space) -> None:
+    def __init__(self, database: Database, inodes: Inodes, space: Space, shared: SharedBlocks) -> None:
         self._database = database
         self._inodes = inodes
         self._space = space
+        self._shared = shared
         # A truncate frees at most so many at once; each may change about 1/100 of a page in two tables.
         self.free_extents_max = min(16_384, database.image.wal_blocks * 8)
 
@@ -81,7 +84,7 @@ class Extents:
         Raises NotFound, IsADirectory, Conflict: no regular file. BadRequest: range out of bounds.
         """
         inode = self._inodes.file(ino)
-        _check_range(block, count)
+        check_range(block, count)
         if inode.blocks == 0:
             return []
         extents = self._read(ino, block, block + count, limit + 1)
@@ -108,7 +111,7 @@ class Extents:
         Raises   NotFound, IsADirectory, Conflict: no regular file. BadRequest. FileTooBig.
         """
         inode = self._inodes.file(ino)
-        _check_range(block, count)
+        check_range(block, count)
         if size > FILE_SIZE_MAX:
             raise FileTooBig(f"inode {ino}: {size} B, a file may have {FILE_SIZE_MAX} B")
         if not TIME_MIN <= mtime_ns <= TIME_MAX:
@@ -153,9 +156,18 @@ class Extents:
 
         More than `block`: there are too many extents for one transaction; call again in the next.
         """
-        if inode.blocks == 0 or block >= end:
+        return self._free(inode, block, end, self.free_extents_max)
+
+    def clear_range(self, inode: Inode, block: int, end: int) -> None:
+        """As free_range, of few enough extents for one transaction."""
+        assert self._free(inode, block, end, LAYOUT_EXTENTS_MAX) == block
+
+    def _free(self, inode: Inode, block: int, end: int, limit: int) -> int:
+        if block >= end:
             return block
-        limit = self.free_extents_max
+        self._shared.drop_replacements(inode.ino, block, end)
+        if inode.blocks == 0:
+            return block
         if end < FILE_BLOCKS_MAX:
             self._split(inode.ino, end)
         rows = self._database.rows(
@@ -176,11 +188,33 @@ class Extents:
             freed += self._shorten(inode.ino, block)
         blocks = sum(piece.count for piece in freed)
         if blocks:
-            self._space.free_later(freed)
+            ownerless = self._shared.release(freed)
+            self._space.free_later(ownerless)
             inode.blocks -= blocks
-            self._database.counters.used_blocks -= blocks
+            self._database.counters.used_blocks -= sum(piece.count for piece in ownerless)
             self._inodes.changed(inode)
         return reached
+
+    def put(self, inode: Inode, extents: Iterable[Extent]) -> None:
+        """Add these, by file block, where there is a hole. Their blocks count as used already."""
+        previous: Extent | None = None
+        for extent in extents:
+            if previous is None:
+                previous = next(iter(self._last_before(inode.ino, extent.block)), None)
+            previous = self._append(
+                inode.ino, previous, extent.block, Piece(extent.slab, extent.slab_block, extent.count)
+            )
+            inode.blocks += extent.count
+        self._inodes.changed(inode)
+
+    def shared_in(self, extents: Iterable[Extent]) -> list[list[int]]:
+        """[file block, count]: what of them other extents have, too."""
+        return [
+            [extent.block + at - extent.slab_block, count]
+            for extent in extents
+            for at, count, owners in self._shared.owners(extent.slab, extent.slab_block, extent.count)
+            if owners > 1
+        ]
 
     def _split(self, ino: int, block: int) -> None:
         """Make two of the extent that starts before `block` and reaches over it."""
@@ -222,7 +256,7 @@ class Extents:
         Raises   NotFound, IsADirectory, Conflict: no regular file. BadRequest, FileTooBig: no such range.
         """
         inode = self._inodes.file(ino)
-        _check_range(block, count)
+        check_range(block, count)
         reached = self.free_range(inode, block, block + count)
         inode.ctime = now_ns
         self._inodes.changed(inode)
@@ -303,7 +337,7 @@ class Extents:
         return extent
 
 
-def _check_range(block: int, count: int) -> None:
+def check_range(block: int, count: int) -> None:
     if block < 0 or count <= 0:
         raise BadRequest(f"blocks {block}+{count} are no range")
     if block + count > FILE_BLOCKS_MAX:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from coordinator.access_lists import AccessLists
 from coordinator.attributes import Attributes
+from coordinator.cloning import Cloning
 from coordinator.database import Database
 from coordinator.extents import Extents
 from coordinator.file_locks import FileLocks
 from coordinator.inodes import Inodes
 from coordinator.namespace import HASH_KEY_SIZE, NAME_SIZE_MAX, Namespace
 from coordinator.replies import Replies
+from coordinator.shared_blocks import SharedBlocks
 from coordinator.slab_image import SlabImage
 from coordinator.space import Space
 from csvfs.errors import Corrupt
@@ -50,7 +52,9 @@ class Metadata:
         self.inodes = Inodes(database)
         self.space = space = Space(database)
         lists = AccessLists(database)
-        self.extents = extents = Extents(database, self.inodes, space)
+        self.shared = shared = SharedBlocks(database, space)
+        self.extents = extents = Extents(database, self.inodes, space, shared)
+        cloning = Cloning(database, self.inodes, space, extents, shared)
         self.names = names = Namespace(database, self.inodes, extents, lists, hash_key)
         self.attributes = attributes = Attributes(database, self.inodes, extents, lists)
         self.sessions = replies = Replies(database)
@@ -81,6 +85,11 @@ class Metadata:
         self.punch = extents.punch
         self.seek = extents.seek
         self.trim_allocation_ahead = extents.trim_allocation_ahead
+        self.shared_in = extents.shared_in
+
+        self.clone = cloning.clone
+        self.unshare = cloning.unshare
+        self.replace = cloning.replace
 
         self.new_slab_id = space.new_slab_id
         self.add_slab = space.add_slab
@@ -141,9 +150,11 @@ class Metadata:
         self.database.close()
 
     def end_session(self, session: int) -> None:
-        """Forget it, its replies and its file locks: it was evicted, or has said goodbye."""
+        """Forget it, its replies and its file locks, and free the blocks that it was to copy into: it was evicted, or has
+        said goodbye, and nothing of it is on its way any more."""
         self.sessions.end_session(session)
         self.locks.end_session(session)
+        self.shared.end_session(session)
 
     def statfs(self) -> Statistics:
         counters = self.database.counters

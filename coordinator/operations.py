@@ -16,7 +16,7 @@ from coordinator import arguments
 from coordinator.arguments import U32_MAX, Args
 from coordinator.lease_table import READ, WRITE, LeaseTable, Need, SessionKey
 from coordinator.metadata import Metadata
-from csvfs.errors import Conflict, CsvfsError
+from csvfs.errors import BadRequest, Conflict, CsvfsError
 from csvfs.ids import InodeNo
 from csvfs.net.calls import field as typed
 from csvfs.net.calls import optional_field
@@ -26,6 +26,7 @@ Value = dict[str, Any]
 
 _INO, _MODE, _NLINK, _SIZE = 0, 1, 2, 6  # in an attr
 RENAME_EXCHANGE = 2
+REPLACE_ROWS_MAX = 4096
 _STRENGTH = {Need.OPEN: 0, Need.READ: 1, Need.ATTRIBUTES: 2, Need.ENTRIES: 3, Need.WRITE: 4}
 
 
@@ -76,6 +77,8 @@ class Operations:
             "removexattr": self._removexattr,
             "commit": self._commit,
             "punch": self._punch,
+            "clone": self._clone,
+            "replace": self._replace,
         }
 
     # -- attributes ------------------------------------------------------------------------------
@@ -143,18 +146,65 @@ class Operations:
         """Blocks that the holder of the write lease does not want any more."""
         ino, block = arguments.inode(args), arguments.number(args, "block")
         count = arguments.number(args, "count", 1)
-        grant = self._table.write_grant(session, ino)
+        check_grant = self.grant_of(session, ino)
 
         def apply() -> Value:
-            self.check_holds(session, ino, WRITE)
-            if self._table.write_grant(session, ino) != grant:
-                # Its mount gave up waiting, and may have written there since: carried out now, it would take that away.
-                raise Conflict(f"inode {ino}: mount of {session[0]} asked for a hole under an earlier lease")
+            check_grant()
             attr, reached = self._metadata.punch(ino, block, count, self.now_ns())
             return {"attr": attr, "reached": reached}
 
         # As `commit`: a recall of this lease waits for the answer.
         return Operation(needs=dict, apply=apply, again=lambda reply: reply["reached"] > block)
+
+    def _clone(self, session: SessionKey, args: Args) -> Operation:
+        """Blocks of one file for another, of both of which the session has the write lease: nobody else has a layout that
+        says whose these blocks are."""
+        ino, target = arguments.inode(args), arguments.inode(args, "target")
+        block, target_block = arguments.number(args, "block"), arguments.number(args, "target_block")
+        count = arguments.number(args, "count", 1)
+        checks = [self.grant_of(session, one) for one in (ino, target)]
+
+        def apply() -> Value:
+            for check in checks:
+                check()
+            cloned = self._metadata.clone(ino, block, count, target, target_block, self.now_ns())
+            return {
+                "attr": cloned.attr,
+                "count": cloned.count,
+                "extents": [extent.to_wire() for extent in cloned.extents],
+                "shared": self._metadata.shared_in(cloned.extents),
+                "slabs": [self._metadata.slab(slab).to_wire() for slab in sorted({e.slab for e in cloned.extents})],
+            }
+
+        return Operation(needs=dict, apply=apply)  # as `punch`
+
+    def _replace(self, session: SessionKey, args: Args) -> Operation:
+        """Fresh blocks, whose copies are on the media, in place of shared ones."""
+        ino = arguments.inode(args)
+        rows = [tuple(row) for row in arguments.rows(args, "rows", 4, REPLACE_ROWS_MAX)]
+        if any(value is None for row in rows for value in row):
+            raise BadRequest("rows must be [block, count, slab, slab block]")
+        check_grant = self.grant_of(session, ino)
+
+        def apply() -> Value:
+            check_grant()
+            known = self._metadata.sessions.id_of(*session)
+            return {"attr": self._metadata.replace(ino, known, rows, self.now_ns())}
+
+        return Operation(needs=dict, apply=apply)  # as `punch`
+
+    def grant_of(self, session: SessionKey, ino: InodeNo) -> Callable[[], None]:
+        """What a batch has to call before it changes what only the holder of a write lease may: raises Conflict when that
+        is not the lease of now any more. Its mount gave up waiting, and may have written there since: carried out then,
+        the change would take that away."""
+        grant = self._table.write_grant(session, ino)
+
+        def check() -> None:
+            self.check_holds(session, ino, WRITE)
+            if self._table.write_grant(session, ino) != grant:
+                raise Conflict(f"inode {ino}: mount of {session[0]} asked for this under an earlier lease")
+
+        return check
 
     def check_holds(self, session: SessionKey, ino: InodeNo, kind: int) -> None:
         """Raises Conflict unless the session holds at least `kind` on `ino`."""

@@ -43,6 +43,13 @@ class Replies:
     def sessions(self) -> list[Session]:
         return list(self._sessions.values())
 
+    def id_of(self, node: str, incarnation: int) -> int:
+        """Of a session that is known. Raises NotFound."""
+        for session in self._sessions.values():
+            if (session.node, session.incarnation) == (node, incarnation):
+                return session.id
+        raise NotFound(f"mount of {node}, incarnation {incarnation}, has no session (any more)")
+
     def open_session(self, node: str, incarnation: int) -> Session:
         """The session of that mount, new or known. Raises Fenced: a later incarnation of it is known."""
         known = {s.incarnation: s for s in self._sessions.values() if s.node == node}

@@ -4,7 +4,28 @@ Place      coordinator floor; data only.
 Numbers    sizes in bytes where named size, else in blocks of 4,096; times in ns since the epoch.
 """
 
-SCHEMA_VERSION = 1  # PRAGMA user_version; a reader refuses any other
+SCHEMA_VERSION = 1  # PRAGMA user_version of a new volume
+VERSION_WITH_SHARED_BLOCKS = 2  # from its first clone on
+VERSIONS_KNOWN = (SCHEMA_VERSION, VERSION_WITH_SHARED_BLOCKS)  # a reader refuses any other
+
+SHARED_BLOCKS = """
+CREATE TABLE IF NOT EXISTS shared(
+    slab INTEGER NOT NULL,
+    block INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    owners INTEGER NOT NULL,
+    PRIMARY KEY (slab, block)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS replacements(
+    ino INTEGER NOT NULL,
+    session INTEGER NOT NULL,
+    block INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    slab INTEGER NOT NULL,
+    slab_block INTEGER NOT NULL,
+    PRIMARY KEY (ino, block)
+) WITHOUT ROWID;
+"""
 
 FILE_LOCKS = """
 CREATE TABLE IF NOT EXISTS locks(

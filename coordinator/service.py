@@ -304,8 +304,8 @@ class Service:
         if name in LOCK_CALLS:
             self._start_task(self._serve_lock, caller, args)
             return True
-        if name == "allocate":
-            self.dispatch.allocate(session, args, partial(self._allocated, caller, args))
+        if name in self.dispatch.takers:
+            self.dispatch.takers[name](session, args, partial(self._allocated, caller, args))
             return True
         if name in self._async_calls and (name != "statfs" or not self.slabs.spaces_known):
             return False
@@ -380,7 +380,7 @@ class Service:
         await self.dispatch.make_space(blocks)
         if caller.link.closed is not None:
             raise caller.link.closed  # whoever goes on for it asks anew
-        self.dispatch.allocate(caller.session, args, partial(self._allocated, caller, args))
+        self.dispatch.takers[caller.name](caller.session, args, partial(self._allocated, caller, args))
 
     def _start_change(self, caller: Caller, change: Change) -> None:
         if change.ticket.granted:
