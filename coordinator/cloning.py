@@ -94,7 +94,7 @@ class Cloning:
         for extent in self._extents.layout(ino, block, count):
             part = _clipped(extent, block, block + count)
             for at, size, owners in self._shared.owners(part.slab, part.slab_block, part.count):
-                if owners > 1:
+                if owners:
                     shared.append((part.block + at - part.slab_block, size))
         missing = sum(size for _, size in shared) - self._space.available_blocks
         if shared and missing > 0:

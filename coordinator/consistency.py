@@ -121,7 +121,7 @@ def _check_shared(database: Database) -> list[str]:
     said = {slab: bytearray(min(owners, 1) for owners in blocks) for slab, blocks in found.items()}
     if has_shared_blocks(database):
         for slab, block, count, owners in database.rows("SELECT slab, block, count, owners FROM shared"):
-            if slab not in said or not 0 <= block < block + count <= len(said[slab]) or owners < 2:
+            if slab not in said or not 0 <= block < block + count <= len(said[slab]) or owners < 1:
                 problems.append(f"shared blocks {block}+{count} of slab {slab} of {owners} owners cannot be")
             else:
                 said[slab][block : block + count] = bytes([min(owners, OWNERS_MAX)]) * count

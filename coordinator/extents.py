@@ -208,12 +208,12 @@ class Extents:
         self._inodes.changed(inode)
 
     def shared_in(self, extents: Iterable[Extent]) -> list[list[int]]:
-        """[file block, count]: what of them other extents have, too."""
+        """[file block, count]: what of them other extents have, too, or had just now: it may not be written."""
         return [
             [extent.block + at - extent.slab_block, count]
             for extent in extents
             for at, count, owners in self._shared.owners(extent.slab, extent.slab_block, extent.count)
-            if owners > 1
+            if owners
         ]
 
     def _split(self, ino: int, block: int) -> None:

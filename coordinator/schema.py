@@ -16,6 +16,7 @@ CREATE TABLE IF NOT EXISTS shared(
     owners INTEGER NOT NULL,
     PRIMARY KEY (slab, block)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS shared_by_one ON shared(slab, block) WHERE owners = 1;
 CREATE TABLE IF NOT EXISTS replacements(
     ino INTEGER NOT NULL,
     session INTEGER NOT NULL,

@@ -43,6 +43,7 @@ from coordinator.quota_desk import QuotaDesk
 from coordinator.scrub import Scrub
 from coordinator.session_desk import SessionDesk
 from coordinator.sessions import BUSY_S, Session
+from coordinator.settling import Settling
 from coordinator.slab_book import DataBook, MetadataBook, SlabBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
@@ -152,6 +153,7 @@ class Service:
         )
         self.desk.leases = self.leases
         self._janitor = Janitor(metadata, self.batches, self.leases)
+        self._settling = Settling(metadata.shared, self.batches, self.log)
         self.locks = LockDesk(metadata, self.batches)
         self.quotas = QuotaDesk(metadata, self.batches)
         self.dispatch = Dispatch(
@@ -234,6 +236,7 @@ class Service:
                 nursery.start_soon(self.members.run_forever)
                 nursery.start_soon(self._janitor.run_forever)
                 nursery.start_soon(self.quotas.run_forever)
+                nursery.start_soon(self._settling.run_forever)
                 nursery.start_soon(self.scrub.run_forever)
                 nursery.start_soon(self._describe_forever)
                 nursery.start_soon(self._settings.follow_forever)

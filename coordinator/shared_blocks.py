@@ -6,8 +6,10 @@ Owns       tables `shared` and `replacements`. Both are made by the first clone 
            without clones has neither, and pays for neither.
 
 Invariants
-  P3  An owner of a block is one extent with it. A block that two or more have is in a row of `shared` with their number;
-      it is freed when its last owner gives it up, and nobody writes it before it has one owner only.
+  P3  An owner of a block is one extent with it. A block that two or more have is in a row of `shared` with their number,
+      and is freed when its last owner gives it up. Nobody writes a block that is in such a row. With one owner left the
+      row stays until that is on the media of all members (settling.py): a power cut that brought back the other owner
+      would show it what the one that was left had written since.
   P4  A replacement is a block that no file has yet: it belongs to one block of one file and to a session, whose mount is
       copying into it. It is freed when that session has ended (it is fenced by then), when the file's block goes, or
       when the block is to be replaced anew: whoever wrote there has ended.
@@ -35,6 +37,7 @@ _EXACT = (
 )
 
 Row = tuple[int, int, int, int]  # of a file: block, count, slab, slab block
+Unsettled = tuple[int, int, int]  # slab, block, count
 
 
 class SharedBlocks:
@@ -44,16 +47,17 @@ class SharedBlocks:
         self._database = database
         self._space = space
         self._exists = False
+        self._lately: set[Unsettled] = set()  # rows of one owner that were made since `unsettled` was asked
         self.forget()
         database.add_part(self)
 
     # -- owners ----------------------------------------------------------------------------------
 
     def owners(self, slab: int, block: int, count: int) -> list[Run]:
-        """How many extents have each of these blocks, in pieces (block, count, owners) in order. 1 also of blocks that
-        nobody has: the caller knows of one."""
+        """How many extents have each of these blocks, in pieces (block, count, owners) in order. 0: one, or none, and the
+        block may be written; else it may not."""
         if not self._exists:
-            return [(block, count, 1)]
+            return [(block, count, 0)]
         return shared_runs.owners_of(self._runs(slab, block, count), block, count)
 
     def share(self, piece: Piece) -> None:
@@ -74,6 +78,20 @@ class SharedBlocks:
             freed += [Piece(piece.slab, block, count) for block, count in ownerless]
         return freed
 
+    def unsettled(self, limit: int) -> list[Unsettled]:
+        """Blocks that have one owner only, but may not be written yet. Between batches; see `settle_owners`."""
+        if not self._exists:
+            return []
+        self._lately.clear()
+        query = "SELECT slab, block, count FROM shared WHERE owners = 1 ORDER BY slab, block LIMIT ?"
+        return self._database.rows(query, (limit,))  # type: ignore[return-value]
+
+    def settle_owners(self, rows: Iterable[Unsettled]) -> None:
+        """What `unsettled` gave, once all that was committed then is on the media: these may be written."""
+        known = [row for row in rows if row not in self._lately]  # else it was shared again, and given up, since
+        statement = "DELETE FROM shared WHERE slab = ? AND block = ? AND count = ? AND owners = 1"
+        self._database.run_many(statement, known)
+
     def _runs(self, slab: int, block: int, count: int) -> list[Run]:
         return self._database.rows(_READ, (slab, block, block + count))  # type: ignore[return-value]
 
@@ -84,6 +102,7 @@ class SharedBlocks:
             self._database.run_many("DELETE FROM shared WHERE slab = ? AND block = ?", blocks)
         if new:
             rows = [(slab, *run) for run in sorted(new)]
+            self._lately.update((slab, block, count) for block, count, owners in new if owners == 1)
             self._database.run_many("INSERT INTO shared(slab, block, count, owners) VALUES(?,?,?,?)", rows)
 
     # -- replacements ----------------------------------------------------------------------------

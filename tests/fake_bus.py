@@ -27,6 +27,7 @@ class Drives:
     def __init__(self) -> None:
         self.blocks: dict[tuple[int, int], bytes] = {}
         self.given_away: set[tuple[int, int]] = set()
+        self.may_write: Callable[[int, int], bool] = lambda slab, block: True
 
     def read(self, slab: int, block: int, count: int) -> bytes:
         zeros = bytes(BLOCK_SIZE)
@@ -36,6 +37,7 @@ class Drives:
         assert len(data) % BLOCK_SIZE == 0 and data
         for i in range(len(data) // BLOCK_SIZE):
             assert (slab, block + i) not in self.given_away, "a write into another file's block"
+            assert self.may_write(slab, block + i), "a write into a block that several files have"
             self.blocks[slab, block + i] = bytes(data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
 
     def give_away(self, slab: int, block: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import trio
 
 from coordinator.lease_table import READ, WRITE, Action, Grant, LeaseTable, Need, Recall, SessionKey, Ticket
-from csvfs.errors import Conflict, CsvfsError, NotFound
+from csvfs.errors import BadRequest, Conflict, CsvfsError, NotFound
 from csvfs.ids import Incarnation, InodeNo, NodeName
 from csvfs.units import BLOCK_SIZE
 from tests.fake_bus import Drives, descriptor
@@ -42,10 +42,13 @@ class File:
 class FakeCoordinator:
     def __init__(self, drives: Drives, nursery: trio.Nursery) -> None:
         self.drives = drives
+        drives.may_write = lambda slab, block: self.owners((slab, block)) < 2
+        self.set_aside: dict[tuple[int, int], tuple[int, int]] = {}  # (inode, block) -> (slab, slab block)
         self.nursery = nursery
         self.table = LeaseTable()
         self.holders: dict[SessionKey, Holder] = {}
         self.files: dict[int, File] = {}
+        self.clone_max = 1 << 20  # blocks of one `clone`
         self.ahead = 0  # blocks given beyond what was asked for
         self.delay = 1
         self.next_block = 1
@@ -123,6 +126,15 @@ class FakeCoordinator:
             raise NotFound(f"inode {ino}")
         return self.files[ino]
 
+    def owners(self, where: tuple[int, int]) -> int:
+        return sum(1 for file in self.files.values() for found in file.blocks.values() if found == where)
+
+    def _free(self, file: File, at: int) -> None:
+        """Another file has the block's place now, unless another one had it already."""
+        where = file.blocks.pop(at)
+        if not self.owners(where):
+            self.drives.give_away(*where)
+
     def _layout(self, file: File, block: int, count: int) -> dict[str, Any]:
         rows: list[list[int]] = []
         for at in sorted(b for b in file.blocks if block <= b < block + count):
@@ -131,7 +143,11 @@ class FakeCoordinator:
                 rows[-1][1] += 1
             else:
                 rows.append([at, 1, slab, slab_block])
-        return {"extents": rows, "slabs": [descriptor(slab).to_wire() for slab in {row[2] for row in rows}]}
+        shared = [
+            [at, 1] for at, where in file.blocks.items() if block <= at < block + count and self.owners(where) > 1
+        ]
+        slabs = [descriptor(slab).to_wire() for slab in {row[2] for row in rows}]
+        return {"extents": rows, "slabs": slabs, "shared": shared}
 
     async def _acquire(self, session: SessionKey, ino: int, kind: int, block: int, count: int) -> dict:
         ticket = await self.take(session, ino, _NEEDS[kind])
@@ -186,9 +202,49 @@ class FakeCoordinator:
         self._check_writer(session, ino)
         file = self._file(ino)
         for at in [at for at in file.blocks if block <= at < block + count]:
-            self.drives.give_away(*file.blocks.pop(at))
+            self._free(file, at)
         self._changed(file)
         return {"attr": file.attr(), "reached": block}
+
+    async def _clone(
+        self, session: SessionKey, ino: int, block: int, count: int, target: int, target_block: int
+    ) -> dict:
+        """At most `clone_max` blocks at once."""
+        count = min(count, self.clone_max)
+        source, into = self._file(ino), self._file(target)
+        self._check_writer(session, ino)
+        self._check_writer(session, target)
+        if (block + count) * BLOCK_SIZE > source.size:
+            raise BadRequest("over the end of the source")
+        moved = {at - block + target_block: source.blocks[at] for at in source.blocks if block <= at < block + count}
+        for at in [at for at in into.blocks if target_block <= at < target_block + count]:
+            if moved.get(at) != into.blocks[at]:
+                self._free(into, at)
+        into.blocks.update(moved)
+        into.size = max(into.size, (target_block + count) * BLOCK_SIZE)
+        self._changed(into)
+        return {"attr": into.attr(), "count": count, **self._layout(into, target_block, count)}
+
+    async def _unshare(self, session: SessionKey, ino: int, block: int, count: int) -> dict:
+        self._check_writer(session, ino)
+        file, rows = self._file(ino), []
+        for at in sorted(at for at in file.blocks if block <= at < block + count):
+            if self.owners(file.blocks[at]) > 1:
+                self.set_aside[ino, at] = where = divmod(self.next_block, SLAB_BLOCKS)
+                self.next_block += 1
+                rows.append([at, 1, *where])
+        return {"rows": rows, "slabs": [descriptor(slab).to_wire() for slab in {row[2] for row in rows}]}
+
+    async def _replace(self, session: SessionKey, ino: int, rows: list[list[int]]) -> dict:
+        self._check_writer(session, ino)
+        file = self._file(ino)
+        for at, count, slab, slab_block in rows:
+            if count != 1 or self.set_aside.pop((ino, at), None) != (slab, slab_block):
+                raise Conflict("nothing was set aside")
+            self._free(file, at)
+            file.blocks[at] = (slab, slab_block)
+        self._changed(file)
+        return {"attr": file.attr()}
 
     async def _seek(self, session: SessionKey, ino: int, block: int, hole: bool) -> dict:
         file = self._file(ino)
@@ -202,7 +258,9 @@ class FakeCoordinator:
         file = self._file(ino)
         if size is not None:
             for at in [at for at in file.blocks if at >= -(-size // BLOCK_SIZE)]:
-                self.drives.trim(*file.blocks.pop(at), 1)
+                where = file.blocks.pop(at)
+                if not self.owners(where):
+                    self.drives.trim(*where, 1)
             file.size = size
         file.mtime = changes.get("mtime_ns") or file.mtime
         if changes.get("mode") is not None:

@@ -54,7 +54,7 @@ def test_a_clone_has_the_blocks_of_its_source_and_takes_no_space():
             metadata.setattr(ino, size=0, now_ns=4)
         sound(volume)
         assert volume.carry_out_trims() == (1 if ino == target else 0)
-        assert metadata.shared_in(metadata.layout(target, 0, 40)) == []
+        assert metadata.shared_in(metadata.layout(target, 0, 40)) == ([[0, 40]] if ino == source else [])
     assert metadata.statfs().used_blocks == 0
 
 
@@ -138,6 +138,7 @@ def test_a_shared_block_is_replaced_only_by_what_was_set_aside_for_it():
     }
     assert [after[at] for at in range(4, 12)] == [(slab, block + at) for at in range(8)]
     assert layout_of(metadata, target) == before
+    settle(volume)
     assert metadata.shared_in(metadata.layout(target, 0, 32)) == [[0, 4], [12, 20]]
     sound(volume)
 
@@ -177,6 +178,38 @@ def test_what_was_set_aside_is_freed_with_its_session_its_block_or_the_next_atte
     assert set_aside() == 0
     with volume.batch(), pytest.raises(Conflict):
         metadata.replace(target, other, kept, 5)
+
+
+def settle(volume: TestVolume) -> int:
+    rows = volume.metadata.shared.unsettled(100)
+    with volume.batch() as metadata:
+        metadata.shared.settle_owners(rows)
+    return len(rows)
+
+
+def test_a_block_that_one_file_is_left_of_may_be_written_once_that_cannot_be_lost_any_more():
+    """P3: a power cut that brought the other file back would show it what was written since."""
+    volume = TestVolume()
+    source, target = made(volume, b"a", 32), made(volume, b"b", 0)
+    with volume.batch() as metadata:
+        session = metadata.open_session("n1", 1).id
+        metadata.clone(source, 0, 32, target, 0, 3)
+        metadata.setattr(target, size=0, now_ns=4)
+    assert metadata.shared_in(metadata.layout(source, 0, 32)) == [[0, 32]]
+    assert volume.reopened().shared_in(metadata.layout(source, 0, 32)) == [[0, 32]]  # the next coordinator knows it
+    rows = metadata.shared.unsettled(100)
+    with volume.batch():  # meanwhile it is shared and given up anew
+        metadata.clone(source, 0, 32, target, 0, 3)
+        metadata.setattr(target, size=0, now_ns=4)
+    with volume.batch():
+        metadata.shared.settle_owners(rows)
+    assert metadata.shared_in(metadata.layout(source, 0, 32)) == [[0, 32]]
+    with volume.batch():  # who cannot wait for that replaces them as any other
+        metadata.replace(source, session, metadata.unshare(source, 8, 8, session).rows, 5)
+    sound(volume)
+    assert settle(volume) == 2 and settle(volume) == 0
+    assert metadata.shared_in(metadata.layout(source, 0, 32)) == []
+    sound(volume)
 
 
 def test_replacing_in_a_full_volume_says_how_much_is_missing_and_takes_nothing():
@@ -230,6 +263,7 @@ steps = st.lists(
         st.tuples(st.just("truncate"), files, st.integers(0, SPACE)),
         st.tuples(st.just("abandon"), files, ranges),
         st.tuples(st.just("end"),),
+        st.tuples(st.just("settle"),),
     ),
     min_size=1,
     max_size=20,
@@ -259,6 +293,9 @@ def test_files_that_share_blocks_keep_their_own_content_whatever_is_done_to_the_
     stamp = 1000
     for step in history:
         stamp += 100
+        if step[0] == "settle":
+            settle(volume)
+            continue
         with volume.batch():
             if step[0] == "end":
                 metadata.end_session(session)

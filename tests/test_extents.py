@@ -117,3 +117,45 @@ def test_100_000_extents_stay_fast() -> None:
         assert extents.pieces(block, 2) == [(block, 2, 1, 7 * block)]
         extents.learn(block + 2, 2, [[block + 2, 2, 5, block]])
     assert time.process_time() - began < 1.0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["shared", "own", "forget", "unshare"]), st.integers(0, SPACE - 1), st.integers(1, 20)
+        ),
+        max_size=20,
+    )
+)
+def test_what_is_shared_is_known_as_a_set_of_blocks_knows_it(history: list) -> None:
+    extents, shared = ExtentMap(), set()
+    for what, block, count in history:
+        span = set(range(block, block + count))
+        if what == "shared":
+            middle = [block + count // 3, max(1, count // 2)]
+            extents.learn(block, count, [[block, count, 1, 7]], [middle])
+            shared = shared - span | set(range(middle[0], sum(middle)))
+        elif what == "own":
+            extents.learn(block, count, [[block, count, 1, 7]])
+            shared -= span
+        elif what == "forget":
+            extents.forget(block, block + count)
+            shared -= span
+        else:
+            extents.unshare(block, count)
+            shared -= span
+        assert {at for start, end in extents.shared for at in range(start, end)} == shared
+        assert all(a[1] < b[0] for a, b in zip(extents.shared, extents.shared[1:], strict=False))
+        for at in range(SPACE + 20):
+            for size in (1, 4):
+                assert extents.is_shared(at, size) == bool(shared & set(range(at, at + size)))
+    extents.clear()
+    assert not extents.shared and not extents.is_shared(0, SPACE)
+
+
+@pytest.mark.parametrize("rows", [[[0, 0]], [[-1, 3]], [[1]], [None]])
+def test_shared_ranges_that_cannot_be_are_refused_and_nothing_taken(rows: list) -> None:
+    extents = ExtentMap()
+    with pytest.raises(ProtocolError):
+        extents.learn(0, 4, [[0, 4, 1, 1]], rows)
+    assert not len(extents) and not extents.shared

@@ -1,5 +1,7 @@
 """Runs of shared blocks against a counter for each block."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ def touching(runs: list[Run], block: int, count: int) -> list[Run]:
 def test_runs_count_the_owners_of_every_block_as_a_counter_for_each_does(history: list) -> None:
     """P3: what a step drops is what nobody has any more, and nothing else."""
     owners = dict.fromkeys(range(SPACE), 1)  # of blocks that anybody has
+    ever: set[int] = set()  # were shared since anybody got them
     runs: list[Run] = []
     for adds, (block, count) in history:
         count = min(count, next((at for at in range(count) if block + at not in owners), count))
@@ -34,19 +37,19 @@ def test_runs_count_the_owners_of_every_block_as_a_counter_for_each_does(history
         want_dropped = []
         for at in range(block, block + count):
             owners[at] += 1 if adds else -1
+            if adds:
+                ever.add(at)
             if not owners[at]:
                 del owners[at]
+                ever.discard(at)
                 want_dropped.append(at)
         assert [at for first, size in dropped for at in range(first, first + size)] == want_dropped
         shown = {at: n for first, size, n in runs for at in range(first, first + size)}
-        assert shown == {at: n for at, n in owners.items() if n > 1}
+        assert shown == {at: n for at, n in owners.items() if at in ever}
         assert sum(size for _, size, _ in runs) == len(shown)
-        for before, after in zip(runs, runs[1:], strict=False):
+        for before, after in pairwise(runs):
             assert before[0] + before[1] < after[0] or before[2] != after[2], "neighbours alike are one run"
         pieces = owners_of(touching(runs, block, count), block, count)
-        assert [at for first, size, _ in pieces for at in range(first, first + size)] == list(
-            range(block, block + count)
-        )
-        assert all(
-            owners.get(at, 1) == n for first, size, n in pieces for at in range(first, first + size)
-        )
+        assert {at: n for first, size, n in pieces for at in range(first, first + size)} == {
+            at: shown.get(at, 0) for at in range(block, block + count)
+        }

@@ -38,7 +38,7 @@ LARGE_BUFFERS_MAX = 32  # of 1 MiB each
 # where the kernel believes its end to be. See FileTable.write.
 WRITE_APPEND = 1 << 31
 
-_CHANGES_OF_DATA = (abi.WRITE, abi.FALLOCATE)
+_CHANGES_OF_DATA = (abi.WRITE, abi.FALLOCATE, abi.COPY_FILE_RANGE)
 _OUT_OF_TURN = (abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT)  # the kernel has queues of their own for these
 
 Buffer = bytes | bytearray | memoryview
@@ -67,6 +67,7 @@ class Files(Leases, Protocol):
     async def statfs(self, ino: int) -> dict[str, int]: ...
     async def fallocate(self, ino: int, offset: int, length: int, mode: int) -> None: ...
     async def seek(self, ino: int, offset: int, whence: int) -> int | None: ...
+    async def copy_range(self, ino: int, offset: int, target: int, target_offset: int, length: int) -> int: ...
     def set_id_is_due(self, ino: int) -> bool: ...
     async def clear_set_id(self, ino: int) -> None: ...
 
@@ -243,8 +244,9 @@ class Channel:
             _, opcode, unique, node, _, _, _, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
             is_resent = bool(unique & UNIQUE_RESENT)
             if is_resent and opcode in _CHANGES_OF_DATA and self._replays is not None:
-                self._replaying[unique] = node
-                self._replays.replay_begins(node)
+                changed = node if opcode != abi.COPY_FILE_RANGE else abi.copy_target(self._buffer)
+                self._replaying[unique] = changed
+                self._replays.replay_begins(changed)
             self._dispatch(opcode, unique, node, self._buffer[:size])
             if not is_resent and opcode not in _OUT_OF_TURN:
                 break
@@ -299,11 +301,12 @@ class Channel:
             abi.DESTROY: lambda unique, _n, _: self._reply_errno(unique, 0),
             abi.FALLOCATE: self._on_fallocate,
             abi.LSEEK: self._on_lseek,
+            abi.COPY_FILE_RANGE: self._on_copy,
             abi.IOCTL: refuse(errno.ENOTTY),
             abi.NOTIFY_REPLY: lambda _u, _n, _: None,  # expects no answer, and we never ask
             # ENOSYS: the kernel does it in its own way from then on, without asking again.
             **{opcode: refuse(errno.ENOSYS) for opcode in (
-                abi.READDIRPLUS, abi.COPY_FILE_RANGE, abi.POLL, abi.BMAP, abi.ACCESS,
+                abi.READDIRPLUS, abi.POLL, abi.BMAP, abi.ACCESS,
                 *range(abi.COPY_FILE_RANGE + 1, 64),
             )},
         }  # fmt: skip
@@ -531,6 +534,16 @@ class Channel:
     def _on_lseek(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, whence, _ = abi.LSEEK_IN.unpack_from(body)
         self._start(unique, self._seek, node, offset, whence)
+
+    def _on_copy(self, unique: int, node: int, body: memoryview) -> None:
+        _, offset, target, _, target_offset, length, flags = abi.COPY_FILE_RANGE_IN.unpack_from(body)
+        if flags or max(offset, target_offset, length) >= 1 << 63:
+            self._reply_errno(unique, errno.EINVAL)
+            return
+        self._start(unique, self._copy, node, offset, target, target_offset, min(length, abi.COPY_SIZE_MAX))
+
+    async def _copy(self, unique: int, *args: int) -> None:
+        self._reply(unique, (abi.pack_write_reply(unique, await self._files.copy_range(*args)),))
 
     async def _seek(self, unique: int, node: int, offset: int, whence: int) -> None:
         found = await self._files.seek(node, offset, whence)

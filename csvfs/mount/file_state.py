@@ -121,6 +121,7 @@ class FileState:
         "dirty_slabs",
         "extents",
         "failure",
+        "fills",
         "inherited",
         "inherited_time",
         "ino",
@@ -129,6 +130,7 @@ class FileState:
         "losses",
         "lost",
         "metadata_dirty",
+        "moving",
         "mtime_ns",
         "open_count",
         "pages_read",
@@ -140,6 +142,7 @@ class FileState:
         "replays",
         "report",
         "runs",
+        "shared",
         "size",
         "stale",
         "starts",
@@ -180,6 +183,9 @@ class FileState:
         self.extents = ExtentMap()
         self.starts = self.extents.starts  # the same lists, for the hot path
         self.runs = self.extents.runs
+        self.shared = self.extents.shared
+        self.fills = 0  # `allocate` under way, whose answer tells of the layout
+        self.moving = False  # blocks of it are being put elsewhere: no such call may begin
         self.tail_zero = -1  # the size for which the rest of its last block is known to be zeros
         self.allocated_upto = 0  # block: beyond the end of the file, up to here, blocks may hold old bytes
         self.open_count = 0
@@ -268,7 +274,7 @@ class FileState:
 
     @property
     def mapping(self) -> trio.Lock:
-        """Held while the layout alone is asked for."""
+        """Held while the layout alone is asked for, or changes."""
         return self._lock("mapping")
 
     @property

@@ -1,6 +1,7 @@
 """The file table: what stands between the FUSE channel and the coordinator and drives of the volume.
 
-Place      mount floor; gathers leases.py, read_path.py, write_path.py, truncation.py, holes.py and recall.py.
+Place      mount floor; gathers leases.py, read_path.py, write_path.py, truncation.py,
+           holes.py, cloning.py and recall.py.
 Tasks      `run_forever`: every second it reports times of files written to, gives back what nobody uses any
            more, and watches whether this node may serve. Recalls run in the session's nursery.
 Limits     INODES_MAX inodes that are not open are remembered; the longest known go first.
@@ -18,6 +19,7 @@ from typing import Any
 import trio
 
 from csvfs.errors import CsvfsError, Fenced
+from csvfs.mount.cloning import Cloning
 from csvfs.mount.file_state import (
     LEASE_NONE,
     LEASE_OPEN,
@@ -91,12 +93,16 @@ class FileTable:
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
         self._reports = Reports(self.leases, coordinator, self._timed)
         self._writes = WritePath(
-            self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s, journal or RequestJournal()
-        )
+            self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s, journal or RequestJournal(),
+            self._give_up,
+        )  # fmt: skip
         self.leases.wrote_before = lambda state: self._reports.set_time(state, time.time_ns())
         self._truncation = Truncation(self.leases, coordinator, self._writes, self._give_up, io_timeout_s)
         self._holes = Holes(
             self.leases, coordinator, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
+        )
+        cloning = Cloning(
+            self.leases, bus, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
         )
         set_id = SetId(self.leases, coordinator, notifier, self.getattr)
         # Bound once: the channel calls them for every request.
@@ -107,6 +113,7 @@ class FileTable:
         self.truncate = self._truncation.truncate
         self.fallocate = self._holes.fallocate
         self.seek = self._holes.seek
+        self.copy_range = cloning.copy_range
         self.set_id_is_due = set_id.is_due
         self.clear_set_id = set_id.clear
         self.stamp = self.leases.stamp

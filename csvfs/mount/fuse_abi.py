@@ -64,6 +64,9 @@ LK_OUT = struct.Struct("=QQII")  # start, end, type, pid
 FLUSH_IN = struct.Struct("=QIIQ")  # fh, unused, padding, lock_owner
 INTERRUPT_IN = struct.Struct("=Q")  # unique
 assert (LK_IN.size, LK_OUT.size, FLUSH_IN.size, INTERRUPT_IN.size) == (48, 24, 24, 8)
+COPY_FILE_RANGE_IN = struct.Struct("=7Q")  # fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
+COPY_SIZE_MAX = 1 << 30  # of one COPY_FILE_RANGE: its answer has 32 bits for the number of bytes
+assert COPY_FILE_RANGE_IN.size == 56
 LSEEK_IN = struct.Struct("=QQII")  # fh, offset, whence, padding
 assert (FALLOCATE_IN.size, LSEEK_IN.size) == (32, 24)
 GETXATTR_IN = struct.Struct("=II")  # size, padding; then name, NUL. Also of LISTXATTR, without a name
@@ -254,6 +257,11 @@ def pack_inc_epoch() -> bytes:
 def pack_resend() -> bytes:
     """Have the kernel ask anew all that it was not answered, with `unique` | UNIQUE_RESENT."""
     return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
+
+
+def copy_target(request: memoryview) -> int:
+    """The inode that a COPY_FILE_RANGE changes; the header names the other one."""
+    return int(COPY_FILE_RANGE_IN.unpack_from(request, IN_HEADER.size)[2])
 
 
 def may_write(open_flags: int) -> bool:

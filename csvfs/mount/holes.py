@@ -12,14 +12,14 @@ seek       The coordinator knows all space that a file has. What was granted and
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from csvfs.errors import BadRequest, CsvfsError, FileTooBig, LeaseLost, NoSpace, NotSupported
 from csvfs.mount.file_state import BLOCKS, LEASE_WRITE, SIZE, FileState
 from csvfs.mount.leases import Coordinator, Leases
+from csvfs.mount.quiet import nothing_under_way
 from csvfs.mount.reports import Reports
 from csvfs.mount.write_path import GAP_BLOCKS_MAX, WritePath
 from csvfs.units import BLOCK_SIZE, GIB
@@ -133,7 +133,7 @@ class Holes:
             last = -(-end // BLOCK_SIZE)  # behind the end of the file there is nothing to keep
         if first >= last:
             return
-        async with self._nothing_under_way(state, first, last):
+        async with nothing_under_way(state, (first, last)):
             args = {"ino": state.ino, "block": first, "count": last - first}
             try:
                 reply = await self._reports.ask(state, "punch", args)
@@ -148,24 +148,6 @@ class Holes:
                 state.tail_zero = -1
             self._reports.set_time(state, time.time_ns())
             self._reports.changed(state, reply)
-
-    @asynccontextmanager
-    async def _nothing_under_way(self, state: FileState, first: int, last: int) -> AsyncIterator[None]:
-        """See "Giving back". The caller is one of `state.writers`, so a recall waits for all of this."""
-        state.truncating = True
-        state.regate()
-        try:
-            async with state.mapping:  # reads of these blocks, once they are unknown, wait here
-                while state.writes or state.writers > 1 or state.asking:
-                    await state.wait_change()
-                state.extents.forget(first, last)
-                reads = dict(state.reads)
-                while any(read in state.reads for read in reads):
-                    await state.wait_change()
-                yield
-        finally:
-            state.truncating = False
-            state.regate()
 
     async def _under_lease(
         self, state: FileState, grows_upto: int, work: Callable[[], Coroutine[Any, Any, None]]

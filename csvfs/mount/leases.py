@@ -233,14 +233,18 @@ class Leases:
         state.regate()
 
     def take_layout(self, state: FileState, block: int, count: int, reply: dict[str, Any]) -> None:
-        """Learn what `acquire` and `allocate` say of blocks `block..block+count`. Raises ProtocolError."""
+        """Learn what a reply says of blocks `block..block+count`. Raises ProtocolError."""
+        extents: list[list[int]] = reply["extents"]
+        self.take_slabs(state, extents, reply)
+        state.extents.learn(block, count, extents, reply.get("shared") or ())
+
+    def take_slabs(self, state: FileState, extents: list[list[int]], reply: dict[str, Any]) -> None:
+        """Learn the descriptors of the slabs that these extents lie in. Raises ProtocolError: some are missing."""
         for value in reply.get("slabs") or ():
             self._bus.learn(SlabDescriptor.from_wire(value))
-        extents: list[list[int]] = reply["extents"]
         unknown = {extent[2] for extent in extents if self._bus.descriptor(extent[2]) is None}
         if unknown:
             raise ProtocolError(f"inode {state.ino} lies in slab {min(unknown)}, of which no descriptor came")
-        state.extents.learn(block, count, extents)
 
     # -- asking ----------------------------------------------------------------------------------
 

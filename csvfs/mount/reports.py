@@ -42,12 +42,19 @@ class Reports:
 
     async def fill(self, state: FileState, block: int, count: int, size: int) -> None:
         """As allocate, of a range whose layout need not be known; always one call."""
-        mtime_ns = state.mtime_ns
-        args = {"ino": state.ino, "block": block, "count": count, "size": size, "mtime_ns": mtime_ns}
-        reply = await self.ask(state, "allocate", args)
-        if state.lease < LEASE_WRITE:
-            raise LeaseLost(f"the write lease of inode {state.ino} was lost while space was asked for")
-        self._leases.take_layout(state, block, count, reply)
+        while state.moving:  # the answer may tell of whole extents, also where blocks are being moved
+            await state.wait_change()
+        state.fills += 1
+        try:
+            mtime_ns = state.mtime_ns
+            args = {"ino": state.ino, "block": block, "count": count, "size": size, "mtime_ns": mtime_ns}
+            reply = await self.ask(state, "allocate", args)
+            if state.lease < LEASE_WRITE:
+                raise LeaseLost(f"the write lease of inode {state.ino} was lost while space was asked for")
+            self._leases.take_layout(state, block, count, reply)
+        finally:
+            state.fills -= 1
+            state.notify()
         self._reported(state, mtime_ns)
         state.committed = max(state.committed, size)
         self.changed(state, reply)

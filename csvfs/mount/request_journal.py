@@ -21,7 +21,7 @@ UNIQUE_RESENT = 1 << 63  # FUSE_UNIQUE_RESEND of <linux/fuse.h>: in the `unique`
 UNIQUE_MASK = UNIQUE_RESENT - 1
 
 # Calls that do harm when a successor makes them anew. Under the write lease, which the successor has without a gap,
-# `allocate`, `commit` and `punch` do not.
+# `allocate`, `commit`, `punch`, `clone`, `unshare` and `replace` do not.
 _CALLS = {"setattr": 1, "make": 2, "link": 3, "unlink": 4, "rename": 5, "setxattr": 6, "removexattr": 7}
 _APPEND = 15
 

@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 
 # PROTOCOL.md, "Calls to a coordinator": those with a star.
 NUMBERED_CALLS = frozenset(
-    ("setattr", "make", "link", "unlink", "rename", "setxattr", "removexattr", "allocate", "commit", "punch")
-)
+    (
+        "setattr", "make", "link", "unlink", "rename", "setxattr", "removexattr", "allocate", "commit", "punch",
+        "clone", "unshare", "replace",
+    )
+)  # fmt: skip
 _LEASES_IN_REPLIES = ("lease", "dir_lease", "new_dir_lease")
 
 RETRY_S_MIN = 0.02

@@ -14,24 +14,26 @@ Invariants
   W3  `size` grows after both; so a reader here never sees the new end with old bytes.
   W4  Write-back of mmapped pages never grows a file: what the kernel still holds beyond the end was cut off.
   W5  Pages dirtied by mmap under a lease that was then lost are not written back.
+  W6  Blocks that other files have, too, are never written: they are replaced first (unsharing.py).
 """
 
 import time
 from bisect import bisect_right
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from csvfs.errors import CsvfsError, LeaseLost, TimedOut
+from csvfs.errors import CsvfsError, InputOutputError, LeaseLost, TimedOut
 from csvfs.mount import fuse_abi
-from csvfs.mount.file_state import LEASE_WRITE, WHOLE_FILE, FileState, InFlight
+from csvfs.mount.file_state import LEASE_WRITE, WHOLE_FILE, Claim, FileState, InFlight
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Leases
 from csvfs.mount.recall import KernelNotifier
 from csvfs.mount.reports import Reports
 from csvfs.mount.request_journal import RequestJournal
+from csvfs.mount.unsharing import Unsharing, around
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume import file_io
 from csvfs.volume.extents import Piece
@@ -83,7 +85,9 @@ class WritePath:
         nursery: trio.Nursery,
         io_timeout_s: float,
         journal: RequestJournal,
+        give_up: Callable[[FileState], None],
     ) -> None:
+        """give_up(state): give the lease back, soon; what is known of the inode may be wrong."""
         self._leases = leases
         self._journal = journal
         self._states = leases.states
@@ -96,6 +100,7 @@ class WritePath:
         self._serving = guard.serving
         self._nursery = nursery
         self._io_timeout_s = io_timeout_s
+        self._unsharing = Unsharing(leases, bus, reports, give_up)
 
     # -- hot -------------------------------------------------------------------------------------
 
@@ -116,6 +121,8 @@ class WritePath:
         first = offset >> _BLOCK_SHIFT
         last = end >> _BLOCK_SHIFT
         if state.claims and state.is_claimed(first, last):
+            return False
+        if state.shared and state.extents.is_shared(first, last - first):
             return False
         index = bisect_right(state.starts, first) - 1
         if index < 0:
@@ -289,11 +296,13 @@ class WritePath:
         if not data:
             return
         first, last = offset >> _BLOCK_SHIFT, (offset + len(data) + _BLOCK_MASK) >> _BLOCK_SHIFT
-        claim = await state.claim(first, last)
+        claim = await self._claim(state, first, last)
         try:
             blocks = await self._whole_blocks(state, offset, data)
             # Write-back counts as filling its pages, too: a pass may have left them out while it was stuck.
             self._touched(state, offset, len(data), 0)
+            if await self._replaced(state, first, last, blocks):
+                return
             await self._reports.allocate(state, first, last, 0)
             error = await self._deliver(state, first, last, blocks).wait()
             self._mark_dirty(state, first, last)
@@ -311,10 +320,11 @@ class WritePath:
         first, last = offset >> _BLOCK_SHIFT, (end + _BLOCK_MASK) >> _BLOCK_SHIFT
         await self.zero_tail(state)
         await self.clear_gap(state, first)
-        claim = await state.claim(first, last)
+        claim = await self._claim(state, first, last)
         try:
             blocks = await self._whole_blocks(state, offset, data)
             self._touched(state, offset, len(data), 0)
+            await self._replaced(state, first, last, blocks)
             await self._reports.allocate(state, first, last, end)
             state.allocated_upto = max(state.allocated_upto, last)  # until the size says so, these are W2
             delivery = self._deliver(state, first, last, blocks)
@@ -361,7 +371,18 @@ class WritePath:
         content[valid:] = bytes(BLOCK_SIZE - valid)
         return content
 
+    async def _claim(self, state: FileState, first: int, last: int) -> Claim:
+        """As FileState.claim; of shared blocks with all that are replaced together."""
+        return await state.claim(*(around(first, last) if state.extents.is_shared(first, last - first) else (first, last)))
+
+    async def _replaced(self, state: FileState, first: int, last: int, blocks: memoryview) -> bool:
+        """W6: none of these blocks is shared any more. True: and they have the content `blocks`, on the media."""
+        # Not while it was claimed did any become so: a clone waits for all writes.
+        is_shared = state.extents.is_shared(first, last - first)
+        return is_shared and await self._unsharing.replace(state, first, last, blocks)
+
     def _deliver(self, state: FileState, first: int, last: int, blocks: memoryview) -> Delivery:
+        assert not state.extents.is_shared(first, last - first), "W6"
         return Delivery(self._bus, _pieces(state, first, last - first), blocks)
 
     def _mark_dirty(self, state: FileState, first: int, last: int) -> None:
@@ -395,13 +416,14 @@ class WritePath:
             return
         block = size >> _BLOCK_SHIFT
         if state.extents.allocated(block, 1):
-            claim = await state.claim(block, block + 1)
+            claim = await self._claim(state, block, block + 1)
             try:
                 content = memoryview(await self._valid_block(state, block))
-                error = await self._deliver(state, block, block + 1, content).wait()
-                self._mark_dirty(state, block, block + 1)
-                if error is not None:
-                    raise error
+                if not await self._replaced(state, block, block + 1, content):
+                    error = await self._deliver(state, block, block + 1, content).wait()
+                    self._mark_dirty(state, block, block + 1)
+                    if error is not None:
+                        raise error
             finally:
                 state.unclaim(claim)
         state.tail_zero = size
@@ -411,6 +433,9 @@ class WritePath:
         end = (state.size + _BLOCK_MASK) >> _BLOCK_SHIFT
         last = min(first, state.allocated_upto)
         pieces = state.extents.allocated(end, last - end) if end < last else []
+        if state.extents.is_shared(end, last - end):
+            # None is behind the end of a file, as its coordinator knows it: here it is not known what that is.
+            raise InputOutputError(f"inode {state.ino}: blocks behind its end are shared; its size is asked for anew")
         if pieces:
             await self._bus.trim([(slab, block, count) for _, count, slab, block in pieces])
 

@@ -5,10 +5,12 @@ Shape      two parallel lists, the first blocks of runs and the runs, sorted and
            (start, end, slab, slab block of start); slab HOLE: known to be a hole. A block in no run is
            unknown: ask the coordinator. Neighbours that continue each other are one run, so a file written in
            order stays a handful of runs.
+Shared     beside them, ranges (start, end) of blocks that other files have, too: nothing may be written there. What is
+           learned of a block says whether it is shared, so no range outlives the layout that it was told with.
 Cost       find: O(log n). learn, forget: one slice assignment, O(log n + runs replaced) and a memmove of the
            list's rest: 100,000 runs are 800 KB, about 20 us.
 
-`starts` and `runs` are public for the hot path, which reads them without a call; only this class changes
+`starts`, `runs` and `shared` are public for the hot path, which reads them without a call; only this class changes
 them.
 """
 
@@ -30,11 +32,12 @@ Extent = tuple[int, int, int, int]  # block, count, slab, slab block: as on the 
 class ExtentMap:
     """All numbers are blocks of 4 KiB."""
 
-    __slots__ = ("runs", "starts")
+    __slots__ = ("runs", "shared", "starts")
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.runs: list[Run] = []
+        self.shared: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -112,13 +115,24 @@ class ExtentMap:
                 return start
         return None
 
+    def is_shared(self, block: int, count: int) -> bool:
+        """Whether any block of the range is known to be another file's, too."""
+        index = bisect_left(self.shared, (block + count,)) - 1
+        return index >= 0 and self.shared[index][1] > block and count > 0
+
     def slabs(self) -> set[int]:
         """Every slab the map speaks of."""
         return {run[2] for run in self.runs if run[2] >= 0}
 
-    def learn(self, block: int, count: int, extents: Iterable[Sequence[int]]) -> None:
+    def learn(
+        self,
+        block: int,
+        count: int,
+        extents: Iterable[Sequence[int]],
+        shared: Iterable[Sequence[int]] = (),
+    ) -> None:
         """Take an answer of the coordinator: all extents of `block..block+count`, so the rest of it are
-        holes.
+        holes. shared: the (block, count) of these extents that other files have, too.
 
         Extents outside of the range (given ahead) are taken as they are; what lies between stays as it was.
         Raises  ProtocolError when extents overlap or have numbers out of range; then nothing is taken.
@@ -127,6 +141,7 @@ class ExtentMap:
         for before, after in pairwise(rows):
             if before[1] > after[0]:
                 raise ProtocolError(f"extents of blocks {before[:2]} and {after[:2]} of one file overlap")
+        ranges = [_checked_range(row) for row in shared]
         end = block + count
         inside: list[Run] = []
         at = block
@@ -142,6 +157,28 @@ class ExtentMap:
             inside.append((at, end, HOLE, 0))
         if inside:
             self._replace(inside[0][0], inside[-1][1], inside)
+        for first, last in ranges:
+            self._mark(first, last, is_shared=True)
+
+    def unshare(self, block: int, count: int) -> None:
+        """No other file has blocks of the range any more; where they lie stays as it was."""
+        self._mark(block, block + count, is_shared=False)
+
+    def _mark(self, first: int, last: int, *, is_shared: bool) -> None:
+        """Take blocks `first..last` out of the shared ranges, or make one of them with those that it touches."""
+        ranges = self.shared
+        low = bisect_left(ranges, (first,))
+        if low and ranges[low - 1][1] >= first:
+            low -= 1
+        high = bisect_right(ranges, (last, BLOCKS_MAX))
+        new: list[tuple[int, int]] = []
+        if is_shared:
+            found = ranges[low:high]
+            new = [(min([first, *(r[0] for r in found)]), max([last, *(r[1] for r in found)]))]
+        else:
+            for start, end in ranges[low:high]:
+                new += [part for part in ((start, min(end, first)), (max(start, last), end)) if part[0] < part[1]]
+        ranges[low:high] = new
 
     def forget(self, block: int, end: int = BLOCKS_MAX) -> None:
         """From now on `block..end` is unknown."""
@@ -152,9 +189,12 @@ class ExtentMap:
         """Everything is unknown. The lists stay the same objects."""
         self.starts.clear()
         self.runs.clear()
+        self.shared.clear()
 
     def _replace(self, block: int, end: int, new: list[Run]) -> None:
         """Put `new`, which lies within `block..end`, in place of whatever is known there."""
+        if self.shared:
+            self._mark(block, end, is_shared=False)
         starts, runs = self.starts, self.runs
         first = bisect_left(starts, block) - 1
         if first < 0 or runs[first][1] < block:
@@ -182,6 +222,16 @@ def _checked(extent: Sequence[int]) -> Run:
     except (TypeError, ValueError):
         pass
     raise ProtocolError(f"{extent!r} is not an extent: want [file block, count, slab, slab block]")
+
+
+def _checked_range(row: Sequence[int]) -> tuple[int, int]:
+    try:
+        block, count = row
+        if block >= 0 and count > 0 and block + count <= BLOCKS_MAX:
+            return block, block + count
+    except (TypeError, ValueError):
+        pass
+    raise ProtocolError(f"{row!r} is not a range of shared blocks: want [file block, count]")
 
 
 def _append(runs: list[Run], run: Run) -> None:
