@@ -232,6 +232,11 @@ class MemoryVolume:
             return None
         return offset if whence == os.SEEK_DATA else size
 
+    async def copy_range(self, ino: int, offset: int, target: int, target_offset: int, length: int) -> int:
+        data = bytes(self._inode(ino).data[offset : offset + length])
+        self._write(target, target_offset, memoryview(data), 0)
+        return len(data)
+
     def set_id_is_due(self, ino: int) -> bool:
         mode = self._inode(ino).attr()[1]
         return mode_after_write(mode) != mode

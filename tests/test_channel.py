@@ -294,6 +294,20 @@ async def test_when_too_many_requests_wait_the_kernels_queue_waits(
 # -- what the channel answers by itself
 
 
+async def test_a_range_is_copied_from_the_inode_of_the_header_to_that_of_the_body(setting: Setting) -> None:
+    files = setting.volume
+    other = files.call_make(1, b"other", 0o100644, 0, 0, 0, None)["attr"][0]
+    files.inodes[FILE].data[:] = b"0123456789"
+    body = (2, other, 0, 1, 5)  # off_in, nodeid_out, fh_out, off_out, len
+    setting.send(abi.COPY_FILE_RANGE, 7, FILE, abi.COPY_FILE_RANGE_IN.pack(0, *body, 0))
+    assert await setting.receive() == abi.pack_write_reply(7, 5)
+    assert bytes(files.inodes[other].data) == b"\x0023456"
+    assert abi.copy_target(memoryview(bytes(40) + abi.COPY_FILE_RANGE_IN.pack(0, *body, 0))) == other
+    for wrong in ((0, *body, 1), (0, 1 << 63, *body[1:], 0), (0, *body[:4], 1 << 63, 0)):
+        assert await setting.ask(abi.COPY_FILE_RANGE, FILE, abi.COPY_FILE_RANGE_IN.pack(*wrong)) == errno.EINVAL
+    assert await setting.ask(abi.COPY_FILE_RANGE, FILE, bytes(55)) == errno.EIO
+
+
 async def test_what_the_file_system_has_not_is_refused_in_the_kernels_words(setting: Setting) -> None:
     unknown_mode = abi.FALLOCATE_IN.pack(0, 0, 4096, 0x40, 0)
     assert await setting.ask(abi.FALLOCATE, FILE, unknown_mode) == errno.EOPNOTSUPP
@@ -302,7 +316,6 @@ async def test_what_the_file_system_has_not_is_refused_in_the_kernels_words(sett
     assert await setting.ask(abi.LSEEK, FILE, abi.LSEEK_IN.pack(0, 1 << 40, os.SEEK_DATA, 0)) == errno.ENXIO
     assert await setting.ask(abi.IOCTL, FILE, bytes(32)) == errno.ENOTTY
     for opcode in (
-        abi.COPY_FILE_RANGE,
         abi.POLL,
         abi.GETLK,
         abi.INTERRUPT,
