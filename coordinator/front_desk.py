@@ -109,6 +109,8 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
         return partial(service.healing.without_node, NodeName(field(args, "node", str)))
     if name == "scrub":
         return partial(_now, service.scrub.start)
+    if name == "file_map":
+        return partial(_now, partial(service.file_map, args))
     if name == "lost":
         return service.lost.listing
     if name == "accept_data_loss":

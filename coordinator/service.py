@@ -26,6 +26,7 @@ from coordinator.cluster_facts import ClusterFacts
 from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedError, NeedsSpaceError
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
+from coordinator.file_map import file_map
 from coordinator.healing import Healing
 from coordinator.health import HEALTHY, Health
 from coordinator.janitor import Janitor
@@ -531,6 +532,10 @@ class Service:
             "files_free": statistics.files_free,
             "name_max": statistics.name_size_max,
         }
+
+    def file_map(self, args: Args) -> dict[str, Any]:
+        """The call `file_map`, for people."""
+        return file_map(self._metadata, args)
 
     async def repair_now(self) -> dict[str, Any]:
         """The call `repair`: look at all drives and slabs at once, and say what there is to do."""

@@ -10,6 +10,7 @@ from csvfs.admin.cli_context import OneLineErrors
 from csvfs.admin.cli_domain import domain_group
 from csvfs.admin.cli_drill import drill_command
 from csvfs.admin.cli_drive import drive_group
+from csvfs.admin.cli_file import file_group
 from csvfs.admin.cli_job import job_group
 from csvfs.admin.cli_lab import lab_group
 from csvfs.admin.cli_node import node_group
@@ -38,6 +39,7 @@ for command in (
     pool_group,
     volume_group,
     quota_group,
+    file_group,
     why_command,
     job_group,
     lab_group,
