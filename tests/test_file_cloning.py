@@ -184,6 +184,29 @@ async def test_a_slow_read_of_a_block_that_is_replaced_sees_nothing_that_its_oth
         assert await node.read(CLONE, 0, 2 * BLOCK) == letters(1) + b"n" * BLOCK
 
 
+async def test_what_was_copied_under_a_lease_that_was_lost_does_not_replace_what_another_node_wrote_since() -> None:
+    async with cluster() as c:
+        node, other = await pair(c), c.node("n2")
+        flush, flushed = node.bus.flush, trio.Event()
+
+        async def flush_late(slabs) -> None:
+            await flush(slabs)
+            await flushed.wait()
+
+        node.bus.flush = flush_late
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.write, CLONE, 0, b"n" * BLOCK)
+            await settle()
+            node.table._restore()
+            await other.write(CLONE, 3 * BLOCK, b"o" * BLOCK)
+            node.bus.flush = flush
+            await node.write(CLONE, 39 * BLOCK, b"e" * BLOCK)
+            assert node.table.holds(CLONE) == 3
+            flushed.set()
+        want = over(over(over(letters(40), 0, b"n" * BLOCK), 3 * BLOCK, b"o" * BLOCK), 39 * BLOCK, b"e" * BLOCK)
+        assert await other.read(CLONE, 0, 40 * BLOCK) == want
+
+
 async def test_an_answer_about_space_from_before_a_replacement_does_not_bring_the_old_place_back() -> None:
     """It tells of whole extents, also of blocks that were replaced while it was on its way."""
     async with cluster() as c:
