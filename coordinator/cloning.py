@@ -54,7 +54,7 @@ class Cloning:
         """Blocks `target_block` on of the target are those of the source, holes too; its size grows over them.
 
         Raises   NotFound, IsADirectory, Conflict: no regular file. BadRequest: the ranges overlap in one file, or that of
-                 the source reaches over its end. FileTooBig.
+                 the source reaches over its end. FileTooBig, QuotaExceeded: shared blocks count as any for a quota.
         """
         source, into = self._inodes.file(ino), self._inodes.file(target)
         check_range(block, count)
@@ -65,7 +65,11 @@ class Cloning:
             raise BadRequest(f"inode {ino} of {source.size} B has no blocks {block}+{count}")
         count = self._within_limit(ino, block, count)
         count = self._within_limit(target, target_block, count)
-        found = [_clipped(extent, block, block + count) for extent in self._extents.layout(ino, block, count)]
+        found = self._clipped_layout(ino, block, count)
+        quota = self._inodes.quotas.of(target)
+        if quota is not None:
+            had = self._clipped_layout(target, target_block, count)
+            quota.check(max(0, sum(e.count for e in found) - sum(e.count for e in had)), 0)
         for extent in found:
             self._shared.share(Piece(extent.slab, extent.slab_block, extent.count))
         self._extents.clear_range(into, target_block, target_block + count)
@@ -77,6 +81,9 @@ class Cloning:
         into.ctime = now_ns
         self._inodes.changed(into)
         return Cloned(into.attr(), count, moved)
+
+    def _clipped_layout(self, ino: int, block: int, count: int) -> list[Extent]:
+        return [_clipped(extent, block, block + count) for extent in self._extents.layout(ino, block, count)]
 
     def _within_limit(self, ino: int, block: int, count: int) -> int:
         extents = self._extents.layout(ino, block, count, CLONE_EXTENTS_MAX + 1)
@@ -91,8 +98,7 @@ class Cloning:
         check_range(block, count)
         self._shared.drop_replacements(ino, block, block + count)
         shared: list[tuple[int, int]] = []
-        for extent in self._extents.layout(ino, block, count):
-            part = _clipped(extent, block, block + count)
+        for part in self._clipped_layout(ino, block, count):
             for at, size, owners in self._shared.owners(part.slab, part.slab_block, part.count):
                 if owners:
                     shared.append((part.block + at - part.slab_block, size))

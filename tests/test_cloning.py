@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from coordinator.consistency import check, has_shared_blocks
 from coordinator.metadata import Metadata
-from csvfs.errors import BadRequest, Conflict, Corrupt
+from coordinator.quotas import IN_FORCE, Quota
+from csvfs.errors import BadRequest, Conflict, Corrupt, QuotaExceeded
 from csvfs.units import BLOCK_SIZE
 from tests.metadata_members import TestVolume
 
@@ -178,6 +179,25 @@ def test_what_was_set_aside_is_freed_with_its_session_its_block_or_the_next_atte
     assert set_aside() == 0
     with volume.batch(), pytest.raises(Conflict):
         metadata.replace(target, other, kept, 5)
+
+
+def test_a_clone_counts_for_the_quota_of_its_directory_and_is_refused_where_it_does_not_fit():
+    volume = TestVolume()
+    with volume.batch() as metadata:
+        directory = metadata.make(1, b"d", 0o040755, 0, 0, 0, b"", 1)[0]
+        quota = Quota(directory, 20, 0, 0, 0, IN_FORCE)
+        metadata.quotas.add(quota)
+        metadata.quotas.join(quota, directory, 0)
+    source = made(volume, b"a", 16)
+    with volume.batch() as metadata:
+        target = metadata.make(directory, b"b", FILE, 0, 0, 0, b"", 1)[0]
+        metadata.clone(source, 0, 16, target, 0, 3)
+        assert quota.blocks == 16
+        with pytest.raises(QuotaExceeded):
+            metadata.clone(source, 0, 16, target, 8, 3)
+        metadata.clone(source, 0, 16, target, 4, 3)
+        assert quota.blocks == 20
+    sound(volume)
 
 
 def settle(volume: TestVolume) -> int:
