@@ -4,7 +4,7 @@ import random
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from csvfs.errors import BadRequest, CsvfsError, DriveFailed, NoSpace, NotSupported, TimedOut
@@ -283,6 +283,35 @@ async def test_a_clone_of_unknown_outcome_gives_both_leases_back() -> None:
             assert await node.read(CLONE, 0, 16 * BLOCK) == want
 
 
+async def test_a_clone_made_while_another_node_writes_the_source_in_order_is_how_it_was_at_one_moment() -> None:
+    for delay in (1, 4):
+        async with cluster() as c:
+            c.coordinator.delay = delay
+            node, other = await pair(c, blocks=16), c.node("n2")
+            await other.write(FILE, 0, b"A" * (16 * BLOCK))
+            over_now = False
+
+            async def write_in_order(who: Node) -> None:
+                for number in range(1, 5):
+                    for block in range(16):
+                        await who.write(FILE, block * BLOCK, bytes([65 + number]) * BLOCK)
+                nonlocal over_now
+                over_now = True
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write_in_order, other)
+                seen: set[bytes] = set()
+                while not over_now:
+                    await node.table.copy_range(FILE, 0, CLONE, 0, 16 * BLOCK)
+                    found = await node.read(CLONE, 0, 16 * BLOCK)
+                    versions = [found[at * BLOCK] for at in range(16)]
+                    assert versions == sorted(versions, reverse=True) and versions[0] - versions[-1] <= 1
+                    assert all(found[at * BLOCK : (at + 1) * BLOCK] == bytes([versions[at]]) * BLOCK for at in range(16))
+                    seen.add(found)
+            assert len(seen) > 2
+            assert await node.read(FILE, 0, 16 * BLOCK) == b"E" * (16 * BLOCK)
+
+
 async def test_fsync_of_a_clone_speaks_for_what_its_source_was_written() -> None:
     """I8."""
     async with cluster() as c:
@@ -337,6 +366,7 @@ steps = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(steps, st.integers(0, 1 << 30))
+@example([("write", 0, 0, 0, 42), ("clone", 1, 0, 0, 43, 0, 12)], 45)  # beyond the end of a file that grows by it
 def test_three_files_used_from_two_nodes_are_those_of_a_model(history: list, seed: int) -> None:
     async def main() -> None:
         async with cluster() as c:

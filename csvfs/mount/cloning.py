@@ -72,6 +72,8 @@ class Cloning:
         into.waiting += 1
         done = 0
         try:
+            # Once: a clone within one file may make it longer than the range it began with.
+            length = min(length, (await self._getattr(ino))[SIZE] - offset)
             while done < length:
                 count = await self._some(source, offset + done, into, target_offset + done, length - done)
                 if not count:
