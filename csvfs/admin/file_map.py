@@ -58,9 +58,9 @@ async def read_map(config: NodeConfig, store: ClusterStore, peers: Peers, text: 
 
     Raises  BadRequest: no regular file of a volume. NotFound, Unavailable: no answer. ProtocolError. Cancel safe.
     """
-    volume, path = volume_of(text, config.cluster_root)
+    volume, path = volume_of(os.path.abspath(text), config.cluster_root)
     if path is None or path == config.cluster_root / volume:
-        raise BadRequest(f"{text} is a volume: give the path of a file in it")
+        raise BadRequest(f"{text} is a volume as a whole: give the path of a file in it")
     ino = await _inode_of(path)
     view = await read_cluster_view(store)
     size, block = 0, 0
