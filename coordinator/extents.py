@@ -160,7 +160,8 @@ class Extents:
 
     def clear_range(self, inode: Inode, block: int, end: int) -> None:
         """As free_range, of few enough extents for one transaction."""
-        assert self._free(inode, block, end, LAYOUT_EXTENTS_MAX) == block
+        reached = self._free(inode, block, end, LAYOUT_EXTENTS_MAX)
+        assert reached == block
 
     def _free(self, inode: Inode, block: int, end: int, limit: int) -> int:
         if block >= end:
