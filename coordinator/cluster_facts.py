@@ -54,6 +54,10 @@ class ClusterFacts:
         """Whether the node's lease holds. When it does not, nothing on that node serves any more (I5)."""
         return node in self.view.alive
 
+    def is_evicted(self, node: NodeName) -> bool:
+        """Whether the node has gone for good."""
+        return node in self.view.evicted
+
     def in_maintenance(self, node: NodeName) -> bool:
         """Whether the node is drained or paused: it serves while it is up, but nothing new is put onto it."""
         return node in self.view.maintenance

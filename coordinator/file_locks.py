@@ -80,9 +80,12 @@ class FileLocks:
         self._database.run("DELETE FROM locks WHERE ino = ? AND session = ? AND handle = ?", arguments)
         return self._database.changes() > 0
 
-    def end_session(self, session: int) -> None:
-        """In a batch: nothing of the session's mount can land any more."""
-        self._database.run("DELETE FROM locks WHERE session = ?", (session,))
+    def end_session(self, session: int, ino: int | None = None) -> None:
+        """In a batch: nothing of the session's mount can land any more. `ino`: of this file alone."""
+        if ino is None:
+            self._database.run("DELETE FROM locks WHERE session = ?", (session,))
+        else:
+            self._database.run("DELETE FROM locks WHERE ino = ? AND session = ?", (ino, session))
 
     def _replace(self, ino: int, before: list[FileLock], after: list[FileLock], like: FileLock) -> None:
         if sorted(before, key=lambda lock: lock.first) == after:

@@ -61,6 +61,7 @@ RETRY_S_MAX = 5.0  # what fails whoever tries it must not make the volume hop be
 SOUND_S = 30.0  # a service that ran so long counts as no failure to start
 ELECTION_INTERVAL_S = 2.0  # a look without occasion
 LIVENESS_INTERVAL_S = 0.1
+REMEMBER_MARGIN_S = 15.0  # beyond io_timeout, for as long programs wait
 
 
 class OwnedVolume:
@@ -94,6 +95,7 @@ class Host:
         reclaim_timeout_ms: int,
         write_timeout_ms: int,
         drive_retire_ms: int = 900_000,
+        io_timeout_ms: int = 60_000,
         repair_speed: int = SPEED_DEFAULT,
         serve: Any = serve_volume,
         rng: Random | None = None,
@@ -116,6 +118,7 @@ class Host:
         self._reclaim_timeout_ms = reclaim_timeout_ms
         self._write_timeout_ms = write_timeout_ms
         self._drive_retire_ms = drive_retire_ms
+        self._io_timeout_ms = io_timeout_ms
         self._repair_speed = repair_speed
         self._serve = serve
         self._rng = rng or Random()
@@ -384,6 +387,7 @@ class Host:
             recall_timeout_s=self._recall_timeout_ms / 1000,
             reclaim_timeout_s=self._reclaim_timeout_ms / 1000,
             drive_retire_s=self._drive_retire_ms / 1000,
+            remember_s=self._io_timeout_ms / 1000 + REMEMBER_MARGIN_S,
         )
 
     def _find_service(self, name: str) -> Service:
@@ -422,6 +426,7 @@ async def serve(config: NodeConfig) -> int:
         reclaim_timeout_ms=config.options.reclaim_timeout_ms,
         write_timeout_ms=config.options.write_timeout_ms,
         drive_retire_ms=config.options.drive_retire_ms,
+        io_timeout_ms=config.options.io_timeout_ms,
         repair_speed=config.options.repair_speed - 1,
         identity=open_identity(config),
     )

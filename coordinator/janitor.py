@@ -29,7 +29,11 @@ _BLOCKS, _SIZE = 7, 6  # in an attr; blocks are of 512 bytes
 class Janitor:
     """`orphaned` and `lowered` may be called from anywhere, also for inodes that need nothing."""
 
-    def __init__(self, metadata: Metadata, batches: Batches, leases: Leases) -> None:
+    def __init__(
+        self, metadata: Metadata, batches: Batches, leases: Leases, holds: Callable[[InodeNo], bool] = lambda ino: False
+    ) -> None:
+        """holds: whether somebody may have the inode open who has no lease (departures.py)."""
+        self._holds = holds
         self._metadata = metadata
         self._batches = batches
         self._leases = leases
@@ -52,6 +56,14 @@ class Janitor:
             self._at_rest[ino] = None
             self._wanted.set()
 
+    def look(self) -> None:
+        """What was held by nobody but a departed session may be held by nobody now."""
+        if self._orphans:
+            self._wanted.set()
+
+    def _is_held(self, ino: InodeNo) -> bool:
+        return self._leases.table.is_held(ino) or self._holds(ino)
+
     def _has_space_ahead(self, ino: InodeNo) -> bool:
         try:
             attr = self._metadata.getattr(ino)
@@ -71,7 +83,7 @@ class Janitor:
             self._wanted = trio.Event()
             await trio.sleep(DELAY_S)
             await self._each(
-                [ino for ino in self._orphans if not self._leases.table.is_held(ino)], self._drop
+                [ino for ino in self._orphans if not self._is_held(ino)], self._drop
             )
             await self._each(list(self._at_rest), self._shorten)
 
@@ -90,7 +102,7 @@ class Janitor:
 
     def _drop(self, ino: InodeNo) -> None:
         """Within a batch: whoever got hold of the inode meanwhile keeps it."""
-        if self._leases.table.is_held(ino):
+        if self._is_held(ino):
             return
         try:
             done = self._metadata.drop_orphan(ino)

@@ -23,7 +23,7 @@ leaves later, when its log is durable; it carries the lease only if the serial i
 `lease_at_send`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice
@@ -103,6 +103,7 @@ class LeaseTable:
         self._serial = 0
         self._write_grants = 0
         self._ticket_count = 0
+        self.on_write: Callable[[SessionKey, InodeNo], None] = lambda session, ino: None  # got the write lease
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -305,6 +306,10 @@ class LeaseTable:
         given = (_GIVES[ticket.needs[ino]] for ticket in inode.tickets)
         return max((*(held.kind for held in inode.holders.values()), *given), default=NONE)
 
+    def held_by(self, session: SessionKey) -> list[InodeNo]:
+        """All inodes on which the session holds anything."""
+        return list(self._sessions.get(session, ()))
+
     def is_held(self, ino: InodeNo) -> bool:
         """Whether any session has the inode open or cached, or is about to."""
         inode = self._inodes.get(ino)
@@ -400,6 +405,7 @@ class LeaseTable:
         if kind == WRITE:
             self._write_grants += 1
             held.write_grant = self._write_grants
+            self.on_write(session, ino)
         return held
 
     def _lower_to(self, session: SessionKey, ino: InodeNo, inode: _Inode, kind: int) -> None:

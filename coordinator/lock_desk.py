@@ -3,6 +3,8 @@
 Place      coordinator floor; above file_locks.py (what is held, in the metadata) and batches.py, below service.py.
 Owns       who waits. That needs not outlive this process: mounts ask the next coordinator again.
 Limits     WAITS_MAX programs wait for locks of this volume; one call waits WAIT_S, then its mount asks again.
+Departed   Locks of a session that was evicted and may come again stand in nobody's way; who asks for what they exclude, or
+           asks whether it is free, takes them away (departures.py).
 Order      A call is carried out only while the link that brought it is its session's: else the mount has sent it again
            by another one, and what it asked for there may have been given up since.
 
@@ -17,6 +19,7 @@ import trio
 from coordinator import arguments
 from coordinator.arguments import I64_MAX, Args
 from coordinator.batches import Batches
+from coordinator.departures import Departures
 from coordinator.lock_ranges import LOCK_END, FileLock, OwnerKey, conflicts, is_deadlock
 from coordinator.metadata import Metadata
 from coordinator.sessions import Session, SessionLink
@@ -48,8 +51,9 @@ class Waiting:
 
 
 class LockDesk:
-    def __init__(self, metadata: Metadata, batches: Batches) -> None:
+    def __init__(self, metadata: Metadata, batches: Batches, departures: Departures) -> None:
         self._metadata = metadata
+        self._departures = departures
         self._locks = metadata.locks
         self._batches = batches
         self._waiting: dict[int, list[Waiting]] = {}  # by inode, the eldest first
@@ -67,6 +71,8 @@ class LockDesk:
         wanted = _wanted(session, args)
         if name == "getlock":
             in_the_way = conflicts(self._locks.of_file(ino), wanted)
+            if any(self._departures.is_weak(lock.session) for lock in in_the_way):
+                in_the_way = await self._batches.run(lambda: self._without_weak(ino, wanted))
             return {"lock": _described(in_the_way[0], session) if in_the_way else None}
         if not arguments.flag(args, "wait"):
             return {"granted": not await self._try(session, link, ino, wanted, None)}
@@ -87,6 +93,8 @@ class LockDesk:
 
         def apply() -> list[FileLock]:
             _check(session, link)
+            if self._departures.has_weak_locks():
+                self._without_weak(ino, wanted)
             return self._locks.take(ino, wanted)
 
         def executed(in_the_way: list[FileLock] | None, error: CsvfsError | None) -> None:
@@ -96,6 +104,13 @@ class LockDesk:
 
         in_the_way = await self._batches.run(apply, executed)
         return bool(in_the_way)
+
+    def _without_weak(self, ino: int, wanted: FileLock) -> list[FileLock]:
+        """In a batch: what stands in the way; of departed sessions nothing does, and then they have lost it."""
+        in_the_way = conflicts(self._locks.of_file(ino), wanted)
+        weak = {lock.session for lock in in_the_way if self._departures.is_weak(lock.session)}
+        self._departures.take_locks(weak, ino)
+        return [lock for lock in in_the_way if lock.session not in weak]
 
     async def _wait(self, waiting: Waiting) -> bool:
         """Until it has the lock, or WAIT_S are over, or it is cancelled: whether it has it."""
@@ -181,7 +196,7 @@ class LockDesk:
         line = self._waiting.get(ino)
         if not line:
             return
-        held = self._locks.of_file(ino)
+        held = [lock for lock in self._locks.of_file(ino) if not self._departures.is_weak(lock.session)]
         for waiting in line:
             if waiting.is_over:
                 waiting.woken.set()  # it finds out by itself

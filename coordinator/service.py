@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import trio
 
 from coordinator import arguments
+from coordinator.adoption import Adoption
 from coordinator.arguments import Args
 from coordinator.batches import Batches
 from coordinator.cluster_facts import ClusterFacts
+from coordinator.departures import Departed, Departures
 from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedError, NeedsSpaceError
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
@@ -88,6 +90,7 @@ class VolumeSetup:
     term: Term
     recall_timeout_s: float
     reclaim_timeout_s: float
+    remember_s: float = 75.0  # how long a mount that was evicted may come again (departures.py)
     drive_retire_s: float = 900.0  # how long a drive may be away before its copies are made elsewhere
 
     @property
@@ -141,8 +144,9 @@ class Service:
         )  # fmt: skip
         self.resync = self.healing.resync
         self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus, metadata_changes)
+        self.departures = Departures(metadata, self.batches, setup.remember_s, facts.is_evicted)
         self.desk = SessionDesk(
-            metadata, self.batches, Eviction(setup.volume, self.changes, control, facts), facts,
+            metadata, self.batches, Eviction(setup.volume, self.changes, control, facts), facts, self.departures,
             reclaim_timeout_s=setup.reclaim_timeout_s,
         )  # fmt: skip
         self.leases = Leases(
@@ -153,9 +157,12 @@ class Service:
             lowered=self._lowered,
         )
         self.desk.leases = self.leases
-        self._janitor = Janitor(metadata, self.batches, self.leases)
+        self.leases.table.on_write = self.departures.wrote
+        self._adoption = Adoption(metadata, self.leases)
+        self._janitor = Janitor(metadata, self.batches, self.leases, self.departures.holds)
+        self.departures.on_forgotten = self._janitor.look
+        self.locks = LockDesk(metadata, self.batches, self.departures)
         self._settling = Settling(metadata.shared, self.batches, self.log)
-        self.locks = LockDesk(metadata, self.batches)
         self.quotas = QuotaDesk(metadata, self.batches)
         self.dispatch = Dispatch(
             metadata, self.batches, self.log, self.leases, self.slabs, self._janitor.orphaned
@@ -230,12 +237,13 @@ class Service:
                 nursery.start_soon(self.batches.run_forever)
                 nursery.start_soon(self.leases.run_forever)
                 nursery.start_soon(self.desk.run_forever)
+                nursery.start_soon(self.departures.run_forever)
                 nursery.start_soon(self.healing.run_forever)
                 nursery.start_soon(self.slabs.grow_forever)
                 nursery.start_soon(self.slabs.trim_forever)
                 nursery.start_soon(self._metadata_space.grow_forever)
                 nursery.start_soon(self.members.run_forever)
-                nursery.start_soon(self._janitor.run_forever)
+                nursery.start_soon(self._tidy_forever)
                 nursery.start_soon(self.quotas.run_forever)
                 nursery.start_soon(self._settling.run_forever)
                 nursery.start_soon(self.scrub.run_forever)
@@ -250,6 +258,10 @@ class Service:
             for session in self.desk.sessions:
                 if session.link is not None:
                     session.link.close(error)
+
+    async def _tidy_forever(self) -> None:
+        await self.desk.wait_open()  # before that nobody knows who has what open
+        await self._janitor.run_forever()
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -269,6 +281,8 @@ class Service:
         setup = self.setup
         known = {"term": setup.term, "volume": setup.volume, "slab_size": setup.slab_size}
         known |= {"inherited": session.inherited is not None, "claimed": session.reclaimed}
+        if session.departed is not None:
+            known |= {"adopted": True, "lost_locks": self.departures.lost_locks(session.id)}
         return {**known, "unflushed": self.desk.unflushed(session), "locks": self.locks.owners_of(session)}
 
     def on_frame(self, link: Link, session: Session, frame: Frame) -> None:
@@ -462,12 +476,23 @@ class Service:
     # -- calls that are not of one file ----------------------------------------------------------
 
     async def _reclaim(self, session: Session, args: Args) -> Reply:
+        if session.departed is not None:
+            return await self._adopt(session, session.departed, args)
         refused, reports = self.dispatch.reclaim(session, args)
         self.desk.claiming(session)
         for ino, size, mtime_ns in reports:
             await self.desk.report(ino, size, mtime_ns, None)
             self.desk.claiming(session)
         if arguments.flag(args, "last"):
+            self.desk.claimed(session)
+        return Reply({"refused": refused}, position=self.log.position)
+
+    async def _adopt(self, session: Session, departed: Departed, args: Args) -> Reply:
+        await self.desk.wait_open()  # others must have said what they hold
+        refused = await self._adoption.reclaim(session, departed, args)
+        self.desk.claiming(session)
+        if arguments.flag(args, "last"):
+            await self.desk.settle(session)
             self.desk.claimed(session)
         return Reply({"refused": refused}, position=self.log.position)
 

@@ -14,12 +14,13 @@ import trio
 
 from coordinator.batches import Batches
 from coordinator.cluster_facts import ClusterFacts
+from coordinator.departures import ADOPTING, DEPARTED, Departed, Departures
 from coordinator.eviction import Eviction
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
 from coordinator.sessions import Session, Sessions
 from csvfs.errors import CsvfsError, Fenced, NotFound
-from csvfs.ids import DriveId, Incarnation, InodeNo, NodeName
+from csvfs.ids import DriveId, Incarnation, InodeNo, NodeName, SlabId
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class SessionDesk:
         batches: Batches,
         eviction: Eviction,
         facts: ClusterFacts,
+        departures: Departures,
         *,
         reclaim_timeout_s: float,
     ) -> None:
@@ -45,6 +47,7 @@ class SessionDesk:
         self._batches = batches
         self._eviction = eviction
         self._facts = facts
+        self._departures = departures
         self._reclaim_timeout_s = reclaim_timeout_s
         self._newest: dict[NodeName, Incarnation] = {}  # that have said hello
         self._evicted: dict[NodeName, Incarnation] = {}
@@ -56,9 +59,14 @@ class SessionDesk:
 
     def load(self) -> None:
         """The sessions of the coordinator before: they have to reclaim what they hold."""
+        marks = self._departures.marks()
         for known in self._metadata.sessions.sessions():
             key = (NodeName(known.node), Incarnation(known.incarnation))
-            self.sessions.add(Session(known.id, key))
+            departed = None
+            if known.id in marks:  # what others have done since, the coordinator before knew
+                departed = self._departures.add(Departed(known.id, *key, adopting=marks[known.id] == ADOPTING))
+            if departed is None or departed.adopting:
+                self.sessions.add(Session(known.id, key, departed=departed))
         for name, value in self._metadata.database.rows("SELECT name, value FROM settings"):
             if name.startswith(_EVICTED):
                 self._evicted[NodeName(name.removeprefix(_EVICTED))] = Incarnation(int(value))
@@ -127,7 +135,10 @@ class SessionDesk:
             self._check_not_evicted(node, incarnation)
             self.sessions.check_newest(node, incarnation)
         for older in self.sessions.older_of(node, incarnation):
+            older.final = True
             await self.evict(older, f"incarnation {incarnation} has taken its place")
+        if not inherit:
+            await self._departures.forget_node(node)
         session = self.sessions.get((node, incarnation))
         if session is None:
             known = await self._batches.run(lambda: self._metadata.open_session(node, incarnation))
@@ -148,7 +159,11 @@ class SessionDesk:
         """
         older = self.sessions.older_of(node, incarnation)
         session = max(older, key=lambda session: session.incarnation, default=None)
-        if session is None or session.ended:
+        if session is not None and session.ended and session in self._evictions:
+            await self._evictions[session].wait()
+            session = None
+        if session is None:
+            await self._adopt(node, incarnation)
             return
         assert self.leases is not None
         dead = session.key
@@ -169,8 +184,37 @@ class SessionDesk:
             return  # meanwhile, for another reason
         self.sessions.rename(session, incarnation)
         self.leases.rename(dead, session.key)
-        session.ended, session.inherited = False, sorted(written)
+        session.ended, session.inherited = False, sorted({*(session.inherited or ()), *written})
         log.info("incarnation %d goes on for %s, incarnation %d", incarnation, session.writer, dead[1])
+
+    async def _adopt(self, node: NodeName, incarnation: Incarnation) -> None:
+        """The next process of a mount that was evicted goes on for it, without its leases (departures.py)."""
+        departed = self._departures.of_node(node)
+        if departed is None or departed.adopting or departed.incarnation >= incarnation:
+            return
+        departed.adopting = True  # it is not forgotten meanwhile
+        try:
+            await self._batches.run(lambda: self._relabel_departed(departed, incarnation))
+        except BaseException:
+            departed.adopting = False
+            raise
+        log.info("mount of %s, incarnation %d, goes on for %d, which was evicted", node, incarnation, departed.incarnation)
+        departed.incarnation = incarnation
+        self._departures.add(departed)
+        session = self.sessions.add(Session(departed.id, (node, incarnation), departed=departed))
+        written = departed.written
+        session.inherited = sorted(written if written is not None else {d.slab for d in self._metadata.slabs()})
+
+    def _relabel_departed(self, departed: Departed, incarnation: Incarnation) -> None:
+        """In a batch."""
+        self._metadata.relabel_session(departed.id, incarnation)
+        self._departures.mark(departed.id, ADOPTING)
+
+    async def settle(self, session: Session) -> None:
+        """One that goes on for a departed session has said all that it holds. Raises what ends the batches."""
+        departed, session.departed = session.departed, None
+        if departed is not None:
+            await self._departures.settle(departed)
 
     def unflushed(self, session: Session) -> list[list]:
         """Descriptors of slabs: whoever flushes them has flushed every drive that the session may have written to
@@ -233,23 +277,52 @@ class SessionDesk:
             session.link.close(
                 Fenced(f"{session.writer} incarnation {session.incarnation} was evicted: {reason}")
             )
-        await self._eviction.fence_out(
+        written = await self._eviction.fence_out(
             session,
             succeeded=lambda: session.leaving or self._newest.get(session.node, 0) > session.incarnation,
         )
-        await self._batches.run(lambda: self._forget(session))
+        departs = not (session.leaving or session.final or self._departures.is_for_good(session.node))
+        await self._batches.run(lambda: self._depart(session) if departs else self._forget(session))
         self._evicted[session.node] = max(
             session.incarnation, self._evicted.get(session.node, Incarnation(0))
         )
         self.sessions.remove(session)
         assert self.leases is not None
+        if departs:
+            self._departures.add(self._what_departs(session, written))  # before its leases pass on
+        elif session.departed is not None:
+            self._departures.drop(session.departed)
         self.leases.end_session(session.key)
         self._evictions.pop(session).set()
         log.log(level, "evicted %s, incarnation %d", session.writer, session.incarnation)
 
+    def _what_departs(self, session: Session, written: set[SlabId]) -> Departed:
+        assert self.leases is not None
+        held = set(self.leases.table.held_by(session.key))
+        departed = session.departed
+        if departed is not None:  # the one that was to go on for it
+            departed.adopting = False
+            if departed.held is not None:
+                departed.held |= held
+            if departed.written is not None:
+                departed.written |= written
+            return departed
+        written = written | {SlabId(slab) for slab in session.inherited or ()}
+        is_known = session.reclaimed
+        return Departed(
+            session.id, *session.key, written if is_known else None, held if is_known else None, changed=set()
+        )
+
+    def _depart(self, session: Session) -> None:
+        """In a batch: somebody may go on for it yet."""
+        self._keep_evicted(session)
+        self._departures.mark(session.id, DEPARTED)
+
     def _forget(self, session: Session) -> None:
         """In a batch."""
         self._keep_evicted(session)
+        if session.departed is not None:
+            self._departures.unmark(session.id)
         self._metadata.end_session(session.id)
 
     def _keep_evicted(self, session: Session) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import trio
 
+from coordinator.departures import Departed
 from coordinator.lease_table import SessionKey
 from csvfs.errors import CsvfsError, Disconnected, Fenced, NotFound
 from csvfs.ids import Incarnation, NodeName
@@ -61,6 +62,8 @@ class Session:
     busy_until: float = 0.0  # I/O of it waits for a slab, as it said last
     mode: str = ""  # how its I/O goes (csvfs/mount/waits.py), as it said last; empty: not yet
     why: str = ""
+    final: bool = False  # nobody will go on for it when it has ended
+    departed: Departed | None = None  # what it goes on for, until it has said what it holds
     last_answer: float = field(default_factory=trio.current_time)  # when it was last told anything
     unreachable_since: float = field(default_factory=trio.current_time)  # meaningful while there is no link
     connected: trio.Event = field(default_factory=trio.Event)  # set while there is a link
@@ -145,8 +148,9 @@ class Sessions:
 
     @property
     def unclaimed(self) -> list[Session]:
-        """Those that have not said what they hold: while there are any, no lease may be granted."""
-        return [session for session in self if not session.reclaimed]
+        """Those that have not said what they hold: while there are any, no lease may be granted. One that goes on for
+        a departed session holds nothing."""
+        return [session for session in self if not session.reclaimed and session.departed is None]
 
 
 @dataclass(slots=True, frozen=True)

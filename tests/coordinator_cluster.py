@@ -304,6 +304,7 @@ class Mount:
         self.recalls: list[dict[str, Any]] = []
         self.answers_recalls = True
         self.inherits = False
+        self.claims_all = True  # else it has more to say, and never does
         self.hello: dict[str, Any] = {}
         self.size_reported: int | None = None
         self._scope = trio.CancelScope()
@@ -395,9 +396,9 @@ class Mount:
         elif answer["term"] > self.term:
             self.term = answer["term"]
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
-            refused = (await link.call("reclaim", {"leases": leases, "last": True}, timeout_s=60))["refused"]
+            refused = (await link.call("reclaim", {"leases": leases, "last": self.claims_all}, timeout_s=60))["refused"]
             for ino in refused:
-                self.held[ino] = 0
+                self.held[ino] = int(bool(answer.get("adopted")))
 
     def _on_frame(self, link: Link, frame: Any) -> None:
         name, args = unpack_call(frame.head)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import trio
 
-from csvfs.errors import CsvfsError, NoSpace
+from csvfs.errors import CsvfsError, Fenced, NoSpace
 from csvfs.mount import channel as channel_module
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount import request_journal
@@ -638,6 +638,10 @@ class Replays:
     def __init__(self) -> None:
         self.under_way: list[int] = []
         self.all_resent = False
+        self.refused: list[int] = []
+
+    def refuses(self, ino: int) -> bool:
+        return ino in self.refused
 
     def replay_begins(self, ino: int) -> None:
         self.under_way.append(ino)
@@ -676,6 +680,83 @@ async def test_what_the_kernel_asks_anew_comes_first_and_is_counted_until_it_is_
     assert abi.WRITE_REPLY.unpack(reply)[2:4] == (UNIQUE_RESENT | 10, 5)
     assert not replays.under_way
     assert await setting.ask(abi.IOCTL, FILE, bytes(32)) == errno.ENOTTY  # and everything goes on
+
+
+async def test_a_write_that_comes_again_is_not_repeated_where_another_node_has_written_since(
+    setting: Setting, nursery: trio.Nursery
+) -> None:
+    setting.engine.unregister(setting.channel._fd)
+    replays = Replays()
+    replays.refused = [FILE]
+    setting.send(abi.WRITE, UNIQUE_RESENT | 10, FILE, write_body(0, b"again"))
+    setting.send(abi.READ, UNIQUE_RESENT | 12, FILE, read_body(0, 5))
+    setting.channel.take_over(nursery, replays)
+    assert await setting.receive() == abi.pack_resend()
+    assert await setting.receive_error() == (UNIQUE_RESENT | 10, errno.EIO)
+    assert (await setting.receive())[16:] == b"hello"
+    setting.send(abi.WRITE, 14, FILE, write_body(0, b"fresh"))
+    assert abi.WRITE_REPLY.unpack(await setting.receive())[2:4] == (14, 5)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_mount_that_was_evicted_answers_nothing_and_leaves_all_to_the_next(setting: Setting, at_once: bool) -> None:
+    """An error would reach the program; and what was noted of an append must be found by the next process."""
+
+    async def write(*_: object) -> None:
+        setting.channel._journal.place(5)
+        raise Fenced("evicted")
+
+    def write_nowait(ino: int, offset: int, data: memoryview, flags: int, done: Callable) -> bool:
+        if at_once:
+            done(Fenced("evicted"))
+        return at_once
+
+    async def statfs() -> dict[str, int]:
+        raise Fenced("evicted")
+
+    setting.volume.write, setting.volume.write_nowait = write, write_nowait  # type: ignore[method-assign,assignment]
+    setting.volume.statfs = statfs  # type: ignore[method-assign]
+    setting.send(abi.WRITE, 10, FILE, write_body(0, b"never"))
+    setting.send(abi.STATFS, 12, DIRECTORY)
+    setting.send(abi.READ, 14, FILE, read_body(0, 5))
+    reply = await setting.receive()
+    assert abi.OUT_HEADER.unpack_from(reply)[2] == 14
+    for _ in range(50):
+        await trio.lowlevel.checkpoint()
+    with pytest.raises(BlockingIOError):
+        setting.kernel.recv(100)
+    assert at_once or RequestJournal(setting.channel._journal._words)._old  # the next process finds where it was going
+
+
+async def test_an_open_file_that_is_barred_answers_estale_until_it_is_closed(setting: Setting) -> None:
+    barred, new = setting.channel._barred, 100
+    barred.bar(FILE, 2, first_new=new)
+
+    def through(handle: int, body: bytes) -> bytes:
+        return abi.NODEID.pack(handle) + body[8:]
+
+    requests = {
+        abi.READ: read_body(0, 5),
+        abi.WRITE: write_body(0, b"later"),
+        abi.FSYNC: abi.FSYNC_IN.pack(0, 0, 0),
+        abi.FALLOCATE: abi.FALLOCATE_IN.pack(0, 0, 4096, 0, 0),
+        abi.SETLK: abi.LK_IN.pack(0, 1, 0, 9, 1, 7, 0, 0),
+    }
+    for opcode, body in requests.items():
+        assert await setting.ask(opcode, FILE, through(7, body)) == errno.ESTALE, opcode
+    truncate = bytearray(abi.SETATTR_IN.size)
+    truncate[0:4], truncate[8:16] = abi.U32.pack(1 << 3 | 1 << 6), abi.NODEID.pack(7)
+    assert await setting.ask(abi.SETATTR, FILE, bytes(truncate)) == errno.ESTALE
+    mapped = abi.WRITE_IN.pack(new, 0, 5, abi.WRITE_CACHE, 0, 0, 0) + b"later"
+    assert await setting.ask(abi.WRITE, FILE, mapped) == errno.ESTALE  # nobody knows who dirtied it
+    setting.send(abi.READ, 8, FILE, through(new, read_body(0, 5)))
+    assert (await setting.receive())[16:] == b"hello"  # opened since
+    assert bytes(setting.volume.inodes[FILE].data) == b"hello"
+    for left in (1, 0):
+        assert await setting.ask(abi.RELEASE, FILE, abi.RELEASE_IN.pack(7, os.O_RDWR, 0, 0)) == 0
+        assert barred.opens.get(FILE, 0) == left
+    setting.send(abi.WRITE, 9, FILE, mapped)
+    assert abi.WRITE_REPLY.unpack(await setting.receive())[2:4] == (9, 5)
 
 
 async def test_a_new_request_says_that_the_kernel_has_asked_all_anew(setting: Setting, nursery: trio.Nursery) -> None:

@@ -26,7 +26,7 @@ class Desk(SessionDesk):
     def __init__(self) -> None:
         nothing: Any = SimpleNamespace()
         facts: Any = SimpleNamespace(is_alive=lambda node: True)
-        super().__init__(nothing, nothing, nothing, facts, reclaim_timeout_s=TIMEOUT_S)
+        super().__init__(nothing, nothing, nothing, facts, nothing, reclaim_timeout_s=TIMEOUT_S)
         self.evicted: list[NodeName] = []
 
     def expect(self, node: NodeName) -> Session:

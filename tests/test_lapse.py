@@ -2,7 +2,7 @@
 
 import trio
 
-from tests.mount_nodes import Cluster, Node, cluster
+from tests.mount_nodes import CachingKernel, Cluster, FakeKernel, Node, cluster
 from tests.test_file_table import BLOCK, FILE, settle
 
 
@@ -72,3 +72,58 @@ async def test_I5_nothing_that_was_learned_before_a_lapse_is_cached_by_the_kerne
         node.alive = False
         await gone(node)
         assert node.table.recalled_since(FILE, stamp) and not node.table.may_answer(FILE)
+
+
+class AskedMeanwhile(CachingKernel):
+    """Just as the kernel's caches are emptied, a program asks for a page that is not cached."""
+
+    page: tuple[int, int] | None = None
+
+    async def invalidate_pages(self, ino: int, offset: int, length: int) -> None:
+        page, self.page = self.page, None
+        if page is not None:
+            self.nursery.start_soon(self.read_page, *page)
+            await settle()
+            assert self.locks[page].locked()
+        await super().invalidate_pages(ino, offset, length)
+
+    nursery: trio.Nursery
+
+
+async def test_I5_a_page_that_is_asked_for_meanwhile_holds_up_no_other_and_then_it_is_said_that_nothing_is_shown() -> None:
+    async with cluster() as c:
+        c.coordinator.add_file(FILE)
+        await c.node("n2").write(FILE, 0, b"a" * (4 * BLOCK))
+        kernel, said = AskedMeanwhile(), []
+        kernel.nursery = c.nursery
+        node = kernel.node = Node("n1", c.coordinator, c.drives, c.nursery, kernel, {"on_emptied": said.append})
+        c.nursery.start_soon(node.table.run_forever)
+        for page in (1, 2, 3):
+            await kernel.read_page(FILE, page)
+        await trio.sleep(0.12)  # its guard has been seen serving
+        kernel.page = FILE, 0
+        node.alive = False
+        with trio.fail_after(30):
+            while said != [True]:
+                await trio.sleep(0.01)
+        assert not kernel.pages and kernel.locks[FILE, 0].locked()
+        node.alive = True
+        with trio.fail_after(30):
+            while said != [True, False]:
+                await trio.sleep(0.01)
+
+
+async def test_I5_what_is_emptied_too_late_is_not_said_to_show_nothing() -> None:
+    async with cluster() as c:
+        node, _ = await reading(c)
+        said: list[bool] = []
+        node.table._lapse._on_emptied = said.append
+        node.kernel.blocked = trio.Event()
+        node.kernel.invalidate_pages = FakeKernel.invalidate_pages.__get__(node.kernel)  # type: ignore[method-assign]
+        node.guard._contact_until_ns = 0
+        await trio.sleep(0.2)
+        node.table.serves_again()
+        node.guard.contact(1 << 62)
+        node.kernel.unblock()
+        await trio.sleep(0.2)
+        assert said == [False]

@@ -45,6 +45,7 @@ class Coordinator:
         self.dead = False
         self.inherited: bool | None = None
         self.claimed = False
+        self.more: dict[str, Any] = {}
 
     def die(self) -> None:
         self.dead = True
@@ -69,7 +70,7 @@ class Coordinator:
 
     def _answer(self, name: str, args: dict[str, Any]) -> Any:
         if name == "hello" and self.inherited is not None:
-            known = {"term": self.term, "volume": bytes(16), "slab_size": 1 << 26}
+            known = {"term": self.term, "volume": bytes(16), "slab_size": 1 << 26, **self.more}
             return {**known, "inherited": self.inherited, "claimed": self.claimed, "unflushed": []}
         if name == "hello":
             return {"term": self.term, "volume": bytes(16), "slab_size": 1 << 26}
@@ -172,13 +173,20 @@ class Leases:
     def __init__(self) -> None:
         self.held = [[10, 3, 4096, 7], [11, 2, 0, 0]]
         self.lost: list[int] = []
+        self.open_still: list[int] = []
+        self.lost_locks: list[int] | None = []
         self.open_files = 5
 
     def claims(self) -> list[list[int]]:
         return self.held
 
-    def refused(self, inos: list[int]) -> None:
+    def refused(self, inos: list[int], *, are_open: bool = False) -> None:
         self.lost += inos
+        self.open_still += inos if are_open else []
+
+    def adopted(self, lost_locks: list[int] | None) -> None:
+        assert not self.lost
+        self.lost_locks = lost_locks
 
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]:
         return {"kind": kind, "size": ino, "mtime_ns": None, "atime_ns": attr}
@@ -258,6 +266,24 @@ async def test_one_that_goes_on_for_another_claims_its_leases_only_where_they_ar
         await w.session.call("statfs", {})
         assert [name for name, _ in two.calls] == ["hello", "reclaim", "statfs"]
         assert two.named("hello")[0]["inherit"] is False
+
+
+@pytest.mark.parametrize("lost_locks", [[7], None])
+async def test_one_that_goes_on_for_one_that_was_evicted_hears_so_before_it_claims_and_has_open_what_is_refused(
+    autojump_clock: trio.abc.Clock, lost_locks: list[int] | None
+) -> None:
+    async with world() as w:
+        w.session._inherit = True
+        one = w.coordinators[1] = Coordinator(1, w.metadata)
+        one.inherited, one.refuses, one.more = True, [10], {"adopted": True, "lost_locks": lost_locks}
+        w.owner.move_to(1)
+        await w.session.wait_linked()
+        assert w.leases.open_still == [10] and w.leases.lost_locks == lost_locks
+        one.die()
+        two = w.elect(2)
+        two.refuses = [11]
+        await w.session.call("statfs", {})
+        assert w.leases.lost == [10, 11] and w.leases.open_still == [10]  # from then on as any other
 
 
 async def test_one_that_cannot_go_on_for_another_ends(autojump_clock: trio.abc.Clock) -> None:

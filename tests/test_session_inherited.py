@@ -101,17 +101,6 @@ async def test_a_process_that_goes_on_while_the_coordinator_changes_keeps_its_le
         assert [recall["ino"] for recall in second.recalls if recall["ino"] == ino] == [ino]
 
 
-async def test_one_that_was_evicted_is_not_taken_over(tmp_path):
-    async with cluster_of(tmp_path, recall_timeout_ms=300) as cluster:
-        first, other = await cluster.mount("n1"), await cluster.mount("n2")
-        ino = await first.make(b"file")
-        await first.write(ino, block_of("one"))
-        first.kill()
-        assert await other.read(ino, 1) == block_of("one")  # evicted: it did not answer
-        second = await next_process(cluster, first)
-        assert second.hello["inherited"] is False
-
-
 async def test_one_that_does_not_ask_for_it_inherits_nothing(tmp_path):
     async with cluster_of(tmp_path) as cluster:
         first = await cluster.mount("n1")

@@ -44,6 +44,10 @@ async def _nothing(incarnation: Incarnation) -> None:
     pass
 
 
+async def _no_wait() -> None:
+    pass
+
+
 async def _nothing_yet(incarnation: Incarnation, status: int | None) -> None:
     pass
 
@@ -64,6 +68,7 @@ class ChildPlan:
     before: Callable[[Incarnation], Awaitable[None]] = _nothing  # ahead of each start
     # It runs no more, and was not asked to end: its status, below 0 for a signal; None: a thread hangs in the kernel.
     stopped: Callable[[Incarnation, int | None], Awaitable[None]] = _nothing_yet
+    ahead_of_kill: Callable[[], Awaitable[None]] = _no_wait  # what a child that was not asked to end is waited for
     lingers: Callable[[], bool] = lambda: False  # whether what hangs in the kernel waits for the next process to serve
     after: Callable[[Incarnation], Awaitable[None]] = _nothing  # as soon as it is dead, before the next start
 
@@ -179,14 +184,16 @@ class Child:
             process.terminate()
             with trio.move_on_after(self._grace_s):
                 await wait_dead(process)
+        elif process.poll() is None:
+            await self.plan.ahead_of_kill()
         # The whole process group, also when the child itself is dead: what it started must not outlive it.
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         lingers = self.plan.lingers()
-        with trio.move_on_after(0 if lingers else KILL_WAIT_S) as waiting:
-            await wait_dead(process)
+        with trio.move_on_after(KILL_WAIT_S) as waiting:
+            await (wait_stopped(process) if lingers else wait_dead(process))
         if waiting.cancelled_caught and not lingers:
             logger.error("%s (pid %d) was killed but does not die", self.plan.role, process.pid)
 

@@ -2,11 +2,15 @@
 
 Place      admin floor, between node_run.py and child.py.
 Goes on    A process that dies leaves its session to the next one (mount/held_session.py): programs wait meanwhile, and see
-           no error.
+           no error. So it is when the mount was evicted, or the node has lost its lease: the session outlives the lease,
+           and the first mount process under the next one goes on, if the coordinator lets it.
+Meanwhile  the kernel shows nothing that it has cached (I5): the process saw to that before it ended (lapse.py), or the
+           keeper does, as soon as others may be given its leases.
 Ends       Where that cannot be: end the session (every request that waits gets an error, also those that a thread of the
            dead process waits for), take back what the kernel has cached of it (I5), and only then start the next one.
-           - The kernel cannot ask anew; or the mount said that nobody can go on, for it was evicted or unmounted.
-           - Nobody has gone on before others may be given its leases (`_watch_forever`).
+           - The kernel cannot ask anew; or the mount said that nobody can go on: it was unmounted, or not let in.
+           - Its pages cannot be taken back within TAKE_BACK_S, since something waits for them.
+           - Nobody has gone on for `io_timeout`.
            - TAKEOVERS_MAX processes have died within TAKEOVERS_S: something that the kernel asks kills them.
 """
 
@@ -28,25 +32,31 @@ logger = logging.getLogger(__name__)
 TAKEOVERS_MAX = 5
 TAKEOVERS_S = 30.0
 WATCH_S = 0.05
+TAKE_BACK_S = 1.0
+EMPTIED_POLL_S = 0.02
+EMPTIED_WAIT_S = 1.0
 
 
 class MountKeeper:
-    """Of one volume; all starts of its mount process under one lease of the node."""
+    """Of one volume; all starts of its mount process, also under later leases of the node."""
 
-    def __init__(self, root: ClusterRoot, volume_name: str, may_serve: Callable[[], bool]) -> None:
-        """may_serve: whether the node's lease holds."""
+    def __init__(self, root: ClusterRoot, volume_name: str, io_timeout_s: float) -> None:
+        """io_timeout_s: how long programs may wait for the next process."""
         self._root = root
         self._volume_name = volume_name
-        self._may_serve = may_serve
+        self._io_timeout_s = io_timeout_s
+        self._may_serve: Callable[[], bool] = lambda: False
         self._point = root.path / volume_name
         self._session: HeldSession | None = None
         self._orphaned = False  # the session has no process that serves it
-        self._death = trio.Event()  # set when that begins
+        self._shows_nothing = False  # meanwhile: the kernel's caches are empty
+        self._waits_until_s = 0.0
         self._covered_until_ns = 0  # as the last process left it
         self._deaths: list[float] = []
 
-    def adapt(self, plan: ChildPlan) -> None:
-        """Have the plan's process started and buried as its volume needs it."""
+    def adapt(self, plan: ChildPlan, may_serve: Callable[[], bool]) -> None:
+        """Have the plan's process started and buried as its volume needs it. may_serve: whether the node's lease holds."""
+        self._may_serve = may_serve
         environment = plan.environment
 
         def with_session(incarnation: Incarnation) -> dict[str, str]:
@@ -55,19 +65,24 @@ class MountKeeper:
 
         plan.environment = with_session
         plan.keep = lambda: () if self._session is None else self._session.descriptors
-        plan.before, plan.stopped, plan.after = self._begin, self._stopped, self._after
-        plan.lingers = lambda: self._orphaned
+        plan.before, plan.stopped = self._begin, self._stopped
+        plan.ahead_of_kill = self._wait_emptied
+        plan.lingers = lambda: self._orphaned or not may_serve()
 
     async def look_after(self, child: Child) -> None:
-        """Run the process of the plan until it is stopped; then nothing is left of its session. Cancel: likewise."""
+        """Run the process of the plan until it is stopped; then nothing is left of its session. Cancel: the process is
+        killed, and its session waits for the next one."""
+        was_stopped = False
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_forever)
-                await child.keep_running()
-                nursery.cancel_scope.cancel()
+            await child.keep_running()
+            was_stopped = True
         finally:
-            with trio.CancelScope(shield=True):
-                await self._end("the mount has ended")
+            session = self._session
+            if session is not None and session.can_be_taken_over and not was_stopped:
+                self._orphan(session)
+            else:
+                with trio.CancelScope(shield=True):
+                    await self.end("the mount has ended")
 
     async def _begin(self, incarnation: Incarnation) -> None:
         if self._session is not None:
@@ -87,36 +102,56 @@ class MountKeeper:
         if session is None:
             unmount_lazily(self._point)
         elif status == 0 or not session.can_be_taken_over:
-            await self._end("nobody can go on with it")
+            await self.end("nobody can go on with it")
         elif len(self._deaths) > TAKEOVERS_MAX:
-            await self._end(f"its last {TAKEOVERS_MAX} processes died within {TAKEOVERS_S:g} s")
-        elif not self._orphaned:
-            self._covered_until_ns = session.covered_until_ns
-            self._orphaned = True
-            self._death.set()
+            await self.end(f"its last {TAKEOVERS_MAX} processes died within {TAKEOVERS_S:g} s")
+        else:
+            self._orphan(session)
 
-    async def _after(self, incarnation: Incarnation) -> None:
-        if not self._orphaned:  # it was asked to end, or has been seen to above
-            await self._end("its process has ended")
+    def _orphan(self, session: HeldSession) -> None:
+        """No process serves it now."""
+        if self._orphaned and session.covered_until_ns == self._covered_until_ns:
+            return  # nor has one since it was said last
+        self._covered_until_ns = session.covered_until_ns
+        self._waits_until_s = trio.current_time() + self._io_timeout_s
+        self._shows_nothing = session.is_emptied
+        self._orphaned = True
 
-    async def _watch_forever(self) -> None:
+    async def _wait_emptied(self) -> None:
+        """The node's lease is over, and the process about to be killed: until it has seen to it that the kernel shows
+        nothing of before, EMPTIED_WAIT_S at most."""
+        with trio.move_on_after(EMPTIED_WAIT_S):
+            while self._session is not None and not self._session.is_emptied and not self._may_serve():
+                await trio.sleep(EMPTIED_POLL_S)
+
+    async def watch_forever(self) -> None:
+        """See to a session without a process. A task, for as long as the keeper is there."""
         while True:
-            await self._death.wait()
-            self._death = trio.Event()
-            while self._orphaned and self._session is not None:
+            if self._orphaned and self._session is not None:
                 await self._watch(self._session)
-                await trio.sleep(WATCH_S)
+            await trio.sleep(WATCH_S)
 
     async def _watch(self, session: HeldSession) -> None:
-        if session.covered_until_ns != self._covered_until_ns:
-            self._orphaned = False  # the next process has heard from the coordinator: it sees to it itself
-        elif monotonic_ns() >= self._covered_until_ns or not self._may_serve():
-            try:
-                await self._end("nobody has gone on with it in time")
-            except CsvfsError as error:
-                logger.error("%s", error)
+        try:
+            if session.covered_until_ns != self._covered_until_ns:
+                self._orphaned = False  # the next process has heard from the coordinator: it sees to it itself
+            elif trio.current_time() >= self._waits_until_s:
+                await self.end(f"nobody has gone on with it for {self._io_timeout_s:g} s: its programs get errors")
+            elif not self._shows_nothing and (monotonic_ns() >= self._covered_until_ns or not self._may_serve()):
+                await self._take_back(session)
+        except CsvfsError as error:
+            logger.error("%s", error)
 
-    async def _end(self, reason: str) -> None:
+    async def _take_back(self, session: HeldSession) -> None:
+        """Others may be given its leases from now on."""
+        with trio.move_on_after(TAKE_BACK_S):
+            await trio.to_thread.run_sync(session.drop_pages, abandon_on_cancel=True)
+            self._shows_nothing = True
+            return
+        if self._session is session and session.covered_until_ns == self._covered_until_ns:
+            await self.end("what the kernel has cached of it cannot be taken back while requests wait")
+
+    async def end(self, reason: str) -> None:
         """Cancel: leaves the rest to its thread. Raises Conflict: the kernel does not unmount it."""
         session, self._session = self._session, None
         self._orphaned = False

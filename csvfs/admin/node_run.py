@@ -27,6 +27,7 @@ from csvfs.admin.claim_watch import claim_forever
 from csvfs.admin.cluster_root import ClusterRoot
 from csvfs.admin.evicted_watch import raise_when_evicted
 from csvfs.admin.mount_keeper import MountKeeper
+from csvfs.admin.mount_keepers import MountKeepers
 from csvfs.admin.node_lease import NodeLease, next_incarnation, unavailable_logged
 from csvfs.admin.node_standing import note_orderly_end
 from csvfs.admin.reach_watch import report_reach_forever
@@ -92,8 +93,13 @@ async def run_node(config: NodeConfig, commands: Commands | None = None) -> None
                 nursery.start_soon(raise_when_evicted, config, store, view)
                 root = ClusterRoot(config.cluster_root)
                 root.open()
-                while not stopping.is_set():
-                    await _UnderLease(config, store, view, commands or Commands(), root).run(stopping)
+                keepers = MountKeepers(root, config.options.io_timeout_ms / 1000, nursery)
+                try:
+                    while not stopping.is_set():
+                        await _UnderLease(config, store, view, commands or Commands(), root, keepers).run(stopping)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await keepers.end_all()
                 root.close()
                 nursery.cancel_scope.cancel()
 
@@ -111,9 +117,16 @@ class _UnderLease:
     """One lease of the node and everything that runs under it."""
 
     def __init__(
-        self, config: NodeConfig, store: ClusterStore, view: View, commands: Commands, root: ClusterRoot
+        self,
+        config: NodeConfig,
+        store: ClusterStore,
+        view: View,
+        commands: Commands,
+        root: ClusterRoot,
+        keepers: MountKeepers,
     ) -> None:
         self._config = config
+        self._keepers = keepers
         self._root = root
         self._store = store
         self._view = view
@@ -227,7 +240,7 @@ class _UnderLease:
                     if wanted.get(name) != volume_id:
                         nursery.start_soon(self._end_mount, name, child)
                 for name in sorted(set(wanted) - set(self._mounts)):
-                    keeper, child = self._mount_child(name)
+                    keeper, child = await self._mount_child(name, wanted[name])
                     self._mounts[name] = (wanted[name], child)
                     nursery.start_soon(keeper.look_after, child)
                 await self._poked.wait()
@@ -237,10 +250,10 @@ class _UnderLease:
     def _poke(self) -> None:
         self._poked.set()
 
-    def _mount_child(self, volume_name: str) -> tuple[MountKeeper, Child]:
+    async def _mount_child(self, volume_name: str, volume_id: object) -> tuple[MountKeeper, Child]:
         plan = self._plan(f"{ROLE_MOUNT}-{volume_name}", (*self._commands.mount, volume_name))
-        keeper = MountKeeper(self._root, volume_name, Liveness(self._config.liveness_path, self._lease.incarnation).may_serve)
-        keeper.adapt(plan)
+        keeper = await self._keepers.keeper(volume_name, volume_id)
+        keeper.adapt(plan, Liveness(self._config.liveness_path, self._lease.incarnation).may_serve)
         return keeper, Child(plan)
 
     async def _end_mount(self, volume_name: str, child: Child) -> None:

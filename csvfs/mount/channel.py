@@ -17,12 +17,15 @@ from typing import Protocol
 
 import trio
 
-from csvfs.errors import Unavailable
+from csvfs.errors import Fenced, Unavailable
+from csvfs.mount import barred
 from csvfs.mount import fuse_abi as abi
+from csvfs.mount.barred import Barred
 from csvfs.mount.direct import Direct
 from csvfs.mount.errno_border import errno_of
 from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.file_state import XATTRS
+from csvfs.mount.leases import NothingKept
 from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
 from csvfs.mount.request_journal import UNIQUE_MASK, UNIQUE_RESENT, RequestJournal, current_request
 from csvfs.net.engine import Engine
@@ -75,6 +78,7 @@ class Files(Leases, Protocol):
 class Replays(Protocol):
     """See inheritance.py."""
 
+    def refuses(self, ino: int) -> bool: ...
     def replay_begins(self, ino: int) -> None: ...
     def replay_ends(self, ino: int) -> None: ...
     def resent(self) -> None: ...
@@ -134,9 +138,11 @@ class Channel:
         journal: RequestJournal | None = None,
         noted: Opened | None = None,
         locks: FileLocks | None = None,
+        barred: Barred | None = None,
     ) -> None:
         """direct: what of the requests about names does not go through pyfuse3; None: nothing. journal: is told which
-        requests are under way. noted: is told which files are no longer open. locks: None: there are none."""
+        requests are under way. noted: is told which files are no longer open. locks: None: there are none. barred: open files
+        that can only be closed."""
         self._engine = engine
         self._fd = fd
         self._files = files
@@ -148,6 +154,8 @@ class Channel:
         self._replays: Replays | None = None
         self._replaying: dict[int, int] = {}  # unique -> inode
         self._locks = locks
+        self._barred = barred or Barred(NothingKept())
+        self._barred_opens = self._barred.opens
         self._nursery: trio.Nursery | None = None
         self._waiting = 0
         self._buffer = memoryview(bytearray(abi.REQUEST_SIZE_MAX))
@@ -192,7 +200,7 @@ class Channel:
 
     def _on_readable(self, _events: int) -> None:
         readv, fd, header = os.readv, self._fd, abi.IN_HEADER
-        read_nowait, read_in = self._files.read_nowait, abi.READ_IN
+        read_nowait, read_in, barred_opens = self._files.read_nowait, abi.READ_IN, self._barred_opens
         for _ in range(REQUESTS_PER_TURN):
             buffer = self._buffer
             try:
@@ -207,7 +215,7 @@ class Channel:
                 log.error("the kernel sent a request of %d bytes", size)
                 continue
             _, opcode, unique, node, _, _, _, _, _ = header.unpack_from(buffer)
-            if opcode == abi.READ and size >= 80:
+            if opcode == abi.READ and size >= 80 and node not in barred_opens:
                 _, offset, want, _, _, _, _ = read_in.unpack_from(buffer, 40)
                 try:
                     data = read_nowait(node, offset, want)
@@ -245,6 +253,9 @@ class Channel:
             is_resent = bool(unique & UNIQUE_RESENT)
             if is_resent and opcode in _CHANGES_OF_DATA and self._replays is not None:
                 changed = node if opcode != abi.COPY_FILE_RANGE else abi.copy_target(self._buffer)
+                if self._replays.refuses(changed):
+                    self._reply_errno(unique, barred.ERRNO if changed in self._barred_opens else errno.EIO)
+                    continue
                 self._replaying[unique] = changed
                 self._replays.replay_begins(changed)
             self._dispatch(opcode, unique, node, self._buffer[:size])
@@ -266,6 +277,10 @@ class Channel:
 
     def _dispatch(self, opcode: int, unique: int, node: int, request: memoryview) -> None:
         handler = self._handlers.get(opcode)
+        if self._barred_opens and self._barred.refuses(opcode, node, request[abi.IN_HEADER.size :]):
+            self._reply_errno(unique, barred.ERRNO)
+            self._replayed(unique)
+            return
         try:
             if handler is None:
                 self._relay.forward(opcode, unique, node, request)
@@ -361,6 +376,8 @@ class Channel:
     async def _answer(self, unique: int, function: Callable[..., Awaitable[None]], args: tuple) -> None:
         try:
             await function(unique, *args)
+        except Fenced:
+            await trio.sleep_forever()  # no answer (errno_border.py), and nothing of it is forgotten
         except Exception as error:
             self._reply_failure(unique, error)
 
@@ -418,6 +435,8 @@ class Channel:
             if clears:
                 await self._files.clear_set_id(node)
             await self._files.write(node, offset, data, write_flags)
+        except Fenced:
+            raise
         except Exception as error:
             outcome = error
         done(outcome)
@@ -509,16 +528,19 @@ class Channel:
         # The flags are those of the open: fcntl(2) does not change the access mode.
         closing = None if self._locks is None else self._locks.closing(node, handle)
         if closing is None:
-            self._released(unique, node, abi.may_write(flags))
+            self._released(unique, node, handle, abi.may_write(flags))
         else:
-            self._start(unique, self._release_with_locks, closing, node, abi.may_write(flags))
+            self._start(unique, self._release_with_locks, closing, node, handle, abi.may_write(flags))
 
-    async def _release_with_locks(self, unique: int, closing: Callable[[], Awaitable[None]], node: int, writing: bool) -> None:
+    async def _release_with_locks(
+        self, unique: int, closing: Callable[[], Awaitable[None]], node: int, handle: int, writing: bool
+    ) -> None:
         await closing()
-        self._released(unique, node, writing)
+        self._released(unique, node, handle, writing)
 
-    def _released(self, unique: int, node: int, writing: bool) -> None:
+    def _released(self, unique: int, node: int, handle: int, writing: bool) -> None:
         self._reply_errno(unique, 0)  # first: one that is asked anew would count twice
+        self._barred.released(node, handle)
         self._files.closed(node, writing)
         if self._noted is not None:
             self._noted.opened(node, writing, -1)
@@ -596,6 +618,8 @@ class Channel:
             self._reply(unique, (abi.OUT_HEADER.pack(abi.OUT_HEADER.size + len(data), 0, unique), data))
 
     def _reply_failure(self, unique: int, error: BaseException) -> None:
+        if isinstance(error, Fenced):
+            return  # no answer (errno_border.py)
         self._reply_errno(unique, errno_of(error))
 
     def _reply_errno(self, unique: int, errno_value: int) -> None:

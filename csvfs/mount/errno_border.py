@@ -2,7 +2,8 @@
 
 Place      mount floor, under channel.py and operations.py.
 Rule       a CsvfsError is answered with its errno; anything else is a bug of ours: logged with its traceback,
-           answered with EIO, and the session goes on.
+           answered with EIO, and the session goes on. Fenced is no answer: this process ends, and whoever goes on for
+           it is asked anew by the kernel, or the end of the session answers.
 """
 
 import contextlib
@@ -13,8 +14,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 
-from csvfs.errors import Conflict, CsvfsError, NotFound
+from csvfs.errors import Conflict, CsvfsError, Fenced, NotFound
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,6 +47,9 @@ def fuse_errors(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Cor
         try:
             return await handler(*args, **kwargs)
         except pyfuse3.FUSEError:
+            raise
+        except Fenced:
+            await trio.sleep_forever()
             raise
         except Exception as error:
             raise pyfuse3.FUSEError(errno_of(error)) from error

@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 from csvfs.errors import CsvfsError, Fenced
+from csvfs.mount.barred import Barred
 from csvfs.mount.cloning import Cloning
 from csvfs.mount.file_state import (
     LEASE_NONE,
@@ -72,8 +73,10 @@ class FileTable:
         inodes_max: int = INODES_MAX,
         kept: KeptInodes | None = None,
         journal: RequestJournal | None = None,
+        on_emptied: Callable[[bool], None] = lambda emptied: None,
     ) -> None:
-        """kept: is told of every inode of which the kernel may cache something. journal: knows where appends go."""
+        """kept: is told of every inode of which the kernel may cache something. journal: knows where appends go.
+        on_emptied: whether the kernel shows nothing that it has cached, as this mount may not serve."""
         self._coordinator = coordinator
         self._bus = bus
         self._notifier = notifier
@@ -89,7 +92,9 @@ class FileTable:
         self._recaller = Recaller(self.leases, notifier, nursery, self._lowered)
         self.inheritance = Inheritance(self.leases, bus)
         self._recaller.ready = self.inheritance.ready
-        self._lapse = Lapse(self.leases, notifier, nursery)
+        self._lapse = Lapse(self.leases, notifier, nursery, guard.serving, on_emptied)
+        self.serves_again = self._lapse.over
+        self.barred = Barred(self.leases.kept)
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
         self._reports = Reports(self.leases, coordinator, self._timed)
         self._writes = WritePath(
@@ -161,10 +166,41 @@ class FileTable:
         """See session.LeaseHolder."""
         return self.leases.claims()
 
-    def refused(self, inos: list[int]) -> None:
-        """A new coordinator gave these leases to others before we could claim them."""
-        states = self.leases.states
-        self._recaller.lose([states[ino] for ino in inos if ino in states])
+    def refused(self, inos: list[int], *, are_open: bool = False) -> None:
+        """A coordinator gave these leases to others before we could claim them. are_open: it counts the inodes as open
+        here."""
+        states = [self.leases.states[ino] for ino in inos if ino in self.leases.states]
+        if not are_open:
+            self._recaller.lose(states)
+            return
+        self.inheritance.refused(inos)
+        self._lose_but_open(states)
+        self._forgotten |= {state.ino: None for state in states if not state.open_count}
+
+    def _lose_but_open(self, states: list[FileState]) -> None:
+        self._recaller.lose([state for state in states if max(state.lease, state.inherited) > LEASE_OPEN])
+        for state in states:
+            state.lease = LEASE_OPEN
+            self.leases.kept.lease(state.ino, LEASE_OPEN)
+            state.regate()
+
+    def adopted(self, lost_locks: list[int] | None) -> None:
+        """This mount was evicted before the process before this one was followed by us, and may go on without leases.
+
+        lost_locks: inodes on which programs here had locks that others have got; None: nobody knows.
+        """
+        states = list(self.leases.states.values())
+        self.leases.mark_all_recalled()
+        self._notifier.increment_epoch()
+        self._recaller.lose([state for state in states if state.inherited == LEASE_READ])
+        for state in states:
+            if state.inherited:
+                self._notifier.invalidate_attr(state.ino)
+        self._lose_but_open([state for state in states if state.open_count and not state.inherited])
+        first_new = time.monotonic_ns()
+        for state in states:
+            if lost_locks is None or state.ino in lost_locks:
+                self.barred.bar(state.ino, state.open_count, first_new)
 
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]:
         """See session.LeaseHolder. Cancel: leaves the lease as it is, the recall unanswered."""
@@ -185,6 +221,9 @@ class FileTable:
     def take_over(self, rows: list[Row]) -> None:
         """What the process before this one left, before anything else is done; see inheritance.py."""
         lost = self.inheritance.take(rows)
+        for row in rows:
+            if row.barred:
+                self.barred.bar(row.ino, row.opens, time.monotonic_ns())
         self.open_files = sum(row.opens for row in rows)
         self._recaller.lose(lost)
 
@@ -377,6 +416,11 @@ class FileTable:
                 await trio.sleep(MAINTENANCE_S)
                 await self.release_unused()
 
+    async def empty(self) -> None:
+        """This mount was evicted: returns when the kernel shows nothing that it has cached. The guard is closed."""
+        self._lapse.begin()
+        await self._lapse.emptied.wait()
+
     async def _watch_guard_forever(self) -> None:
         served = False
         while True:
@@ -394,6 +438,7 @@ class FileTable:
         self.leases.mark_all_recalled()
         held = [state for state in self.leases.states.values() if max(state.lease, state.inherited) >= LEASE_READ]
         self._recaller.lose(held)
+        self._lapse.over()
         self._guard.restored()
 
     async def _report_times_forever(self) -> None:

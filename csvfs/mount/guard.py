@@ -35,7 +35,12 @@ class Guard:
         self._clock = clock
         self._contact_ns_max = int(contact_s_max * 1e9)
         self._contact_until_ns = 0
+        self._closed = False
         self.lapsed = False
+
+    def close(self) -> None:
+        """This mount was evicted: it serves no more, whatever is heard."""
+        self.lapsed = self._closed = True
 
     def contact(self, sent_ns: int) -> None:
         """The coordinator answered what was sent at `sent_ns`."""
@@ -52,7 +57,7 @@ class Guard:
 
     def may_restore(self) -> bool:
         """After a lapse: whether the node's lease is there again."""
-        return self.lapsed and self._may_serve()
+        return self.lapsed and not self._closed and self._may_serve()
 
     def restored(self) -> None:
         """Nothing is held any more that was held before the lapse."""

@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 SESSION_ENVIRONMENT = "CSVFS_MOUNT_SESSION"  # "descriptor of /dev/fuse,descriptor of the record"
 # The header, in words: its layout's number, so that a later version does not take over what it does not understand; how
 # far the session is; until when (CLOCK_MONOTONIC, ns) the kernel may go on showing what it has cached without a process;
-# the kernel's INIT request, its size in bytes and itself.
-_VERSION, _STAGE, _COVERED_UNTIL, _INIT_SIZE, _INIT = range(5)
-VERSION = 2
+# whether it shows nothing; the kernel's INIT request, its size in bytes and itself.
+_VERSION, _STAGE, _COVERED_UNTIL, _EMPTIED, _INIT_SIZE, _INIT = range(6)
+VERSION = 3
 STAGE_NEW, STAGE_SERVED, STAGE_OVER = range(3)  # SERVED: the next process can take over
-INIT_SIZE_MAX = 480  # 40 of its header, 64 of its body so far
+INIT_SIZE_MAX = 472  # 40 of its header, 64 of its body so far
 _JOURNAL = 64  # words
 _ROWS = _JOURNAL + request_journal.WORDS
 _SIZE = 8 * (_ROWS + inode_rows.WORDS)  # bytes
@@ -78,6 +78,10 @@ class Record:
         """Nobody can go on with this session."""
         self._words[_STAGE] = STAGE_OVER
 
+    def emptied(self, is_emptied: bool) -> None:
+        """Whether the kernel shows nothing that it has cached, and is told nothing that it would cache (lapse.py)."""
+        self._words[_EMPTIED] = is_emptied
+
     def covered_until(self, time_ns: int) -> None:
         """Others may be given our leases some time after `time_ns`, CLOCK_MONOTONIC, if nobody serves until then."""
         self._words[_COVERED_UNTIL] = time_ns
@@ -113,6 +117,27 @@ class HeldSession:
         """Until then what the kernel shows cannot be older than what others wrote, though no process serves it (I5)."""
         return self._words[_COVERED_UNTIL]
 
+    @property
+    def is_emptied(self) -> bool:
+        """The process saw to it that the kernel shows nothing that it has cached, before it died."""
+        return bool(self._words[_EMPTIED])
+
+    def drop_pages(self) -> None:
+        """The process is dead, and the session is kept for the next one: take back what the kernel has cached.
+
+        Blocks for microseconds per inode, and for as long as a page waits for an answer; call it in a thread. Raises
+        OSError.
+        """
+        inodes = inode_rows.inodes_in(self._words[_ROWS:])
+        fd = os.dup(self._device)  # whoever does not wait for us may close the other
+        try:
+            _tell(fd, abi.pack_inc_epoch())
+            for offset in (-1, 0):  # attributes first: these wait for nothing
+                for ino in inodes:
+                    _tell(fd, abi.pack_inval_inode(ino, offset, 0))
+        finally:
+            os.close(fd)
+
     def drop_pages_and_close(self) -> None:
         """The process is dead and the session ended (its requests too): take back what the kernel has cached.
 
@@ -121,10 +146,11 @@ class HeldSession:
         try:
             rows = self._words[_ROWS:]
             inodes, overflowed = inode_rows.inodes_in(rows), inode_rows.overflowed(rows)
+            rows.release()
             left = [ino for ino in inodes if self._invalidate(ino)]
             left = [ino for ino in left if self._invalidate(ino)]
             if inodes:
-                self._tell(abi.pack_inc_epoch())  # names too, where the kernel caches them
+                _tell(self._device, abi.pack_inc_epoch())  # names too, where the kernel caches them
             if left or overflowed:
                 log.error("%d inodes of a mount that ended keep pages: all caches of this machine are dropped", len(left))
                 os.sync()
@@ -132,22 +158,22 @@ class HeldSession:
         except OSError as error:
             log.error("cached pages of a mount that ended were not all taken back: %s", error)
         finally:
-            self._words.release()
             os.close(self._device)
             os.close(self._record)
 
     def _invalidate(self, ino: int) -> bool:
         """Whether something of it may be left. Dirty pages cannot be written any more: a first try makes them clean."""
         # ENOENT: the kernel does not know the inode. EPERM: this was never mounted.
-        return self._tell(abi.pack_inval_inode(ino, 0, 0)) not in (0, errno.ENOENT, errno.EPERM)
+        return _tell(self._device, abi.pack_inval_inode(ino, 0, 0)) not in (0, errno.ENOENT, errno.EPERM)
 
-    def _tell(self, message: bytes) -> int:
-        """The errno."""
-        try:
-            os.write(self._device, message)
-        except OSError as error:
-            return error.errno or errno.EIO
-        return 0
+
+def _tell(fd: int, message: bytes) -> int:
+    """The errno."""
+    try:
+        os.write(fd, message)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def inherited_session() -> tuple[int, Record] | None:

@@ -7,6 +7,10 @@ Leases     are ours at the coordinator already (its session_desk.py, "inherit"):
 Replays    The kernel asks again what was not answered. A WRITE that the dead process had carried out is carried out again:
            harmless as long as nobody else has written there since. So a recall waits until all that the kernel resends
            has begun, and what of it changes data of that inode has ended.
+Adoption   Where this mount was evicted meanwhile, the coordinator may let it go on all the same (its departures.py): write
+           leases are claimed anew, and come back where nobody else has written; of other inodes nothing is held. What
+           comes again is carried out again as above, but not on inodes where somebody has written (`refused`): there
+           it would undo that.
 Flushes    What the dead process wrote and did not flush is flushed before any fsync is answered (I8).
 """
 
@@ -39,6 +43,7 @@ class Inheritance:
         self._flushing = trio.Lock()
         self._unflushed: list[int] = []
         self._failure: CsvfsError | None = None
+        self._refused: set[int] = set()
 
     def take(self, rows: Iterable[Row]) -> list[FileState]:
         """Before the first word to the coordinator. Returns the inodes of which pages may be left that no lease covers.
@@ -57,6 +62,20 @@ class Inheritance:
             if row.lost:
                 lost.append(state)
         return lost
+
+    def refused(self, inos: Iterable[int]) -> None:
+        """Others may have written to these since this mount was evicted."""
+        self._refused.update(inos)
+
+    def refuses(self, ino: int) -> bool:
+        """Whether a change of data that comes again must not be carried out, as it may have been before."""
+        if ino not in self._refused:
+            return False
+        log.error(
+            "inode %d: what was being written when this mount was evicted is not repeated, another node has written since:"
+            " the program gets EIO", ino,
+        )  # fmt: skip
+        return True
 
     def resent(self) -> None:
         """All that the kernel wanted to ask anew has begun."""

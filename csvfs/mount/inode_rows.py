@@ -21,13 +21,14 @@ _KIND_MASK = 7 << _KIND_SHIFT
 _TIMED = 1 << 52
 _KNOWN = 1 << 53
 _LOST = 1 << 54
+_BARRED = 1 << 55
 
 
 @dataclass(slots=True, frozen=True)
 class Row:
     """lookups: how often the kernel was given the inode. opens, writing: how often it is open, and for writing. kind: the
     lease under which the kernel may cache. timed: it was written to, and the coordinator does not know when. lost: pages
-    of it may still be cached under a lease that is held no more."""
+    of it may still be cached under a lease that is held no more. barred: what is open of it can only be closed (barred.py)."""
 
     ino: int
     lookups: int
@@ -36,6 +37,7 @@ class Row:
     kind: int
     timed: bool
     lost: bool
+    barred: bool = False
 
 
 def rows_in(words: memoryview) -> list[Row]:
@@ -51,6 +53,7 @@ def rows_in(words: memoryview) -> list[Row]:
             (state & _KIND_MASK) >> _KIND_SHIFT,
             bool(state & _TIMED),
             bool(state & _LOST),
+            bool(state & _BARRED),
         )
         for ino, lookups, state in zip(numbers[0::_ROW], numbers[1::_ROW], numbers[2::_ROW], strict=False)
         if ino
@@ -111,11 +114,18 @@ class InodeRows:
         """Whether pages of it may still be cached under a lease that is held no more."""
         self._mark(ino, _LOST, is_lost)
 
-    def _mark(self, ino: int, mark: int, is_set: bool) -> None:
+    def barred(self, ino: int, is_barred: bool) -> None:
+        """Whether what is open of it can only be closed."""
+        at = self._mark(ino, _BARRED, is_barred)
+        if at and not is_barred:
+            self._drop_if_unused(ino, at)
+
+    def _mark(self, ino: int, mark: int, is_set: bool) -> int:
         at = self._row(ino) if is_set else self._at.get(ino, 0)
         if at:
             state = self._words[at + 2]
             self._words[at + 2] = state | mark if is_set else state & ~mark
+        return at
 
     def looked_up(self, ino: int, lookups: int) -> None:
         """How often the kernel has been given it, and has not forgotten it."""

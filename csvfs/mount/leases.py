@@ -60,6 +60,7 @@ class KeptInodes(Protocol):
     def lease(self, ino: int, kind: int) -> None: ...
     def lost(self, ino: int, is_lost: bool) -> None: ...
     def timed(self, ino: int, is_timed: bool) -> None: ...
+    def barred(self, ino: int, is_barred: bool) -> None: ...
 
 
 class NothingKept:
@@ -78,6 +79,9 @@ class NothingKept:
         pass
 
     def timed(self, ino: int, is_timed: bool) -> None:
+        pass
+
+    def barred(self, ino: int, is_barred: bool) -> None:
         pass
 
 

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 # As many invalidations may wait for page locks at a time; more wait for a thread.
 INVALIDATE_THREADS_MAX = 16
+PASSES_MAX = 64  # of many inodes at once
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _UNMOUNTED = (errno.ENODEV, errno.ENOTCONN)  # all is gone
 
@@ -30,6 +31,7 @@ class KernelNotifier:
         self._fd = os.dup(device_fd)
         self._has_epoch = True
         self._threads = trio.CapacityLimiter(INVALIDATE_THREADS_MAX)
+        self._passes = trio.CapacityLimiter(PASSES_MAX)
 
     def invalidate_attr(self, ino: int) -> None:
         """Forget the attributes of `ino`. Does not block: an offset below 0 leaves its pages alone."""
@@ -55,7 +57,7 @@ class KernelNotifier:
             for message in messages:
                 self._write(message)
 
-        await trio.to_thread.run_sync(write_all, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(write_all, abandon_on_cancel=True, limiter=self._passes)
 
     def increment_epoch(self) -> None:
         """Have every cached name looked up again before its next use. Takes no lock, does not block.

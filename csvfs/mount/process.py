@@ -4,9 +4,9 @@ Place      mount floor; puts everything below together.
 Order      The session with the coordinator first, then the mount: an empty directory becomes the volume,
            never a volume that does not answer. Where a process before this one has died, its FUSE session goes on
            instead (held_session.py, inheritance.py).
-Ends       SIGTERM: unmounts, gives its leases back, status 0. Evicted (Fenced), /dev/fuse gone, or a bug:
-           status 1, and the kernel fails what was waiting; node run starts the next incarnation. Killed, or ended by a
-           bug: nothing is told to the kernel, and the next process goes on.
+Ends       SIGTERM: unmounts, gives its leases back, status 0. /dev/fuse gone: status 1, and the kernel fails what was
+           waiting. Killed, ended by a bug, or evicted (Fenced; the kernel's caches are emptied first): nothing is told
+           to the kernel, and the next process goes on, if it may.
 """
 
 import logging
@@ -26,7 +26,7 @@ from csvfs.cluster.liveness import Liveness
 from csvfs.cluster.membership import View, keep_view_forever
 from csvfs.cluster.node_process import ProcessNumbers, call_when_signalled, run_process
 from csvfs.config import NodeConfig, check_name
-from csvfs.errors import CsvfsError, NotFound, Unavailable
+from csvfs.errors import CsvfsError, Fenced, NotFound, Unavailable
 from csvfs.ids import DriveId, Incarnation, NodeName, SlabId, VolumeId
 from csvfs.mount import device, waits
 from csvfs.mount.admin_socket import AdminSocket
@@ -42,7 +42,7 @@ from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.owner import VolumeOwner
 from csvfs.mount.relay import LEASE_NONE, PYFUSE3_TASKS_MAX, Relay
 from csvfs.mount.request_journal import RequestJournal
-from csvfs.mount.session import Session
+from csvfs.mount.session import NotInheritedError, Session
 from csvfs.net.detours import Paths, Waypoint
 from csvfs.net.engine import Engine
 from csvfs.net.tls import open_identity
@@ -57,6 +57,7 @@ STORE_WAIT_S = 10.0
 CONTACT_NS_MAX = int(CONTACT_S_MAX * 1e9)
 UNMOUNT_WAIT_S = 5.0  # for programs that still use files here; then their accesses fail
 FAREWELL_WAIT_S = 2.0
+EMPTY_WAIT_S = 1.0  # when evicted; then the parent sees to it
 RELEASE_BATCH = 1024
 OWNER_PATIENCE_S = 3.0  # see Bus; a call to the coordinator lasts as long as it cannot decide, up to the io_timeout
 
@@ -116,6 +117,7 @@ class MountProcess:
         self._takes_over = self._record is not None and self._record.has_served
         self._journal = RequestJournal() if self._record is None else self._record.journal
         self._serves = False  # the kernel is answered
+        self._evicted = trio.Event()
         self.failure: CsvfsError | None = None
 
     def _follow_volume(self, bus: Bus) -> None:
@@ -144,8 +146,22 @@ class MountProcess:
         if self.failure is None:
             self.failure = error if isinstance(error, CsvfsError) else Unavailable(str(error))
             log.error("the mount of %s ends: %s", self._volume_name, error)
+            may_be_followed = isinstance(error, Fenced) and not isinstance(error, NotInheritedError)
+            if self._record is not None and may_be_followed:
+                self._evicted.set()
+                return
             if self._record is not None:
                 self._record.over()
+        self._end.set()
+
+    async def _end_when_evicted(self, guard: Guard, table: FileTable) -> None:
+        """Others have our leases: the kernel must show nothing of before, and whoever goes on for us comes back to it."""
+        await self._evicted.wait()
+        guard.close()
+        if self._record is not None:
+            self._record.covered_until(0)
+        with trio.move_on_after(EMPTY_WAIT_S):
+            await table.empty()
         self._end.set()
 
     async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
@@ -181,7 +197,7 @@ class MountProcess:
             owner=owner_view,
             connect=way.connect,
             on_fenced=self._fail,
-            on_contact=lambda sent_ns: self._on_contact(guard, sent_ns),
+            on_contact=lambda sent_ns: self._on_contact(guard, table, sent_ns),
             news=lambda: waits.news(self._facts(guard, session, bus, way)),
             io_timeout_s=options.io_timeout_ms / 1000,
             journal=self._journal,
@@ -202,7 +218,10 @@ class MountProcess:
             io_timeout_s=options.io_timeout_ms / 1000,
             kept=None if self._record is None else self._record.inodes,
             journal=self._journal,
+            on_emptied=(lambda emptied: None) if self._record is None else self._record.emptied,
         )
+        if self._record is not None:
+            nursery.start_soon(self._end_when_evicted, guard, table)
         if self._takes_over and self._record is not None:
             table.take_over(self._record.left)
         session.holder = table
@@ -256,9 +275,11 @@ class MountProcess:
         bus.on_fenced = self._fail
         return bus
 
-    def _on_contact(self, guard: Guard, sent_ns: int) -> None:
+    def _on_contact(self, guard: Guard, table: FileTable, sent_ns: int) -> None:
+        if not guard.lapsed:
+            table.serves_again()
         guard.contact(sent_ns)
-        if self._record is not None:
+        if self._record is not None and not self._evicted.is_set():
             self._record.covered_until(sent_ns + CONTACT_NS_MAX)
 
     async def _waypoints(self) -> list[Waypoint]:
@@ -317,7 +338,9 @@ class MountProcess:
         )
         direct = Direct(operations, relay)
         locks = self._locks(session)
-        channel = Channel(self._engine, self._fd, table, operations, relay, direct, self._journal, noted, locks)
+        channel = Channel(
+            self._engine, self._fd, table, operations, relay, direct, self._journal, noted, locks, table.barred
+        )
         pyfuse3.init(operations, relay.pyfuse3_mount_point(), set())
         nursery.start_soon(pyfuse3.main, 1, PYFUSE3_TASKS_MAX)
         if self._takes_over and record is not None:
@@ -333,12 +356,12 @@ class MountProcess:
             await channel.ended.wait()
             self._fail(Unavailable(f"{self._mount_point} was unmounted by somebody else"))
         finally:
-            if self._end.is_set() or record is None:
+            if record is None or (self._end.is_set() and not self._evicted.is_set()):
                 with trio.CancelScope(shield=True):
                     if self.failure is None:
                         await unmount_in_order(self._mount_point, channel.ended.wait)
                 device.abort(self._mount_point)
-            # else a bug ends us, and the next process goes on.
+            # else a bug ends us, or an eviction, and the next process goes on.
             channel.close()
 
     def _locks(self, session: Session) -> FileLocks:

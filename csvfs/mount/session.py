@@ -66,9 +66,14 @@ class LeaseHolder(Protocol):
     open_files: int
 
     def claims(self) -> list[list[int]]: ...
-    def refused(self, inos: list[int]) -> None: ...
+    def refused(self, inos: list[int], *, are_open: bool = False) -> None: ...
+    def adopted(self, lost_locks: list[int] | None) -> None: ...
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]: ...
     def query(self, ino: int) -> dict[str, Any] | None: ...
+
+
+class NotInheritedError(Fenced):
+    """The session of the process before cannot be taken over, by nobody."""
 
 
 class Session:
@@ -235,13 +240,16 @@ class Session:
             asked = {**self._hello_args, "inherit": self._inherit}
             hello = await link.call("hello", asked, timeout_s=HELLO_TIMEOUT_S)
             if self._inherit and not hello.get("inherited"):
-                raise Fenced(f"the session of the mount before could not be taken over from {link.peer}")
+                raise NotInheritedError(f"the session of the mount before could not be taken over from {link.peer}")
             term = field(hello, "term", int)
             if term < self._term:
                 raise NotCoordinator(f"{link.peer} coordinates term {term}, we know term {self._term}")
             knows_leases = self._inherit and hello.get("claimed") is True
+            is_adopted = self._inherit and hello.get("adopted") is True
+            if is_adopted and self.holder is not None:
+                self.holder.adopted(hello.get("lost_locks"))
             if term > self._term and not knows_leases:
-                await self._reclaim(link)
+                await self._reclaim(link, is_adopted)
         except BaseException:
             link.close()
             raise
@@ -254,8 +262,8 @@ class Session:
         self._on_contact(sent_ns)
         return lost
 
-    async def _reclaim(self, link: Link) -> None:
-        """Tell a new coordinator what we hold; give up what it refuses."""
+    async def _reclaim(self, link: Link, is_adopted: bool) -> None:
+        """Tell a new coordinator, or one that had evicted us, what we hold; give up what it refuses."""
         assert self.holder is not None
         claims = self.holder.claims()
         for first in range(0, max(1, len(claims)), RECLAIM_BATCH):
@@ -266,7 +274,7 @@ class Session:
             reply = await link.call("reclaim", args, timeout_s=HELLO_TIMEOUT_S)
             refused = field(reply, "refused", list)
             if refused:
-                self.holder.refused(refused)
+                self.holder.refused(refused, are_open=is_adopted)
 
     async def _until_lost_or_moved(self, lost: trio.Event, address: Address) -> None:
         async def watch_owner() -> None:
