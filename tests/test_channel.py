@@ -711,7 +711,7 @@ async def test_a_mount_that_was_evicted_answers_nothing_and_leaves_all_to_the_ne
             done(Fenced("evicted"))
         return at_once
 
-    async def statfs() -> dict[str, int]:
+    async def statfs(ino: int) -> dict[str, int]:
         raise Fenced("evicted")
 
     setting.volume.write, setting.volume.write_nowait = write, write_nowait  # type: ignore[method-assign,assignment]
