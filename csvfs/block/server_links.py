@@ -329,7 +329,7 @@ class ServerLinks:
 
     def tell_all(self, name: str, args: dict[str, Any]) -> None:
         """Send a call over every open link and ignore the answers: for hints that may get lost."""
-        for server in self._links.values():
+        for server in list(self._links.values()):  # one that breaks leaves
             server.link.request(Kind.CALL, pack_call(name, args), None, lambda frame, error: None)
 
     def drop(self, node: NodeName, reason: str) -> None:
