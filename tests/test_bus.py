@@ -153,6 +153,26 @@ async def test_I6_after_a_fence_nothing_of_the_evicted_incarnation_lands(cluster
     assert all(contents(server, 0) == block_of(5) for server in cluster.servers)
 
 
+@pytest.mark.parametrize("has_read", [False, True])
+async def test_who_only_reads_hears_too_that_it_is_fenced(cluster, has_read):
+    """The coordinator that had it fenced may have ended before it wrote the eviction down: then nobody else tells it."""
+    reader = cluster.bus("mount/n2", incarnation=1)
+    seen = []
+    reader.on_fenced = seen.append
+    # Without a copy on its own node, which it would read without asking.
+    await cluster.owner.commit(drop_members(reader.descriptor(SLAB), [cluster.servers[0].drive_id]))
+    reader.learn(cluster.owner.descriptors[SLAB])
+    if has_read:
+        assert await reader.read(SLAB, 0, 1) == bytes(BLOCK_SIZE)
+    for server in cluster.servers:
+        await cluster.owner.links.call(
+            server.node, "fence", {"writer": "mount/n2", "min_incarnation": 2}, timeout_s=60
+        )
+    with trio.fail_after(60), pytest.raises(Fenced):
+        await reader.read(SLAB, 0, 1)
+    assert isinstance(seen[0], Fenced)
+
+
 async def test_a_lower_term_is_refused_once_a_higher_one_is_registered(cluster):
     old, new = cluster.owner.links, cluster.links("coordinator", incarnation=5)
     await new.call("n1", "register_term", {"term": 5}, timeout_s=60)

@@ -348,9 +348,16 @@ class Bus:
     async def read(self, slab: SlabId, block: int, count: int) -> bytes | bytearray:
         """Blocks from any in-sync member, verified; bad copies found on the way are rewritten (I9).
 
-        Raises  Corrupt: no copy verified. Unavailable: no member could be reached. Cancel safe.
+        Raises  Corrupt: no copy verified. Unavailable: no member could be reached. Fenced: this writer is out. Cancel
+                safe.
         """
-        return await self._reader.read(slab, block, count)
+        try:
+            return await self._reader.read(slab, block, count)
+        except Fenced as error:
+            # Who only reads may hear of it here alone: the coordinator that had it fenced may have ended before it
+            # wrote that down, and its successor takes this writer for a good one.
+            self._fenced(error)
+            raise
 
     async def ask_owner(self, slab: SlabId, reason: str) -> SlabDescriptor:
         """Fetch the slab's descriptor from its owner, and learn it."""

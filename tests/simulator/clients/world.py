@@ -182,6 +182,7 @@ class ClientsWorld(World):
             raise Unhealed(f"after {END_S_MAX:g} s of calm {what}: {self._why()}")
 
     looked = False
+    trouble = ""  # what keeps it from that
 
     async def _look(self, programs: list[Program]) -> None:
         for program in {program.node: program for program in programs}.values():
@@ -190,7 +191,8 @@ class ClientsWorld(World):
                     await program.look_at_all()
                     break
                 except OSError as error:
-                    self.trace(f"{program.who} cannot look: {error.strerror}")
+                    self.trouble = f"{program.who} cannot look: {error.strerror}"
+                    self.trace(self.trouble)
                     await trio.sleep(0.2)
         service = self.service()
         while service is None:
@@ -216,7 +218,7 @@ class ClientsWorld(World):
         if not service.desk.is_open:
             return "not all mounts have reclaimed"
         waiting = [f"{node}: {connection.waiting()}" for node, connection in self.connections.items()]
-        return "; ".join(waiting)
+        return "; ".join([self.trouble, *waiting] if self.trouble else waiting)
 
 
 async def _run_server(process: Process) -> None:
