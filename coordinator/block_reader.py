@@ -4,6 +4,8 @@ Place      coordinator floor; beside the bus, which cannot be awaited from withi
 Why        SQLite's pages are cached (slab_vfs.py) and written through memory; what is read here is cold, and
            the drive servers answer from another process. One blocking connection per node, with short
            time-outs.
+Epochs     a change of members is committed before it is installed; in between members refuse the new epoch, and are
+           asked at the one before (`readable`). Else a checkpoint that reads just then would end the service.
 Errors     every in-sync member is tried; Unavailable when none answers with blocks that verify (I9).
 Detours    (net/detours.py) are tried when no member is reached by the straight path, WAYPOINTS_MAX for each.
 """
@@ -17,7 +19,7 @@ from typing import Any
 from coordinator.slab_book import MetadataBook
 from csvfs.block.server_links import ServerAddress
 from csvfs.errors import Corrupt, CsvfsError, Disconnected, Fenced, ProtocolError, Unavailable
-from csvfs.ids import Incarnation, NodeName, SlabId, VolumeId, id_bytes
+from csvfs.ids import Epoch, Incarnation, NodeName, SlabId, VolumeId, id_bytes
 from csvfs.net.detours import DRIVES, Waypoint
 from csvfs.net.tls import Identity
 from csvfs.units import BLOCK_SIZE
@@ -42,6 +44,20 @@ READ_TIMEOUT_S = 2.0
 WAYPOINTS_MAX = 2  # nothing else is done meanwhile
 
 ReadLocal = Callable[[SlabId, int, int], "bytes | bytearray | None"]
+
+
+def readable(committed: SlabDescriptor, settled: SlabDescriptor | None) -> tuple[Epoch, tuple[Member, ...]]:
+    """At which epoch metadata is read, and from whom.
+
+    settled  the newest descriptor that is installed on all its members; None: not known yet.
+    Nothing was acknowledged at a later epoch than that (I2), so a member in sync by both has all that was.
+    """
+    if settled is not None and settled.epoch < committed.epoch:
+        drives = {member.drive for member in settled.in_sync}
+        both = tuple(member for member in committed.in_sync if member.drive in drives)
+        if both:
+            return settled.epoch, both
+    return committed.epoch, committed.in_sync
 
 
 class _Connection:
@@ -157,6 +173,7 @@ class BlockReader:
         self.read_local: ReadLocal = lambda slab, block, count: (
             None
         )  # this node's own copy, where there is one
+        self.settled: Callable[[SlabId], SlabDescriptor | None] = lambda slab: None  # see `readable`
 
     def read(self, block: int, count: int) -> bytes:
         """`count` blocks, verified. Raises Corrupt, Unavailable."""
@@ -173,12 +190,12 @@ class BlockReader:
         data = self.read_local(slab, block, count)
         if data is not None:
             return bytes(data)
-        descriptor = self._book.current(slab)
+        epoch, in_sync = readable(self._book.current(slab), self.settled(slab))
         failures: list[CsvfsError] = []
-        members = sorted(descriptor.in_sync, key=lambda member: member.node != self._local_node)
+        members = sorted(in_sync, key=lambda member: member.node != self._local_node)
         for member, waypoint in self._ways(members, failures):
             try:
-                return self._read_member(member, descriptor, block, count, waypoint)
+                return self._read_member(member, slab, epoch, block, count, waypoint)
             except Fenced:
                 raise
             except CsvfsError as error:
@@ -210,7 +227,7 @@ class BlockReader:
                 yield member, waypoint
 
     def _read_member(
-        self, member: Member, descriptor: SlabDescriptor, block: int, count: int, waypoint: Waypoint | None
+        self, member: Member, slab: SlabId, epoch: Epoch, block: int, count: int, waypoint: Waypoint | None
     ) -> bytes:
         connection = self._connected(member.node, waypoint)
         if member.drive not in connection.indexes:
@@ -219,14 +236,14 @@ class BlockReader:
         index = connection.indexes.get(member.drive)
         if index is None:
             raise Unavailable(f"node {member.node} does not serve drive {member.drive.hex()[:8]}")
-        head = BLOCK_HEAD.pack(descriptor.slab, 0, 0, descriptor.epoch, block, count, index, 0)
+        head = BLOCK_HEAD.pack(slab, 0, 0, epoch, block, count, index, 0)
         frame = connection.request(Kind.READ, head)
         data = bytearray(frame.payload)
         if frame.kind != Kind.READ_DATA or len(data) != count * BLOCK_SIZE:
             raise ProtocolError(
                 f"node {member.node} answered a READ of {count} blocks with {len(data)} bytes"
             )
-        seed = slab_seed(self._volume, descriptor.slab)
+        seed = slab_seed(self._volume, slab)
         view = memoryview(data)
         for position, checksum in enumerate(unpack_checksums(frame.head, count)):
             begin = position * BLOCK_SIZE
@@ -234,7 +251,7 @@ class BlockReader:
                 data[begin : begin + BLOCK_SIZE] = ZERO_BLOCK
             elif block_checksum(view[begin : begin + BLOCK_SIZE], seed, block + position) != checksum:
                 raise Corrupt(
-                    f"slab {descriptor.slab} block {block + position} from node {member.node}: checksum"
+                    f"slab {slab} block {block + position} from node {member.node}: checksum"
                 )
         return bytes(data)
 

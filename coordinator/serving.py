@@ -88,7 +88,7 @@ def block_reader(engine: Engine, facts: ClusterFacts, cluster: bytes, setup: Vol
             local_node=setup.node, blocks_per_slab=setup.slab_blocks, identity=engine.identity,
             waypoints=lambda: waypoints_of(facts.view.servers),
         )  # fmt: skip
-        reader.read_local = bus.read_local
+        reader.read_local, reader.settled = bus.read_local, bus.descriptor
         return reader
 
     return make

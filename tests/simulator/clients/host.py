@@ -9,13 +9,14 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from coordinator.block_reader import readable
 from coordinator.host import Host
 from coordinator.serving import serve_volume
 from coordinator.slab_book import MetadataBook
 from csvfs.block.bus import Bus
 from csvfs.errors import CsvfsError, Unavailable
-from csvfs.ids import SlabId
-from csvfs.wire.block_messages import Member, SlabDescriptor
+from csvfs.ids import Epoch, SlabId
+from csvfs.wire.block_messages import Member
 from tests.simulator.process import Process
 
 RECALL_TIMEOUT_MS = 5000
@@ -29,6 +30,7 @@ class SimReader:
     def __init__(self, process: Process, book: MetadataBook, bus: Bus) -> None:
         self._process = process
         self._book = book
+        self._settled = bus.descriptor
         self._blocks_per_slab = process.world.slab_size // 4096
 
     def read(self, block: int, count: int) -> bytes:
@@ -36,16 +38,17 @@ class SimReader:
 
     def _read_block(self, block: int) -> bytes:
         index, slab_block = divmod(block, self._blocks_per_slab)
-        descriptor = self._book.current(self._book.slabs[index])
+        slab = self._book.slabs[index]
+        epoch, in_sync = readable(self._book.current(slab), self._settled(slab))
         failures = []
-        for member in descriptor.in_sync:
+        for member in in_sync:
             try:
-                return self._read_member(descriptor, member, slab_block)
+                return self._read_member(slab, epoch, member, slab_block)
             except CsvfsError as error:
                 failures.append(str(error))
-        raise Unavailable(f"metadata slab {descriptor.slab} block {slab_block}: {'; '.join(failures)}")
+        raise Unavailable(f"metadata slab {slab} block {slab_block}: {'; '.join(failures)}")
 
-    def _read_member(self, descriptor: SlabDescriptor, member: Member, block: int) -> bytes:
+    def _read_member(self, slab: SlabId, epoch: Epoch, member: Member, block: int) -> bytes:
         world: Any = self._process.world
         server = world.machines[member.node].processes.get("server")
         running = getattr(server, "server", None)
@@ -55,8 +58,8 @@ class SimReader:
             raise Unavailable(f"node {member.node} may not serve")
         drives = running.service.drives
         served = drives.by_id(member.drive)
-        copy = drives.copy_in_service(served, world.volume, SlabId(descriptor.slab))
-        if descriptor.epoch > copy.epoch:
+        copy = drives.copy_in_service(served, world.volume, slab)
+        if epoch > copy.epoch:
             raise Unavailable(f"node {member.node} is at epoch {copy.epoch}")
         return bytes(copy.read_blocks(block, 1)[1])
 
