@@ -4,6 +4,7 @@ Place      simulator, above events.py; below it is the real channel of a mount, 
            replies in the kernel's own format.
 Model      Linux 6.18, fs/fuse. Names are kept while their reply allows it and the epoch is the same; attributes until
            they are taken back, or something that began earlier would put older ones in their place (attr_version);
+           those that come with a new name (LINK, CREATE, MKDIR) are taken whatever came meanwhile;
            pages until they are taken back. A page is locked while a READ or WRITE of it is unanswered; taking pages
            back waits for that. A listing is kept where OPENDIR says so. A reply takes effect when it is written.
            A directory is locked while a name of it is looked up, made or removed, also against names that are kept: the
@@ -253,7 +254,7 @@ class Connection:
             raise
         return found[0]
 
-    def _take_entry(self, directory: int, name: bytes, body: bytes, version: int, epoch: int) -> int:
+    def _take_entry(self, directory: int, name: bytes, body: bytes, version: int | None, epoch: int) -> int:
         ino, _, entry_valid, attr_valid, _, _ = struct.unpack_from("=QQQQII", body)
         if entry_valid:
             self.names[directory, name] = (ino, epoch)
@@ -264,12 +265,12 @@ class Connection:
             self._take_attr(ino, body[40 : 40 + abi.ATTR.size], attr_valid, version)
         return int(ino)
 
-    def _take_attr(self, ino: int, packed: bytes, valid: int, version: int) -> tuple[int, int]:
-        """(links, size) as the reply says; kept unless something newer is known."""
+    def _take_attr(self, ino: int, packed: bytes, valid: int, version: int | None) -> tuple[int, int]:
+        """(links, size) as the reply says; kept unless something newer than `version` is known (None: in any case)."""
         fields = abi.ATTR.unpack_from(packed)
         size, nlink = int(fields[1]), int(fields[10])
         inode = self.inode(ino)
-        if inode.version <= version:
+        if version is None or inode.version <= version:
             inode.version = self._newer()
             inode.has_attr, inode.nlink = valid > 0, nlink
             self._resize(inode, size)
@@ -338,10 +339,10 @@ class Connection:
     async def make(self, directory: int, name: bytes, *, is_directory: bool) -> int:
         """A directory, or a file that is left open. The inode. Raises OSError."""
         made: list[int] = []
-        version, epoch = self._version, self.epoch
+        epoch = self.epoch
 
         def take(body: bytes) -> None:
-            made.append(self._take_entry(directory, name, body, version, epoch))
+            made.append(self._take_entry(directory, name, body, None, epoch))  # create_new_entry: version 0
             self._changed(directory)
 
         opcode, body = abi.MKDIR, abi.MKDIR_IN.pack(0o755, 0)
@@ -374,13 +375,14 @@ class Connection:
             await self._ask(abi.RENAME2, directory, body, take)
 
     async def link(self, ino: int, directory: int, name: bytes) -> None:
-        version, epoch = self._version, self.epoch
+        epoch = self.epoch
 
         def take(body: bytes) -> None:
-            self._take_entry(directory, name, body, version, epoch)
+            self._take_entry(directory, name, body, None, epoch)  # create_new_entry: version 0
             self._changed(directory)
 
-        async with self._changing({directory}, {ino}):
+        # The inode's lock, too (vfs_link): no write or truncation changes its size meanwhile.
+        async with self._changing({directory}, {ino}), self.inode(ino).lock:
             await self._ask(abi.LINK, directory, LINK_IN.pack(ino) + name + b"\0", take)
 
     async def listing(self, ino: int) -> list[tuple[bytes, int]]:
