@@ -3,10 +3,12 @@ rest.
 
 Place      coordinator floor; above batches.py and leases.py.
 Writer     its one task; others only note inodes.
+Begins     when the grace period after a takeover is over: until all mounts have said what they hold, or were evicted,
+           the lease table knows nobody who has a file open, and the blocks of one in use would go to another (T4).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -27,16 +29,25 @@ _BLOCKS, _SIZE = 7, 6  # in an attr; blocks are of 512 bytes
 
 
 class Janitor:
-    """`orphaned` and `lowered` may be called from anywhere, also for inodes that need nothing."""
+    """`orphaned` and `lowered` may be called from anywhere, also for inodes that need nothing.
+
+    wait_open   returns when the lease table says all that is held
+    holds       whether somebody may have the inode open who has no lease (departures.py)
+    """
 
     def __init__(
-        self, metadata: Metadata, batches: Batches, leases: Leases, holds: Callable[[InodeNo], bool] = lambda ino: False
+        self,
+        metadata: Metadata,
+        batches: Batches,
+        leases: Leases,
+        wait_open: Callable[[], Awaitable[None]],
+        holds: Callable[[InodeNo], bool] = lambda ino: False,
     ) -> None:
-        """holds: whether somebody may have the inode open who has no lease (departures.py)."""
         self._holds = holds
         self._metadata = metadata
         self._batches = batches
         self._leases = leases
+        self._wait_open = wait_open
         self._orphans: dict[InodeNo, None] = {}
         self._at_rest: dict[InodeNo, None] = {}
         self._wanted = trio.Event()
@@ -78,6 +89,7 @@ class Janitor:
 
     async def run_forever(self) -> None:
         """Raises what ends the batches."""
+        await self._wait_open()
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()

@@ -159,7 +159,7 @@ class Service:
         self.desk.leases = self.leases
         self.leases.table.on_write = self.departures.wrote
         self._adoption = Adoption(metadata, self.leases)
-        self._janitor = Janitor(metadata, self.batches, self.leases, self.departures.holds)
+        self._janitor = Janitor(metadata, self.batches, self.leases, self.desk.wait_open, self.departures.holds)
         self.departures.on_forgotten = self._janitor.look
         self.locks = LockDesk(metadata, self.batches, self.departures)
         self._settling = Settling(metadata.shared, self.batches, self.log)

@@ -303,6 +303,8 @@ class Mount:
         self.held: dict[int, int] = {}
         self.recalls: list[dict[str, Any]] = []
         self.answers_recalls = True
+        self.may_claim = trio.Event()  # a test may have it wait with that after a takeover
+        self.may_claim.set()
         self.inherits = False
         self.claims_all = True  # else it has more to say, and never does
         self.hello: dict[str, Any] = {}
@@ -395,6 +397,7 @@ class Mount:
             self.term = answer["term"]
         elif answer["term"] > self.term:
             self.term = answer["term"]
+            await self.may_claim.wait()
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
             refused = (await link.call("reclaim", {"leases": leases, "last": self.claims_all}, timeout_s=60))["refused"]
             for ino in refused:

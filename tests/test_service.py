@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from coordinator.janitor import DELAY_S
 from coordinator.slab_manager import SlabManager
 from csvfs.errors import Exists, Fenced, NotFound
 from csvfs.net.link import connect
@@ -131,6 +132,27 @@ async def test_a_file_that_is_open_elsewhere_outlives_its_name(tmp_path):
         await cluster.wait(lambda: service.dispatch._metadata.orphans() == [])
         with pytest.raises(NotFound):
             await second.call("getattr", ino=ino)
+
+
+async def test_T4_a_deleted_file_that_is_open_keeps_its_blocks_until_the_next_coordinator_knows_who_has_it(tmp_path):
+    """Before its mount has claimed it, nobody seems to have it open; writes of that mount may be under way to its blocks."""
+    async with cluster_of(tmp_path, hosts=("n1", "n2")) as cluster:
+        first, second = await cluster.mount("n1"), await cluster.mount("n2")
+        ino = await first.make(b"file")
+        await first.write(ino, block_of("written"))
+        assert (await second.change("unlink", parent=1, name=b"file", directory=False))["nlink"] == 0
+        assert (await first.acquire(ino, WRITE))["lease"] == WRITE
+        first.may_claim = trio.Event()
+        await cluster.kill_host(next(name for name, host in cluster.hosts.items() if NAME in host.owned))
+        service = await cluster.wait_serving()
+        await cluster.wait(lambda: [session.node for session in service.desk.sessions.unclaimed] == ["n1"])
+        await trio.sleep(4 * DELAY_S)  # the janitor would not wait longer
+        assert not service.desk.is_open
+        first.may_claim.set()
+        assert await first.read(ino, 1) == block_of("written")
+        assert service.dispatch._metadata.orphans() == [ino]
+        await first.call("release", items=[[ino, 0]])
+        await cluster.wait(lambda: service.dispatch._metadata.orphans() == [])
 
 
 async def test_a_member_that_dies_under_writes_drops_out_and_the_writes_complete(tmp_path):

@@ -6,15 +6,21 @@ tests/simulator/clients/faults.py.
 
 import re
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
+from csvfs.mount import fuse_abi as abi
+from tests.simulator.clients.kernel import PAGE, Connection
 from tests.test_simulator import TIMEOUT_S, check, simulate
 
 clients = partial(simulate, "--world", "clients")
 SEEDS = 60
 # Seeds that found something when they were first run, beyond those of the range.
-KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 23817, 24461, 25279)
+KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 21342, 21367, 22496, 23817, 24461, 25279)
 
 
 @pytest.mark.slow
@@ -45,3 +51,24 @@ def test_a_seed_of_clients_replays_its_run_exactly() -> None:
     after = clients("--seeds", "7,13", "--digests")
     found = dict(re.findall(r"^digest of (\d+): (\w+)", after.communicate(timeout=TIMEOUT_S)[0], re.M))
     assert found["13"] == output.split()[-1]
+
+
+async def test_the_model_of_the_kernel_lets_no_file_grow_by_an_empty_answer_to_a_read() -> None:
+    """Two reads of a file that another node has made shorter, of which the kernel has not heard (fuse_read_update_size)."""
+    nothing: Any = SimpleNamespace(events_queue=SimpleNamespace(after=lambda delay_s, action: action()))
+    connection = Connection(nothing, nothing)
+    inode = connection.inode(5)
+    inode.size = 4 * PAGE
+    found: dict[int, bytes] = {}
+
+    async def read(page: int) -> None:
+        found[page] = await connection.read(5, page, direct=False)
+
+    async with trio.open_nursery() as nursery:
+        for page in (2, 3):
+            nursery.start_soon(read, page)
+            await trio.testing.wait_all_tasks_blocked()
+        for unique in (2, 4):  # the kernel's numbers of requests are even
+            connection.take_reply(abi.OUT_HEADER.pack(abi.OUT_HEADER.size, 0, unique))
+    assert found == {2: b"", 3: b""}
+    assert inode.size == 2 * PAGE

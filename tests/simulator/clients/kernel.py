@@ -470,8 +470,10 @@ class Connection:
                 inode.pages[page] = content
                 filled.append(content)
                 end = page * PAGE + len(body)
-                if len(body) < PAGE or end > inode.size:
-                    self._resize(inode, max(end, inode.size) if len(body) == PAGE else end)
+                if not body:  # the file ends here, or anywhere before
+                    self._resize(inode, min(end, inode.size))
+                elif len(body) < PAGE or end > inode.size:
+                    self._resize(inode, end)
 
             await self._ask(abi.READ, ino, abi.READ_IN.pack(ino, page * PAGE, PAGE, 0, 0, 0, 0), fill)
             return filled[0]
