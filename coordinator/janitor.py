@@ -15,7 +15,7 @@ import trio
 from coordinator.batches import Batches
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
-from csvfs.errors import CsvfsError, NotFound
+from csvfs.errors import Conflict, CsvfsError, NotFound
 from csvfs.ids import InodeNo
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Janitor:
         self._wanted = trio.Event()
 
     def orphaned(self, ino: InodeNo) -> None:
-        """Its last name is gone."""
+        """Its last name is gone, or it was made without one."""
         self._orphans[ino] = None
         self._wanted.set()
 
@@ -118,8 +118,10 @@ class Janitor:
             return
         try:
             done = self._metadata.drop_orphan(ino)
+        except Conflict:
+            done = True  # it has a name now (O_TMPFILE)
         except CsvfsError:
-            self._orphans.pop(ino, None)  # it has a name again, or is gone
+            self._orphans.pop(ino, None)
             raise
         if done:
             self._orphans.pop(ino, None)

@@ -1,7 +1,7 @@
 """The namespace: names in directories, and what make, link, unlink and rename do to them.
 
 Place      coordinator floor; above inodes.py, access_lists.py and extents.py, below metadata.py.
-Owns       tables entries, symlinks and orphans; link counts; `parent` of directories.
+Owns       tables entries, symlinks and orphans; link counts; `parent` of directories and of files without a name.
 Rule       an operation checks all before it changes anything: an expected error leaves the batch intact.
 
 Directory cookies: an entry's key in its directory is a keyed hash of its name, so it stays where it is while
@@ -36,6 +36,8 @@ TARGET_SIZE_MAX = 4095
 NLINK_MAX = 65_000
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+_RENAME_FLAGS = (0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT, RENAME_WHITEOUT | RENAME_NOREPLACE)
 READDIR_LIMIT_MAX = 4096
 
 COOKIE_BUCKET = 16
@@ -116,7 +118,7 @@ class Namespace:
     def make(
         self,
         parent: int,
-        name: bytes,
+        name: bytes | None,
         mode: int,
         uid: int,
         gid: int,
@@ -128,6 +130,7 @@ class Namespace:
     ) -> list[int]:
         """A new file, directory, symlink (to `target`) or special file; returns its attr.
 
+        name: None: an orphan from the start, to which `link` may give a name (O_TMPFILE); of files only.
         umask: taken away from `mode`, but not of a symlink, and not where the directory has a default ACL.
 
         Raises   NotFound (no parent), NotADirectory, Exists, NameTooLong, TooManyLinks, BadRequest.
@@ -142,7 +145,9 @@ class Namespace:
             raise NameTooLong(
                 f"symlink target of {len(target)} B, may have 1 to {TARGET_SIZE_MAX} and no NUL"
             )
-        found, free_cookie = self._find(parent, name)
+        if name is None and kind != stat.S_IFREG:
+            raise BadRequest(f"cannot make mode {mode:#o} without a name: only regular files")
+        found, free_cookie = (None, 0) if name is None else self._find(parent, name)
         if found is not None:
             raise Exists(f"{name!r} exists in directory {parent}")
         is_directory = kind == stat.S_IFDIR
@@ -153,18 +158,19 @@ class Namespace:
             gid = directory.gid
             mode |= stat.S_ISGID if is_directory else 0
         default = () if is_symlink else self._lists.default_of(directory)
-        counters = self._database.counters
-        ino = counters.next_ino
-        counters.next_ino += 1
+        ino = self._next_ino()
         size = DIRECTORY_SIZE if is_directory else len(target) if is_symlink else 0
         inode = Inode(
-            ino, mode, 2 if is_directory else 1, uid, gid, rdev, size, 0, now_ns, now_ns, now_ns,
-            1, parent if is_directory else 0, 0,
+            ino, mode, 0 if name is None else 1 + is_directory, uid, gid, rdev, size, 0, now_ns, now_ns, now_ns,
+            1, parent if is_directory or name is None else 0, 0,
         )  # fmt: skip
         if not is_symlink:
             self._lists.inherit(inode, default, umask)
         self._inodes.add(inode)
         self.trees.made(inode, parent)
+        if name is None:
+            self._new_orphans.add(ino)
+            return inode.attr()
         self._database.run(_ADD, (parent, free_cookie, name, ino))
         if is_symlink:
             self._database.run("INSERT INTO symlinks(ino, target) VALUES(?,?)", (ino, target))
@@ -178,14 +184,20 @@ class Namespace:
         directory = self._live_directory(parent)
         if inode.is_directory:
             raise NotPermitted(f"inode {ino} is a directory: it cannot have a second name")
-        if inode.nlink == 0:
+        if inode.nlink == 0 and not inode.parent:
             raise NotFound(f"inode {ino} has been deleted")
         if inode.nlink >= NLINK_MAX:
             raise TooManyLinks(f"inode {ino} has {NLINK_MAX} names already")
         found, free_cookie = self._find(parent, name)
         if found is not None:
             raise Exists(f"{name!r} exists in directory {parent}")
-        self.trees.check_link(inode, parent)
+        if inode.nlink == 0:
+            self.trees.check_move(inode, parent)
+            self._no_orphan(ino)
+            inode.parent = 0
+            self.trees.moved(inode, parent)
+        else:
+            self.trees.check_link(inode, parent)
         self._database.run(_ADD, (parent, free_cookie, name, ino))
         inode.nlink += 1
         inode.ctime = now_ns
@@ -216,16 +228,24 @@ class Namespace:
         return ino, inode.nlink
 
     def rename(
-        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, now_ns: int
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        now_ns: int,
+        owner: tuple[int, int] = (0, 0),
     ) -> tuple[int, int, int]:
-        """As renameat2(2), flags NOREPLACE or EXCHANGE; returns (ino, replaced or 0, its links left).
+        """As renameat2(2); returns (ino, replaced or 0, its links left).
 
-        With RENAME_EXCHANGE "replaced" is the other one. A replaced inode of 0 links is an orphan.
+        With RENAME_EXCHANGE "replaced" is the other one. A replaced inode of 0 links is an orphan. With
+        RENAME_WHITEOUT the old name then leads to a new device 0:0 of `owner` (user, group).
 
         Raises   NotFound, NotADirectory, IsADirectory, Exists, NotEmpty, TooManyLinks, NameTooLong;
                  BadRequest: a directory into itself, unknown flags.
         """
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        if flags not in _RENAME_FLAGS:
             raise BadRequest(f"rename flags {flags:#x} are not known")
         source = self._inodes.directory(parent)
         target = self._live_directory(new_parent)
@@ -235,7 +255,7 @@ class Namespace:
         inode = self._inodes.get(found[1])
         new_found, free_cookie = self._find(new_parent, new_name)
         other = None if new_found is None else self._inodes.get(new_found[1])
-        if other is not None and flags == RENAME_NOREPLACE:
+        if other is not None and flags & RENAME_NOREPLACE:
             raise Exists(f"{new_name!r} exists in directory {new_parent}")
         if other is None and flags == RENAME_EXCHANGE:
             raise NotFound(f"{new_name!r} does not exist in directory {new_parent}")
@@ -253,7 +273,12 @@ class Namespace:
         if moves_directory and other is None and target.nlink >= NLINK_MAX:
             raise TooManyLinks(f"directory {new_parent} has {NLINK_MAX - 2} subdirectories already")
         self.trees.check_move(inode, new_parent)
-        self._database.run(_REMOVE, (parent, found[0]))
+        if flags & RENAME_WHITEOUT:
+            self.trees.check_make(parent)
+        if flags & RENAME_WHITEOUT:
+            self._database.run(_POINT, (self._make_whiteout(source, owner, now_ns), parent, found[0]))
+        else:
+            self._database.run(_REMOVE, (parent, found[0]))
         if other is None or new_found is None:
             self._database.run(_ADD, (new_parent, free_cookie, new_name, inode.ino))
         else:
@@ -290,12 +315,15 @@ class Namespace:
             self._database.run("DELETE FROM symlinks WHERE ino = ?", (ino,))
         if inode.xattrs:
             self._database.run("DELETE FROM xattrs WHERE ino = ?", (ino,))
+        self._no_orphan(ino)
+        self._inodes.remove(inode)
+        return True
+
+    def _no_orphan(self, ino: int) -> None:
         if ino in self._new_orphans:
             self._new_orphans.discard(ino)
         else:
             self._database.run("DELETE FROM orphans WHERE ino = ?", (ino,))
-        self._inodes.remove(inode)
-        return True
 
     # Part
 
@@ -341,6 +369,21 @@ class Namespace:
         digest = self._hash.copy()
         digest.update(name)
         return max(int.from_bytes(digest.digest(), "little") & _COOKIE_MASK, COOKIE_MIN)
+
+    def _next_ino(self) -> int:
+        counters = self._database.counters
+        ino: int = counters.next_ino
+        counters.next_ino += 1
+        return ino
+
+    def _make_whiteout(self, directory: Inode, owner: tuple[int, int], now_ns: int) -> int:
+        """What an overlay takes for "there is no such name here, whatever the layer below has"."""
+        ino, (uid, gid) = self._next_ino(), owner
+        gid = directory.gid if directory.mode & stat.S_ISGID else gid
+        whiteout = Inode(ino, stat.S_IFCHR, 1, uid, gid, 0, 0, 0, now_ns, now_ns, now_ns, 1, 0, 0)
+        self._inodes.add(whiteout)
+        self.trees.made(whiteout, directory.ino)
+        return ino
 
     def _live_directory(self, ino: int) -> Inode:
         directory = self._inodes.directory(ino)

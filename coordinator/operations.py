@@ -225,19 +225,29 @@ class Operations:
             return None
 
     def _make(self, session: SessionKey, args: Args) -> Operation:
-        parent, name = arguments.inode(args, "parent"), typed(args, "name", bytes)
+        parent, name = arguments.inode(args, "parent"), optional_field(args, "name", bytes)
         mode = arguments.number(args, "mode", 0, 0xFFFF)
         uid, gid = arguments.number(args, "uid", 0, U32_MAX), arguments.number(args, "gid", 0, U32_MAX)
         rdev = arguments.number_or_zero(args, "rdev")
         umask = arguments.optional_number(args, "umask", 0, 0o7777) or 0
         target = optional_field(args, "target", bytes) or b""
+
+        def apply() -> Value:
+            attr = self._metadata.make(parent, name, mode, uid, gid, rdev, target, self.now_ns(), umask=umask)
+            return {"attr": attr}
+
+        def made(reply: Value) -> list[InodeNo]:
+            return [InodeNo(reply["attr"][_INO])]
+
+        if name is None:  # the directory stays as it is
+            return Operation(
+                needs=dict, apply=apply, leases=lambda reply: {"lease": made(reply)[0]}, made=made, orphans=made
+            )
         return Operation(
             needs=lambda: {parent: Need.ENTRIES},
-            apply=lambda: {
-                "attr": self._metadata.make(parent, name, mode, uid, gid, rdev, target, self.now_ns(), umask=umask)
-            },
-            leases=lambda reply: {"lease": InodeNo(reply["attr"][_INO]), "dir_lease": parent},
-            made=lambda reply: [InodeNo(reply["attr"][_INO])],
+            apply=apply,
+            leases=lambda reply: {"lease": made(reply)[0], "dir_lease": parent},
+            made=made,
         )
 
     def _link(self, session: SessionKey, args: Args) -> Operation:
@@ -269,6 +279,7 @@ class Operations:
         parent, name = arguments.inode(args, "parent"), typed(args, "name", bytes)
         new_parent, new_name = arguments.inode(args, "new_parent"), typed(args, "new_name", bytes)
         flags = arguments.number_or_zero(args, "flags")
+        uid, gid = (arguments.optional_number(args, who, 0, U32_MAX) or 0 for who in ("uid", "gid"))
 
         def needs() -> Needs:
             moved, other = self._peek(parent, name), self._peek(new_parent, new_name)
@@ -277,7 +288,7 @@ class Operations:
 
         def apply() -> Value:
             now_ns = self.now_ns()
-            ino, replaced, nlink = self._metadata.rename(parent, name, new_parent, new_name, flags, now_ns)
+            ino, replaced, nlink = self._metadata.rename(parent, name, new_parent, new_name, flags, now_ns, (uid, gid))
             return {"ino": ino, "replaced": replaced, "replaced_nlink": nlink, "time_ns": now_ns}
 
         return Operation(

@@ -243,9 +243,9 @@ class Service:
                 nursery.start_soon(self.slabs.trim_forever)
                 nursery.start_soon(self._metadata_space.grow_forever)
                 nursery.start_soon(self.members.run_forever)
-                nursery.start_soon(self._tidy_forever)
                 nursery.start_soon(self.quotas.run_forever)
                 nursery.start_soon(self._settling.run_forever)
+                nursery.start_soon(self._janitor.run_forever)
                 nursery.start_soon(self.scrub.run_forever)
                 nursery.start_soon(self._describe_forever)
                 nursery.start_soon(self._settings.follow_forever)
@@ -258,10 +258,6 @@ class Service:
             for session in self.desk.sessions:
                 if session.link is not None:
                     session.link.close(error)
-
-    async def _tidy_forever(self) -> None:
-        await self.desk.wait_open()  # before that nobody knows who has what open
-        await self._janitor.run_forever()
 
     # -- calls -----------------------------------------------------------------------------------
 

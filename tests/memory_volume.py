@@ -303,11 +303,11 @@ class MemoryVolume:
         return self._entry(self._inode(ino))
 
     def call_make(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, target: bytes | None, umask: int = 0
+        self, parent: int, name: bytes | None, mode: int, uid: int, gid: int, rdev: int, target: bytes | None, umask: int = 0
     ) -> dict[str, Any]:
         directory = self._directory(parent)
         mode &= ~0 if stat.S_ISLNK(mode) else ~umask
-        if name in directory.entries:
+        if name is not None and name in directory.entries:
             raise Exists(name.decode())
         inode = Inode(self.next_ino, mode, uid, gid, rdev, target=target or b"")
         if directory.mode & stat.S_ISGID:
@@ -318,6 +318,9 @@ class MemoryVolume:
             directory.nlink += 1
         self.next_ino += 1
         self.inodes[inode.ino] = inode
+        if name is None:
+            inode.nlink = 0
+            return self._entry(inode)
         self._add(directory, name, inode.ino)
         return self._entry(inode, parent)
 

@@ -154,7 +154,7 @@ async def test_a_time_set_by_hand_comes_after_the_times_of_earlier_writes(
     assert order == ["flush", "setattr"]
 
 
-async def test_renames_keep_flags_and_refuse_whiteouts(
+async def test_renames_keep_flags_and_refuse_unknown_ones(
     operations: VolumeOperations, volume: MemoryVolume
 ) -> None:
     await make_file(operations, b"a")
@@ -165,7 +165,7 @@ async def test_renames_keep_flags_and_refuse_whiteouts(
         await operations.rename(ROOT, b"a", ROOT, b"b", pyfuse3.RENAME_NOREPLACE, CONTEXT)
     assert caught.value.errno == errno.EEXIST
     with pytest.raises(FUSEError) as caught:
-        await operations.rename(ROOT, b"a", ROOT, b"c", 4, CONTEXT)
+        await operations.rename(ROOT, b"a", ROOT, b"c", 8, CONTEXT)
     assert caught.value.errno == errno.EINVAL
 
 
@@ -319,3 +319,28 @@ async def test_of_an_inode_whose_name_was_given_to_another_the_kernel_is_told_to
         with pytest.raises(FUSEError) as raised:
             await ask()
         assert raised.value.errno == errno.ESTALE
+
+
+async def test_an_unnamed_file_is_open_and_nowhere(operations: VolumeOperations, volume: MemoryVolume) -> None:
+    info, entry = await operations.create_unnamed(ROOT, 0o640, os.O_RDWR, CONTEXT)
+    assert (entry.st_mode, entry.st_nlink, entry.entry_timeout) == (stat.S_IFREG | 0o640, 0, 0)
+    assert volume.inodes[info.fh].opens == 1
+    assert volume.inodes[ROOT].entries == {}
+
+
+async def test_an_unnamed_file_that_a_dying_coordinator_made_and_the_next_dropped_is_made_again(
+    operations: VolumeOperations, volume: MemoryVolume
+) -> None:
+    """The first answer is one that was stored: nobody held the file, so it is gone."""
+    lost: list[int] = []
+
+    def lose(name: str, args: dict) -> None:
+        if name == "make" and not lost:
+            lost.append(volume.next_ino - 1)
+            del volume.inodes[lost[0]]
+
+    volume.before_reply = lose
+    info, _ = await operations.create_unnamed(ROOT, 0o640, os.O_RDWR, CONTEXT)
+    assert info.fh != lost[0]
+    assert volume.inodes[info.fh].opens == 1
+    assert volume.calls.count("make") == 2

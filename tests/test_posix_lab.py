@@ -17,7 +17,8 @@ VOLUME = "/clusterstorage/Volume1"
 
 # Carries out the statements of each line of its input, and says what `result` is afterwards. Its names stay.
 AGENT = """
-import errno, json, os, stat, struct, sys
+import ctypes, errno, json, os, stat, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
 NO_ID = 0xFFFFFFFF
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 def acl(*entries):
@@ -29,6 +30,22 @@ def trying(function, *args, **options):
         return function(*args, **options)
     except OSError as error:
         return errno.errorcode[error.errno]
+def give_name(fd, path):
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=0, follow_symlinks=True)  # the number makes it linkat(2)
+def rename(old, new, flags):
+    if libc.renameat2(-100, old.encode(), -100, new.encode(), flags):
+        raise OSError(ctypes.get_errno(), old)
+def some_entries(fd):
+    "[name, where the next one is] of one getdents64(2) with little room"
+    room = ctypes.create_string_buffer(512)
+    size = libc.getdents64(fd, room, len(room))
+    assert size >= 0, ctypes.get_errno()
+    entries, at = [], 0
+    while at < size:
+        _, following, length, _ = struct.unpack_from("<QqHB", room.raw, at)
+        entries.append((room.raw[at + 19:at + length].split(b"\\0")[0].decode(), following))
+        at += length
+    return entries
 names = dict(globals())
 for line in sys.stdin:
     names["result"] = None
@@ -89,7 +106,7 @@ def test_an_acl_that_one_node_changes_counts_on_the_other_at_once(agents: dict[s
     assert n1.get(f"open('{path}').read()") == "x"
     may_open = f"trying(lambda: os.close(os.open('{path}', os.O_RDONLY)))"
     assert user.get(may_open) == "EACCES"
-    for _ in range(20):
+    for _ in range(10):
         n2.do(f"os.setxattr('{path}', ACCESS, for_user(4))")
         assert user.get(may_open) is None
         assert user.get(f"os.getxattr('{path}', ACCESS) == for_user(4)")
@@ -123,3 +140,75 @@ def test_an_acl_of_a_directory_is_inherited_and_lets_another_node_in(agents: dic
     assert n1.get(f"trying(os.setxattr, '{path}/file', DEFAULT, for_user(7))") == "EACCES"
     assert n1.get(f"trying(os.setxattr, '{path}/file', ACCESS, b'nonsense')") in ("EINVAL", "ENOTSUP")
     assert n1.get(f"trying(os.removexattr, '{path}/below/mine', DEFAULT)") is None
+
+
+def test_a_file_without_a_name_gets_one_or_is_gone_also_after_its_mount_died(lab: LabCluster, agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    count = "os.statvfs('/clusterstorage/Volume1').f_files - os.statvfs('/clusterstorage/Volume1').f_ffree"
+    before, names_before = n2.get(count), n2.get(f"os.listdir('{VOLUME}')")
+    n1.do(f"""
+os.umask(0o027)
+fds = [os.open('{VOLUME}', os.O_TMPFILE | os.O_RDWR, 0o666) for _ in range(3)]
+fds.append(os.open('{VOLUME}', os.O_TMPFILE | os.O_RDWR | os.O_EXCL, 0o600))
+for fd in fds:
+    os.write(fd, b'secret')
+""")
+    assert n1.get("[oct(os.fstat(fd).st_mode) for fd in fds]") == ["0o100640"] * 3 + ["0o100600"]
+    assert n1.get("[os.fstat(fd).st_nlink for fd in fds]") == [0] * 4
+    assert n2.get(f"os.listdir('{VOLUME}')") == names_before
+    assert n2.get(count) == before + 4
+    n1.do(f"give_name(fds[0], '{VOLUME}/named')")
+    assert n2.get(f"open('{VOLUME}/named').read()") == "secret"
+    assert n1.get(f"trying(give_name, fds[1], '{VOLUME}/named')") == "EEXIST"
+    assert n1.get(f"trying(give_name, fds[3], '{VOLUME}/exclusive')") == "ENOENT"
+    lab.kill("n1", "mount")
+    assert n1.get("[os.pread(fd, 10, 0).decode() for fd in fds]") == ["secret"] * 4
+    n1.do(f"give_name(fds[1], '{VOLUME}/later'); [os.close(fd) for fd in fds]")
+    assert n2.get(f"open('{VOLUME}/later').read()") == "secret"
+    assert n2.get(f"os.stat('{VOLUME}/later').st_nlink") == 1
+    wait_for(lambda: n2.get(count) == before + 2, within_s=60, explain=lab.logs)
+
+
+def test_a_rename_with_a_whiteout_leaves_a_device_that_the_other_node_sees(agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    n1.do(f"os.mkdir('{VOLUME}/upper'); open('{VOLUME}/upper/a', 'w').close()")
+    assert n2.get(f"os.listdir('{VOLUME}/upper')") == ["a"]
+    n1.do(f"rename('{VOLUME}/upper/a', '{VOLUME}/upper/b', 4)")
+    for node in (n2, n1):
+        assert node.get(f"sorted(os.listdir('{VOLUME}/upper'))") == ["a", "b"]
+        whiteout = node.get(f"list(os.stat('{VOLUME}/upper/a'))[:1] + [os.stat('{VOLUME}/upper/a').st_rdev]")
+        assert whiteout == [0o020000, 0]
+    assert n1.get(f"trying(rename, '{VOLUME}/upper/b', '{VOLUME}/upper/a', 5)") == "EEXIST"
+    assert n1.get(f"trying(rename, '{VOLUME}/upper/b', '{VOLUME}/upper/a', 6)") == "EINVAL"
+
+
+def test_what_stays_in_a_directory_is_listed_once_whatever_another_node_does_meanwhile(agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    path = f"{VOLUME}/many"
+    n2.do(f"os.mkdir('{path}'); [open(f'{path}/{{number}}', 'w').close() for number in range(1000)]")
+    n1.do(f"fd = os.open('{path}', os.O_RDONLY); seen = []")
+    place: int | None = None
+    for turn in range(1000):
+        entries = n1.do("result = some_entries(fd); seen += [name for name, _ in result]")
+        if not entries:
+            break
+        if turn == 5:
+            place = n1.get("len(seen)")
+            n1.do("position = os.lseek(fd, 0, os.SEEK_CUR)")
+        number = 3 * turn  # 0, 3, 6 ... go, come elsewhere, or get another name
+        change = (f"os.unlink('{path}/{number}')", f"os.rename('{path}/{number}', '{path}/moved{number}')",
+                  f"os.unlink('{path}/{number}'); open('{path}/new{number}', 'w').close()")[turn % 3]  # fmt: skip
+        if number < 1000:
+            n2.do(change)
+    seen = n1.get("seen")
+    stayed = {str(number) for number in range(1000) if number % 3 or number > 3 * turn}
+    assert len(seen) == len(set(seen))
+    assert stayed <= set(seen)
+    # And from a place that was remembered before most of that.
+    n1.do("os.lseek(fd, position, os.SEEK_SET); again = []")
+    while n1.do("result = some_entries(fd); again += [name for name, _ in result]"):
+        pass
+    again = n1.get("again")
+    assert len(again) == len(set(again))
+    assert stayed - set(seen[:place]) <= set(again)
+    assert not set(seen[:place]) & stayed & set(again)

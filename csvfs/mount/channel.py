@@ -294,7 +294,6 @@ class Channel:
         refuse = self._refuse
         direct = {} if self._direct is None else self._direct.by_opcode
         return {
-            **{opcode: partial(self._on_direct, opcode) for opcode in direct},
             **self._lock_handlers(),
             abi.READ: self._on_read,  # one that comes again
             abi.WRITE: self._on_write,
@@ -324,6 +323,7 @@ class Channel:
                 abi.READDIRPLUS, abi.POLL, abi.BMAP, abi.ACCESS,
                 *range(abi.COPY_FILE_RANGE + 1, 64),
             )},
+            **{opcode: partial(self._on_direct, opcode) for opcode in direct},
         }  # fmt: skip
 
     def _lock_handlers(self) -> dict[int, Handler]:

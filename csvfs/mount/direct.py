@@ -21,6 +21,7 @@ class Operations(Protocol):
     """Of operations.py; `ctx` may be any Caller."""
 
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> tuple: ...
+    async def create_unnamed(self, parent: int, mode: int, flags: int, ctx: Any) -> tuple: ...
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> Any: ...
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None: ...
     async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None: ...
@@ -61,6 +62,7 @@ class Direct:
         self._relay = relay
         self.by_opcode: dict[int, Callable[[Pending, Caller, bytes], Prepared]] = {
             abi.CREATE: self._create,
+            abi.TMPFILE: self._tmpfile,
             abi.MKDIR: self._mkdir,
             abi.UNLINK: self._unlink,
             abi.RMDIR: self._rmdir,
@@ -89,6 +91,16 @@ class Direct:
             info, entry = await self._operations.create(pending.node, name, mode, flags, caller)
             opened = abi.OPEN_OUT.pack(info.fh, 0, 0)
             self._relay.answer(unique, pending, abi.pack_entry(entry) + opened)
+
+        return run
+
+    def _tmpfile(self, pending: Pending, caller: Caller, body: bytes) -> Prepared:
+        flags, mode, caller.umask, _ = abi.CREATE_IN.unpack_from(body)  # behind it a name that means nothing
+        pending.detail = flags
+
+        async def run(unique: int) -> None:
+            info, entry = await self._operations.create_unnamed(pending.node, mode, flags, caller)
+            self._relay.answer(unique, pending, abi.pack_entry(entry) + abi.OPEN_OUT.pack(info.fh, 0, 0))
 
         return run
 

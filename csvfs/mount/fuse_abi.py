@@ -42,7 +42,7 @@ FORGET_IN = struct.Struct("=Q")  # nlookup
 BATCH_FORGET_IN = struct.Struct("=II")  # count, dummy
 FORGET_ONE = struct.Struct("=QQ")  # nodeid, nlookup
 OPEN_IN = struct.Struct("=II")  # flags, open_flags; also the start of fuse_create_in
-CREATE_IN = struct.Struct("=IIII")  # flags, mode, umask, open_flags; then the name
+CREATE_IN = struct.Struct("=IIII")  # flags, mode, umask, open_flags; then the name. Also of TMPFILE
 MKNOD_IN = struct.Struct("=IIII")  # mode, rdev, umask, padding; then the name
 LINK_IN = struct.Struct("=Q")  # the inode; then the name
 # valid, padding, fh, size, lock_owner, atime, mtime, ctime, their nanoseconds, mode, unused, uid, gid, unused

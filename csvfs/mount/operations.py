@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields
 
-from csvfs.errors import Exists, NoAttribute
+from csvfs.errors import Exists, NoAttribute, NotFound
 from csvfs.mount import fuse_abi
 from csvfs.mount.errno_border import fuse_errors, stale_when_gone
 from csvfs.mount.file_state import CTIME, MODE
@@ -28,11 +28,13 @@ from csvfs.mount.known_names import KnownNames
 from csvfs.mount.relay import LEASE_READ, LEASE_WRITE
 
 READDIR_ENTRIES_MAX = 1024  # asked of the coordinator at a time
+UNNAMED_TRIES_MAX = 5  # one for each coordinator that dies within one O_TMPFILE
 COOKIE_OF_PARENT = 2  # of `..`; the coordinator's cookies are above
 # Others are of the kernel or of other layers, as are file capabilities: the mount is nosuid.
 _NAMESPACES_KEPT = (b"user.", b"trusted.", b"security.")
 _ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 _TRUSTED = b"trusted."
+RENAME_WHITEOUT = 4  # of <linux/fs.h>; pyfuse3 does not know it
 _CAPABILITY = b"security.capability"
 
 Attr = list  # [ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, generation, xattrs]
@@ -262,6 +264,27 @@ class VolumeOperations(pyfuse3.Operations):
         return FileInfo(fh=entry.st_ino), entry
 
     @fuse_errors
+    async def create_unnamed(
+        self, parent: int, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """O_TMPFILE: a file that is gone with its last close, unless `link` gives it a name."""
+        args = {"parent": parent, "name": None, "mode": stat.S_IFREG | stat.S_IMODE(mode), "uid": ctx.uid}
+        args |= {"gid": ctx.gid, "umask": ctx.umask, "rdev": 0, "target": None}
+        for attempt in range(UNNAMED_TRIES_MAX):
+            asked = self._table.stamp()
+            reply = await self._session.call("make", args)
+            try:
+                entry = await self._entry(reply, asked)
+                await self._table.open(entry.st_ino, fuse_abi.may_write(flags))
+                return FileInfo(fh=entry.st_ino), entry
+            except NotFound:
+                # Made by a coordinator that died before it could say so; the next one had nobody who held it. Nobody
+                # has seen that file either, so another one does as well.
+                if attempt + 1 == UNNAMED_TRIES_MAX:
+                    raise
+        raise AssertionError("not reached")
+
+    @fuse_errors
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
@@ -302,15 +325,16 @@ class VolumeOperations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
-            # RENAME_WHITEOUT: for overlays, which keep their upper layer elsewhere.
+        if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE | RENAME_WHITEOUT):
             raise FUSEError(errno.EINVAL)
         args = {"parent": parent_inode_old, "name": name_old}
         args |= {"new_parent": parent_inode_new, "new_name": name_new, "flags": flags}
+        if flags & RENAME_WHITEOUT:
+            args |= {"uid": ctx.uid, "gid": ctx.gid}
         asked = self._table.stamp()
         self._known.add(parent_inode_new, name_new)
         reply = await self._session.call("rename", args)
-        if not flags & pyfuse3.RENAME_EXCHANGE:
+        if not flags & (pyfuse3.RENAME_EXCHANGE | RENAME_WHITEOUT):
             self._known.discard(parent_inode_old, name_old)
         time_ns = reply.get("time_ns")
         self._table.changed(reply["ino"], asked, time_ns)

@@ -72,9 +72,9 @@ MAX_READAHEAD = MIB
 # Requests the kernel may have in flight in the background: asynchronous direct I/O and read-ahead.
 MAX_BACKGROUND = 512
 
-_ENTRY_REPLIES = frozenset((abi.LOOKUP, abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.LINK, abi.CREATE))
+_ENTRY_REPLIES = frozenset((abi.LOOKUP, abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.LINK, abi.CREATE, abi.TMPFILE))
 _ATTR_REPLIES = frozenset((abi.GETATTR, abi.SETATTR))
-_OPEN_FLAG_OPCODES = frozenset((abi.OPEN, abi.CREATE))
+_OPEN_FLAG_OPCODES = frozenset((abi.OPEN, abi.CREATE, abi.TMPFILE))
 
 
 class Leases(Protocol):
@@ -120,7 +120,7 @@ class Pending:
     opcode: int
     node: int
     stamp: int  # of the file table, when the request was read
-    detail: int = 0  # OPEN, CREATE: open flags; READDIR: file handle
+    detail: int = 0  # OPEN, CREATE, TMPFILE: open flags; READDIR: file handle
     init: abi.InitRequest | None = None
     request: bytes = b""  # INIT
     is_past: bool = False  # INIT: the kernel was answered by the process before this one
@@ -360,7 +360,7 @@ class Relay:
             if len(reply) < body + abi.ENTRY_OUT_SIZE:
                 raise ValueError(f"{len(reply)} bytes with an entry")
             self._patch_entry(reply, body, pending, given)
-            if opcode == abi.CREATE:
+            if opcode in _OPEN_FLAG_OPCODES:
                 self._patch_open(reply, body + abi.ENTRY_OUT_SIZE, pending.detail)
         elif opcode == abi.OPEN:
             self._patch_open(reply, body, pending.detail)
