@@ -17,6 +17,7 @@ import apsw
 from coordinator.schema import SCHEMA_VERSION, TABLES, VERSIONS_KNOWN
 from coordinator.slab_image import PAGES_PER_BLOCK, SlabImage
 from coordinator.slab_vfs import connect
+from coordinator.watch import Watch
 from csvfs.errors import Corrupt, NoSpace
 from csvfs.ids import ROOT_INODE
 
@@ -60,6 +61,7 @@ class Database:
         self._cursor = connection.cursor()
         self._parts: list[Part] = []
         self.counters = Counters()
+        self.watch = Watch()
         self._counters_stored: tuple[int, ...] = ()
         self.active = False  # a batch runs
         self._doom: Exception | None = None  # what made a commit of it impossible
@@ -176,6 +178,7 @@ class Database:
     def rollback(self) -> None:
         """Undo the batch. Also right after an error that made SQLite roll back by itself."""
         self.active = False
+        self.watch.rolled_back = True
         self._doom = None
         if self._connection.in_transaction:
             self.run("ROLLBACK")

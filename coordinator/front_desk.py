@@ -107,6 +107,9 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
         return partial(service.healing.misplaced, args)
     if name == "without_node":
         return partial(service.healing.without_node, NodeName(field(args, "node", str)))
+    if name == "check":
+        start, repair = bool(optional_field(args, "start", bool)), bool(optional_field(args, "repair", bool))
+        return partial(_now, partial(service.check_desk.ask, start, repair))
     if name == "scrub":
         return partial(_now, service.scrub.start)
     if name == "file_map":

@@ -115,11 +115,13 @@ class Inodes:
         """A new one, whose number comes from `counters.next_ino`: never used before."""
         self._cache[inode.ino] = inode
         self._database.counters.files += 1
+        self._database.watch.came(inode.ino, 1)
         self.changed(inode)
 
     def changed(self, inode: Inode) -> None:
         assert self._database.active, "changes need a batch"
         self._changed[inode.ino] = inode
+        self._database.watch.inode(inode.ino)
         if inode.blocks != inode.charged and self.quotas.by_root:
             quota = self.quotas.of(inode.ino)
             if quota is not None:
@@ -137,6 +139,7 @@ class Inodes:
                 self.quotas.remove(quota)
         self._database.run("DELETE FROM inodes WHERE ino = ?", (inode.ino,))
         self._database.counters.files -= 1
+        self._database.watch.came(inode.ino, -1)
 
     def flush(self) -> None:
         if self._changed:
@@ -149,6 +152,11 @@ class Inodes:
             ]  # fmt: skip
             self._database.run_many(_WRITE, rows)
             self._changed.clear()
+
+    def reread(self) -> None:
+        """Believe the table alone, into which everything has been flushed."""
+        assert not self._changed
+        self._cache.clear()
 
     def forget(self) -> None:
         self._changed.clear()

@@ -57,6 +57,10 @@ class Janitor:
         self._orphans[ino] = None
         self._wanted.set()
 
+    def knows(self, ino: InodeNo) -> bool:
+        """Whether the orphan is let go once nobody holds it."""
+        return ino in self._orphans
+
     def lowered(self, ino: InodeNo) -> None:
         """A session holds less of it than before."""
         if ino in self._orphans:

@@ -87,7 +87,7 @@ class Namespace:
     def lookup(self, parent: int, name: bytes) -> list[int] | None:
         """The attr of the entry, or None. Raises NotFound (no parent), NotADirectory, NameTooLong."""
         self._inodes.directory(parent)
-        found = self._find(parent, name)[0]
+        found = self.find_entry(parent, name)[0]
         return None if found is None else self._inodes.get(found[1]).attr()
 
     def readlink(self, ino: int) -> bytes:
@@ -147,7 +147,7 @@ class Namespace:
             )
         if name is None and kind != stat.S_IFREG:
             raise BadRequest(f"cannot make mode {mode:#o} without a name: only regular files")
-        found, free_cookie = (None, 0) if name is None else self._find(parent, name)
+        found, free_cookie = (None, 0) if name is None else self.find_entry(parent, name)
         if found is not None:
             raise Exists(f"{name!r} exists in directory {parent}")
         is_directory = kind == stat.S_IFDIR
@@ -188,7 +188,7 @@ class Namespace:
             raise NotFound(f"inode {ino} has been deleted")
         if inode.nlink >= NLINK_MAX:
             raise TooManyLinks(f"inode {ino} has {NLINK_MAX} names already")
-        found, free_cookie = self._find(parent, name)
+        found, free_cookie = self.find_entry(parent, name)
         if found is not None:
             raise Exists(f"{name!r} exists in directory {parent}")
         if inode.nlink == 0:
@@ -213,7 +213,7 @@ class Namespace:
         Raises   NotFound, NotADirectory, IsADirectory, NotEmpty, NameTooLong.
         """
         holder = self._inodes.directory(parent)
-        found, _ = self._find(parent, name)
+        found, _ = self.find_entry(parent, name)
         if found is None:
             raise NotFound(f"{name!r} does not exist in directory {parent}")
         cookie, ino = found
@@ -249,11 +249,11 @@ class Namespace:
             raise BadRequest(f"rename flags {flags:#x} are not known")
         source = self._inodes.directory(parent)
         target = self._live_directory(new_parent)
-        found, _ = self._find(parent, name)
+        found, _ = self.find_entry(parent, name)
         if found is None:
             raise NotFound(f"{name!r} does not exist in directory {parent}")
         inode = self._inodes.get(found[1])
-        new_found, free_cookie = self._find(new_parent, new_name)
+        new_found, free_cookie = self.find_entry(new_parent, new_name)
         other = None if new_found is None else self._inodes.get(new_found[1])
         if other is not None and flags & RENAME_NOREPLACE:
             raise Exists(f"{new_name!r} exists in directory {new_parent}")
@@ -342,7 +342,7 @@ class Namespace:
 
     # Steps
 
-    def _find(self, parent: int, name: bytes) -> tuple[tuple[int, int] | None, int]:
+    def find_entry(self, parent: int, name: bytes) -> tuple[tuple[int, int] | None, int]:
         """(cookie, ino) of the entry, or None; and the first free cookie of its bucket."""
         if not isinstance(name, bytes):
             raise BadRequest(f"name {name!r} is not bytes")
@@ -350,7 +350,7 @@ class Namespace:
             raise NameTooLong(f"name of {len(name)} B, may have 1 to {NAME_SIZE_MAX}")
         if b"/" in name or b"\0" in name or name in (b".", b".."):
             raise BadRequest(f"{name!r} cannot be a name")
-        bucket = self._bucket(name)
+        bucket = self.bucket(name)
         rows = self._database.rows(_FIND, (parent, bucket, bucket + COOKIE_BUCKET - 1))
         if not rows:
             return None, bucket
@@ -365,7 +365,8 @@ class Namespace:
             )
         return None, free_cookie
 
-    def _bucket(self, name: bytes) -> int:
+    def bucket(self, name: bytes) -> int:
+        """The first of the COOKIE_BUCKET keys that an entry of this name may have."""
         digest = self._hash.copy()
         digest.update(name)
         return max(int.from_bytes(digest.digest(), "little") & _COOKIE_MASK, COOKIE_MIN)

@@ -23,6 +23,7 @@ from coordinator import arguments
 from coordinator.adoption import Adoption
 from coordinator.arguments import Args
 from coordinator.batches import Batches
+from coordinator.check_desk import CheckDesk
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.departures import Departed, Departures
 from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedError, NeedsSpaceError
@@ -163,6 +164,7 @@ class Service:
         self.departures.on_forgotten = self._janitor.look
         self.locks = LockDesk(metadata, self.batches, self.departures)
         self._settling = Settling(metadata.shared, self.batches, self.log)
+        self.check_desk = CheckDesk(metadata, self.batches, self.leases, self._janitor)
         self.quotas = QuotaDesk(metadata, self.batches)
         self.dispatch = Dispatch(
             metadata, self.batches, self.log, self.leases, self.slabs, self._janitor.orphaned
@@ -246,6 +248,7 @@ class Service:
                 nursery.start_soon(self.quotas.run_forever)
                 nursery.start_soon(self._settling.run_forever)
                 nursery.start_soon(self._janitor.run_forever)
+                nursery.start_soon(self.check_desk.run_forever)
                 nursery.start_soon(self.scrub.run_forever)
                 nursery.start_soon(self._describe_forever)
                 nursery.start_soon(self._settings.follow_forever)

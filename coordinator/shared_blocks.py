@@ -63,6 +63,7 @@ class SharedBlocks:
     def share(self, piece: Piece) -> None:
         """One owner more: an extent with these blocks was added to those that have them."""
         self._prepare()
+        self._database.watch.slab(piece.slab)
         runs = self._runs(piece.slab, piece.block, piece.count)
         self._store(piece.slab, runs, shared_runs.with_owner(runs, piece.block, piece.count))
 
@@ -72,6 +73,7 @@ class SharedBlocks:
             return list(pieces)
         freed: list[Piece] = []
         for piece in pieces:
+            self._database.watch.slab(piece.slab)
             runs = self._runs(piece.slab, piece.block, piece.count)
             left, ownerless = shared_runs.without_owner(runs, piece.block, piece.count)
             self._store(piece.slab, runs, left)
@@ -127,6 +129,7 @@ class SharedBlocks:
         for row in rows:
             if not self._exists or not self._database.rows(_EXACT, (ino, session, *row)):
                 raise Conflict(f"inode {ino}: nothing was set aside to replace blocks {row[0]}+{row[1]}; ask anew")
+            self._database.watch.slab(row[2])
         self._database.run_many(
             "DELETE FROM replacements WHERE ino = ? AND block = ?", [(ino, row[0]) for row in rows]
         )

@@ -126,6 +126,7 @@ class Space:
             )
         if self._database.rows("SELECT 1 FROM slabs WHERE id = ?", (descriptor.slab,)):
             raise Exists(f"slab {descriptor.slab} exists already")
+        self._database.watch.slab(descriptor.slab)
         row = (descriptor.slab, blocks, blocks, pack_value(descriptor.to_wire()), bytes(-(-blocks // 8)))
         self._database.run("INSERT INTO slabs(id, blocks, free, descriptor, bitmap) VALUES(?,?,?,?,?)", row)
         self._database.counters.free_blocks += blocks
@@ -175,6 +176,7 @@ class Space:
         ((blocks, free),) = self._database.rows("SELECT blocks, free FROM slabs WHERE id = ?", (slab,))
         if free != blocks:
             raise Conflict(f"slab {slab} has {blocks - free} blocks in use")
+        self._database.watch.slab(slab)
         self._database.run("DELETE FROM slabs WHERE id = ?", (slab,))
         self._database.counters.free_blocks -= blocks
         self._database.counters.slab_blocks -= blocks
@@ -216,6 +218,8 @@ class Space:
             slab = self._slab_with_room()
             left -= self._bitmap(slab).take(slab, left, pieces)
         counters.free_blocks -= count
+        for piece in pieces:
+            self._database.watch.slab(piece.slab)
         return pieces
 
     def _slab_with_room(self) -> int:
@@ -251,6 +255,7 @@ class Space:
         """Blocks that no extent has any more: free once trimmed on all members (P2)."""
         counters = self._database.counters
         for piece in pieces:
+            self._database.watch.slab(piece.slab)
             self._new_trims.append((counters.next_trim, piece.slab, piece.block, piece.count))
             counters.next_trim += 1
 
@@ -283,6 +288,31 @@ class Space:
         """Not done on all members, and none is on its way any more: take_trims has them again."""
         self._handed_back.extend(trims)
 
+    # Repair
+
+    def reread(self) -> None:
+        """Believe the table alone, into which everything has been flushed."""
+        self._bitmaps.clear()
+        self._current = 0
+
+    def correct(self, slab: int, taken: int) -> None:
+        """Bit n of `taken`: block n is. Where this differs from what was recorded, the counters follow."""
+        ((blocks, free),) = self._database.rows("SELECT blocks, free FROM slabs WHERE id = ?", (slab,))
+        packed = taken.to_bytes(-(-blocks // 8), "little")
+        now_free = blocks - taken.bit_count()
+        self._database.watch.slab(slab)
+        self._database.run("UPDATE slabs SET free = ?, bitmap = ? WHERE id = ?", (now_free, packed, slab))
+        self._database.counters.free_blocks += now_free - free
+        self.reread()
+
+    def free_blocks_of(self, slab: int, blocks: int) -> None:
+        """As free_later, of the blocks with a bit in `blocks`."""
+        while blocks:
+            first = (blocks & -blocks).bit_length() - 1
+            count = (~(blocks >> first) & (blocks >> first) + 1).bit_length() - 1
+            self.free_later([Piece(slab, first, count)])
+            blocks &= ~((1 << count) - 1 << first)
+
     # Part
 
     def flush(self) -> None:
@@ -302,6 +332,7 @@ class Space:
                 bitmap.changed = False
 
     def _make_free(self, trim: Trim) -> None:
+        self._database.watch.slab(trim.slab)
         self._database.run("DELETE FROM trims WHERE id = ?", (trim.id,))
         if self._database.changes() == 1:
             self._bitmap(trim.slab).give(trim.block, trim.count)

@@ -139,7 +139,7 @@ def test_expected_errors_leave_the_batch_intact(volume):
             (IsADirectory, lambda: metadata.rename(1, b"f", 1, b"d", 0, 1)),
             (NotADirectory, lambda: metadata.rename(1, b"d", 1, b"f", 0, 1)),
             (BadRequest, lambda: metadata.rename(1, b"d", directory, b"d", 0, 1)),
-            (BadRequest, lambda: metadata.rename(1, b"f", 1, b"g", 4, 1)),
+            (BadRequest, lambda: metadata.rename(1, b"f", 1, b"g", 8, 1)),
             (BadRequest, lambda: metadata.readlink(4)),
             (BadRequest, lambda: metadata.make(1, b"m", 0o644, 0, 0, 0, b"", 1)),
             (BadRequest, lambda: metadata.readdir(1, 0, 0)),
@@ -299,7 +299,7 @@ def test_readdir_goes_on_from_a_cookie_while_the_directory_changes(volume):
 
 
 def test_names_of_one_hash_share_a_bucket_until_it_is_full(volume, monkeypatch):
-    monkeypatch.setattr(volume.metadata.names, "_bucket", lambda name: 4096)
+    monkeypatch.setattr(volume.metadata.names, "bucket", lambda name: 4096)
     with volume.batch() as metadata:
         for number in range(COOKIE_BUCKET):
             make(metadata, 1, b"%d" % number)

@@ -53,6 +53,20 @@ for line in sys.stdin:
     print(json.dumps(names["result"]), flush=True)
 """
 
+# Makes, appends, renames, links and removes, for five minutes at most.
+BUSY = """
+import os, sys, time
+os.mkdir(sys.argv[1]); os.chdir(sys.argv[1])
+ends, number = time.monotonic() + 300, 0
+while time.monotonic() < ends:
+    number += 1
+    with open(f"f{number}", "w") as file:
+        file.write("x" * (number % 9000))
+    os.link(f"f{number}", f"l{number}"); os.rename(f"f{number}", f"r{number % 20}")
+    os.makedirs(f"d{number % 5}/e", exist_ok=True); os.rename(f"d{number % 5}", f"n{number}")
+    os.rmdir(f"n{number}/e"); os.rmdir(f"n{number}"); os.unlink(f"l{number}")
+"""
+
 
 class Agent:
     """A program on a node, to be told what to do."""
@@ -212,3 +226,16 @@ def test_what_stays_in_a_directory_is_listed_once_whatever_another_node_does_mea
     assert len(again) == len(set(again))
     assert stayed - set(seen[:place]) <= set(again)
     assert not set(seen[:place]) & stayed & set(again)
+
+
+def test_a_volume_in_use_is_checked_from_any_node_without_a_false_alarm(lab: LabCluster, agents: dict[str, Agent]) -> None:
+    busy = lab.start_command("n2", sys.executable, "-c", BUSY, f"{VOLUME}/busy")
+    try:
+        for node in ("n1", "n2"):
+            report = json.loads(lab.run(node, "csvfs", "volume", "check", "Volume1", "--json"))
+            assert (report["findings"], report["left"], report["mended"]) == ([], 0, [])
+            assert report["rows"] > 2000
+    finally:
+        busy.kill()
+        busy.wait(timeout=60)
+    assert b"all fits together" in lab.run("n2", "csvfs", "volume", "check", "Volume1", "--repair")

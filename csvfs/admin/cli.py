@@ -18,6 +18,7 @@ from csvfs.admin.cli_pool import pool_group
 from csvfs.admin.cli_quota import quota_group
 from csvfs.admin.cli_status import status_command
 from csvfs.admin.cli_volume import volume_group
+from csvfs.admin.cli_volume_check import check_command  # noqa: F401 adds itself
 from csvfs.admin.cli_why import why_command
 
 

@@ -148,7 +148,7 @@ COORDINATOR_CALLS = {
     "slab_failed": ("slab", "epoch", "drives", "reason", "torn"), "slabs": ("ids", "open"), "fsync": (),
     "statfs": ("volume",), "volume_status": ("volume",), "job_control": ("volume", "action", "kind", "speed"),
     "volume_set": ("volume", "size", "copies", "min_copies"), "repair": ("volume",), "drive_members": ("volume", "drive"),
-    "without_node": ("volume", "node"), "misplaced": ("volume", "level", "places"), "scrub": ("volume",), "lost": ("volume",),
+    "without_node": ("volume", "node"), "misplaced": ("volume", "level", "places"), "scrub": ("volume",), "check": ("volume", "start", "repair"), "lost": ("volume",),
 }  # fmt: skip
 
 
