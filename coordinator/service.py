@@ -166,9 +166,7 @@ class Service:
         self._settling = Settling(metadata.shared, self.batches, self.log)
         self.check_desk = CheckDesk(metadata, self.batches, self.leases, self._janitor)
         self.quotas = QuotaDesk(metadata, self.batches)
-        self.dispatch = Dispatch(
-            metadata, self.batches, self.log, self.leases, self.slabs, self._janitor.orphaned
-        )
+        self.dispatch = Dispatch(metadata, self.batches, self.log, self.leases, self.slabs, self._janitor.orphaned)
         self.members = MembershipReactions(
             setup.volume, control, facts, [metadata_changes, self.changes], self.resync, self.slabs, self.desk
         )
