@@ -1,0 +1,318 @@
+"""`tools/real_programs`: git, make, SQLite, PostgreSQL, rsync, tar, cp, qemu-img, stress-ng on a mounted volume of a lab.
+
+Place      tests, over lab_cluster.py. Needs a lab, and of the programs those that are there: others are said to be missing.
+Where      on a node that does not coordinate the volume; what they made is read back on a third one.
+Judge      the programs' own checks (fsck, integrity_check, pg_amcheck, qemu-img check), and checksums as another node
+           and this machine see them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from csvfs.admin import lab
+from csvfs.admin.lab_files import LAB_DIR_DEFAULT
+from csvfs.admin.render import print_table
+from tests.lab_cluster import LabCluster
+from tests.programs.coherence import owner_of
+
+TOP = Path(__file__).resolve().parent.parent.parent
+PG_BIN = "/usr/lib/postgresql"
+STRESSOR_S = 3
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Row:
+    what: str
+    how: str  # it ended
+    held: bool
+    seconds: float
+
+
+class Refused(Exception):
+    """A program is not there, or does not want to: why."""
+
+
+class Site:
+    """A volume of a lab, the node where programs run (`here`), and one that reads what they left (`there`)."""
+
+    def __init__(self, lab_directory: Path, volume: str, nodes: tuple[str, ...]) -> None:
+        self.lab = LabCluster(lab_directory)
+        self.directory, self.volume, self.nodes = lab_directory, volume, nodes
+        self.owner = owner_of(lab_directory, volume, nodes[0])
+        self.here, self.there = [node for node in nodes if node != self.owner][:2]
+        self.folder = f"/clusterstorage/{volume}/programs-{time.time_ns()}"
+        self.seconds = 300
+
+    def sh(self, script: str, node: str | None = None) -> str:
+        """Run by sh -eu in our folder; what it printed. Raises AssertionError with what it said."""
+        script = f"cd {self.folder} && {script}"
+        return self.lab.run(node or self.here, "sh", "-euc", script).decode(errors="replace")
+
+    def same_everywhere(self, command: str) -> str:
+        """What `command` prints, here and there alike."""
+        here, there = self.sh(command), self.sh(command, self.there)
+        assert here == there, f"{command}: {self.here} says\n{here}\n{self.there} says\n{there}"
+        return here
+
+
+def need(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None and not Path(program).exists():
+            raise Refused(f"{program} is not installed")
+
+
+def git(site: Site) -> str:
+    need("git")
+    site.sh(f"git clone -q --no-local file://{TOP} repo && cd repo && git fsck --strict --full 2>&1")
+    site.sh("cd repo && git repack -adq && git checkout -q -b other && git gc -q --prune=now && git fsck --full 2>&1")
+    site.sh("cd repo && git fsck --strict --full 2>&1 && git status --porcelain && git diff --exit-code HEAD", site.there)
+    return f"{site.sh('cd repo && git rev-list --count HEAD').strip()} commits; repacked; fsck clean on both nodes"
+
+
+C_MAKE = """
+mkdir c && cd c
+for i in $(seq 300); do printf 'int f%d(int x) { static const char t[] = "%d"; int s = 0;
+for (int i = 0; i < x; i++) s = s * 31 + t[i %% (sizeof t - 1)] + %d; return s; }\\n' $i $i $i >f$i.c; done
+{ printf '#include <stdio.h>\\n'; for i in $(seq 300); do printf 'int f%d(int);\\n' $i; done
+printf 'int main(void) { unsigned s = 0;\\n'
+for i in $(seq 300); do printf 's = s * 7 + f%d(%d);\\n' $i $i; done; printf 'printf("%%u\\\\n", s); }\\n'; } >main.c
+printf 'OBJECTS = main.o $(patsubst %%.c,%%.o,$(wildcard f*.c))\\nprogram: $(OBJECTS)\\n\\t$(CC) -o $@ $^\\n' >Makefile
+make -s -j4 CFLAGS=-O1 program
+"""
+
+
+def build(site: Site) -> str:
+    need("gcc", "make")
+    site.sh(C_MAKE)
+    result = site.same_everywhere("c/program")
+    assert "up to date" in site.sh("make -C c program", site.there), "make on another node would build again"
+    return f"301 C files, make -j4; prints {result.strip()} on both nodes; nothing to do for make on the other one"
+
+
+SQLITE = """
+import os, sqlite3, sys
+path, mode, who, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+db = sqlite3.connect(path, timeout=120, isolation_level=None)
+db.execute(f"PRAGMA journal_mode={mode}")
+for i in range(count):
+    db.execute("BEGIN IMMEDIATE")
+    db.execute("UPDATE counter SET n = n + 1")
+    db.execute("INSERT INTO rows VALUES (?, ?, ?)", (who, i, os.urandom(500)))
+    if i % 10 == 9:
+        db.execute("DELETE FROM rows WHERE who = ? AND i = ?", (who, i - 5))
+    db.execute("ROLLBACK" if i % 7 == 6 else "COMMIT")
+"""
+SQLITE_CHECK = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], timeout=60)
+print(db.execute("PRAGMA integrity_check").fetchone()[0], db.execute("SELECT n FROM counter").fetchone()[0],
+      db.execute("SELECT count(*) FROM rows").fetchone()[0])
+"""
+
+
+def sqlite(site: Site) -> str:
+    """Four processes each; in rollback mode on two nodes at once (WAL asks for shared memory, so for one machine)."""
+    said = []
+    count, each = 4, 100
+    for mode, nodes in (("WAL", [site.here]), ("DELETE", [site.here, site.there]), ("TRUNCATE", [site.here, site.there])):
+        name = f"{site.folder}/sqlite-{mode}"
+        make = f"import sqlite3; db = sqlite3.connect('{name}'); db.execute('PRAGMA journal_mode={mode}'); "
+        make += "db.executescript('CREATE TABLE counter (n); INSERT INTO counter VALUES (0); CREATE TABLE rows (who, i, x);')"
+        site.lab.run(site.here, "python3", "-c", make)
+        running = [
+            site.lab.start_command(nodes[who % len(nodes)], "python3", "-c", SQLITE, name, mode, str(who), str(each),
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for who in range(count)
+        ]  # fmt: skip
+        for process in running:
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output.decode()
+        committed = count * sum(i % 7 != 6 for i in range(each))
+        for node in (site.here, site.there) if mode != "WAL" else (site.here,):
+            ok, counted, _ = site.lab.run(node, "python3", "-c", SQLITE_CHECK, name).split()
+            assert (ok, int(counted)) == (b"ok", committed), f"{mode} on {node}: {ok}, {counted} of {committed}"
+        said.append(f"{mode} on {len(nodes)} node{'s' * (len(nodes) > 1)}: {committed} transactions")
+    return "; ".join(said) + "; none lost, integrity_check ok"
+
+
+def postgres(site: Site) -> str:
+    """pgbench; in the middle the coordinator's node loses its power, and the server itself is killed at the end."""
+    versions = sorted(Path(PG_BIN).glob("*/bin")) if Path(PG_BIN).exists() else []
+    if not versions:
+        raise Refused("PostgreSQL is not installed")
+    data, socket = f"{site.folder}/pg", f"/tmp/pg-{time.time_ns()}"
+    port = "-p 5499"
+
+    def pg(command: str) -> str:
+        argv = f"PATH={versions[-1]}:$PATH HOME=/tmp {command}"
+        return site.lab.run(site.here, "setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups",
+                            "sh", "-euc", f"cd /tmp; {argv}").decode(errors="replace")  # fmt: skip
+
+    site.lab.run(site.here, "sh", "-c", f"mkdir {data} {socket} && chown postgres {data} {socket} && chmod 700 {data}")
+    start = f"pg_ctl -s -w -t 120 -D {data} -l {socket}/log -o '-k {socket} -c listen_addresses= {port} -c full_page_writes=on' start"
+    connect = f"-h {socket} {port}"
+    pg(f"initdb -D {data} --data-checksums -A trust >/dev/null")
+    pg(start)
+    try:
+        pg(f"createdb {connect} bench && pgbench {connect} -q -i -s 4 bench 2>&1")
+        bench = f"pgbench {connect} -c 4 -j 2 -T {site.seconds} bench 2>&1"
+        running = site.lab.start_command(
+            site.here, "setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "sh", "-euc",
+            f"cd /tmp; PATH={versions[-1]}:$PATH {bench}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        time.sleep(site.seconds / 3)
+        lab.lab_kill(site.directory, site.owner, "all")
+        time.sleep(min(30.0, site.seconds / 6))
+        lab.lab_start(site.directory, site.owner)
+        output, _ = running.communicate(timeout=site.seconds + 300)
+        text = output.decode()
+        assert running.returncode == 0, text[-3000:]
+        done, failed = _numbers(text, r"processed: (\d+)"), _numbers(text, r"failed transactions: (\d+)")
+        before = _sums(pg, connect)
+        pg(f"pg_ctl -s -D {data} -m immediate stop")  # as a crash: it recovers from its log
+        pg(start)
+        assert _sums(pg, connect) == before, f"after recovery: {_sums(pg, connect)}, not {before}"
+        pg(f"pg_amcheck {connect} --heapallindexed bench 2>&1")
+    finally:
+        site.lab.run(site.here, "sh", "-c", f"kill -9 $(head -1 {data}/postmaster.pid) 2>/dev/null; rm -rf {socket}", check=False)
+    site.lab.run(site.there, "sh", "-c", f"rm -f {data}/postmaster.pid; {versions[-1]}/pg_checksums --check -D {data} || true")
+    assert failed == 0 and before[0] == done, f"{done} transactions, {failed} failed; {before}"
+    return f"{done} transactions in {site.seconds} s, 0 failed, across the death of {site.owner}; recovery, pg_amcheck clean"
+
+
+def _sums(pg: Callable[[str], str], connect: str) -> tuple[int, int, int, int]:
+    """pgbench's own invariant: history has every transaction, and all sums of balances are that of its deltas."""
+    query = (
+        "select (select count(*) from pgbench_history), (select sum(delta) from pgbench_history), "
+        "(select sum(abalance) from pgbench_accounts), (select sum(bbalance) from pgbench_branches)"
+    )
+    rows = [int(value) for value in pg(f'psql {connect} -At -F " " -c "{query}" bench').split()]
+    assert rows[1] == rows[2] == rows[3], f"sums of deltas, accounts and branches differ: {rows}"
+    return rows[0], rows[1], rows[2], rows[3]
+
+
+def _numbers(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, text[-2000:]
+    return int(found.group(1))
+
+
+def rsync(site: Site) -> str:
+    need("rsync")
+    site.sh(f"mkdir copy && rsync -aHAX --exclude .venv --exclude '*cache*' --exclude .git {TOP}/ copy/")
+    again = site.sh(f"rsync -aHAXi --checksum --exclude .venv --exclude '*cache*' --exclude .git {TOP}/ copy/", site.there)
+    assert not again.strip(), f"on {site.there} rsync would copy again: {again[:500]}"
+    site.sh("rsync -a --inplace --sparse copy/ copy2/ && rsync -a --delete copy/tests/ copy2/tests/")
+    return f"{site.same_everywhere('find copy -type f | wc -l').strip()} files; nothing to do for it on another node"
+
+
+def tar(site: Site) -> str:
+    site.sh(f"tar -C {TOP} --exclude .venv --exclude '*cache*' -czf t.tgz . && mkdir t && tar -xpzf t.tgz -C t")
+    site.sh("tar -dzf t.tgz -C t", site.there)
+    site.sh("truncate -s 1G sparse && printf x | dd of=sparse bs=1 seek=700M conv=notrunc status=none && tar -cSf s.tar sparse")
+    size = int(site.sh("stat -c %s s.tar"))
+    assert size < 1 << 20, f"the archive of a sparse file has {size} bytes"
+    return "unpacked on one node, `tar -d` finds no difference on another; a sparse file of 1 GiB in an archive of 20 KiB"
+
+
+def copies(site: Site) -> str:
+    site.sh("truncate -s 256M holes && head -c 3000000 /dev/urandom | dd of=holes bs=1M seek=100 conv=notrunc status=none")
+    for how in ("--sparse=always", "--sparse=auto", "--sparse=never", "--reflink=auto"):
+        site.sh(f"cp {how} holes copy && cmp holes copy")
+        site.sh("cmp holes copy && rm copy", site.there)
+    return "cp --sparse=always, auto, never, --reflink=auto: equal on both nodes"
+
+
+def qemu(site: Site) -> str:
+    need("qemu-img", "qemu-io")
+    site.sh("qemu-img create -q -f qcow2 a.qcow2 1G")
+    commands = " ".join(f"-c 'write -P {n} {n * 37}M 5M'" for n in range(1, 25))
+    site.sh(f"qemu-io -t none {commands} -c 'discard 100M 64M' -c 'write -z 300M 50M' a.qcow2 >/dev/null")
+    site.sh("qemu-img snapshot -c s a.qcow2 && qemu-io -c 'write -P 99 5M 100M' a.qcow2 >/dev/null")
+    for target, node in (("raw", site.here), ("qcow2", site.there), ("vmdk", site.here), ("vhdx", site.there)):
+        site.sh(f"qemu-img convert -t none -T none -O {target} a.qcow2 b.{target} && qemu-img compare a.qcow2 b.{target}", node)
+    for name in ("a.qcow2", "b.qcow2"):
+        site.sh(f"qemu-img check {name}", site.there)
+    return "qcow2 with snapshot and discards; converted to raw, qcow2, vmdk, vhdx on two nodes, compare and check clean"
+
+
+def stress(site: Site) -> str:
+    """Each stressor of the file-system class for some seconds, with its own verification on."""
+    need("stress-ng")
+    listed = subprocess.run(["stress-ng", "--class", "filesystem?"], capture_output=True, text=True, check=False)
+    stressors = (listed.stdout + listed.stderr).partition("stressors:")[2].split()
+    assert stressors, "stress-ng names no stressors"
+    passed, refused, failed = [], [], []
+    site.sh("mkdir stress && chmod 777 stress")
+    for name in stressors:
+        script = f"stress-ng --{name} 2 --timeout {STRESSOR_S} --verify --temp-path {site.folder}/stress 2>&1"
+        said = site.lab.run(site.here, "sh", "-c", f"timeout 120 {script}; echo ended with $?", check=False).decode(errors="replace")
+        status = int(said.rsplit("ended with ", 1)[1])
+        reason = next((line for line in said.splitlines() if re.search(r"skip|not support|fail|cannot|not impl", line)), "")
+        if status == 0 and not re.search(r"skipp|not implemented|not supported", said):
+            passed.append(name)
+        elif status in (0, 3, 4):
+            refused.append(f"{name} ({reason.partition('] ')[2].strip()[:100]})")
+        else:
+            failed.append(f"{name}: status {status}: {reason or said[-300:]}")
+        site.sh("rm -rf stress/*")
+    assert not failed, f"{len(failed)} stressors failed: " + "; ".join(failed)
+    return f"{len(passed)} of {len(stressors)} stressors pass: {' '.join(passed)}. Refused: {'; '.join(refused) or 'none'}"
+
+
+PROGRAMS: dict[str, Callable[[Site], str]] = {
+    "git": git, "make": build, "sqlite": sqlite, "rsync": rsync, "tar": tar, "cp": copies, "qemu-img": qemu,
+    "stress-ng": stress, "postgres": postgres,
+}  # fmt: skip
+
+
+def run(site: Site, names: list[str], say: Say) -> list[Row]:
+    rows = []
+    site.lab.run(site.here, "mkdir", site.folder)
+    for name in names:
+        began = time.monotonic()
+        try:
+            how, held = PROGRAMS[name](site), True
+        except Refused as refused:
+            how, held = str(refused), False
+        except AssertionError as wrong:
+            how, held = str(wrong)[:3000], False
+        rows.append(Row(name, how, held, time.monotonic() - began))
+        say(f"{name}: {'held' if held else 'DOES NOT HOLD'} after {rows[-1].seconds:.0f} s: {how}")
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tools/real_programs", description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, default=LAB_DIR_DEFAULT, help="which lab; three nodes")
+    parser.add_argument("--nodes", default="n1,n2,n3")
+    parser.add_argument("--volume", default="Volume1")
+    parser.add_argument("--only", action="append", choices=PROGRAMS, help="may be repeated")
+    parser.add_argument("--seconds", type=int, default=300, help="of pgbench")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    site = Site(arguments.dir, arguments.volume, tuple(arguments.nodes.split(",")))
+    site.seconds = arguments.seconds
+    rows = run(site, arguments.only or list(PROGRAMS), lambda text: print(text, file=sys.stderr, flush=True))
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        shown: list[tuple[Any, ...]] = [(r.what, "yes" if r.held else "NO", f"{r.seconds:.0f} s", r.how) for r in rows]
+        print_table(("PROGRAM", "HELD", ">TIME", "HOW"), shown, empty="nothing ran")
+    return 0 if all(row.held for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
