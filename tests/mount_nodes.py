@@ -21,10 +21,16 @@ class FakeKernel:
     def __init__(self) -> None:
         self.log: list[tuple] = []
         self.blocked: trio.Event | None = None
+        self.unknown: dict[int, int] = {}
         self.during: list = []  # async functions of (ino, offset, length), each run once in an invalidation
 
-    def invalidate_attr(self, ino: int) -> None:
+    def invalidate_attr(self, ino: int) -> bool:
+        """An inode in `unknown` is not known yet, so many times."""
+        if self.unknown.get(ino):
+            self.unknown[ino] -= 1
+            return False
         self.log.append(("attr", ino))
+        return True
 
     async def invalidate_pages(self, ino: int, offset: int, length: int) -> None:
         self.log.append(("pages", ino, offset, length))

@@ -152,6 +152,25 @@ async def test_a_recall_of_attributes_alone_leaves_the_lease() -> None:
         assert node.table.read_nowait(FILE, 0, PAGE) is not None
 
 
+async def test_I5_a_kernel_that_does_not_know_the_inode_yet_is_told_until_it_does_before_the_answer() -> None:
+    """Its program has not had its turn since the reply to its lookup: it would keep the attributes of that for ever."""
+    for kind, attr in ((1, False), (3, True)):
+        async with cluster() as c:
+            node = await prepared(c)
+            node.table.set_given(lambda ino: ino == FILE)
+            node.kernel.unknown = {FILE: 5}
+            await node.table.recall(FILE, kind, attr)
+            assert node.kernel.unknown == {FILE: 0} and node.kernel.log[-1] == ("attr", FILE)
+
+
+async def test_an_inode_that_the_kernel_was_never_given_or_has_given_back_is_not_waited_for() -> None:
+    async with cluster() as c:
+        node = await prepared(c)
+        node.kernel.unknown = {FILE: 1 << 30}
+        with trio.fail_after(30):
+            await node.table.recall(FILE, 1, False)
+
+
 async def test_an_open_file_is_kept_as_open() -> None:
     async with cluster() as c:
         node = await prepared(c)

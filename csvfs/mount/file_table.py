@@ -214,6 +214,10 @@ class FileTable:
                 await self._settle_inherited()
         return reply
 
+    def set_given(self, is_given: Callable[[int], bool]) -> None:
+        """`is_given(ino)`: whether the kernel was told of the inode and has not forgotten it."""
+        self._recaller.is_given = is_given
+
     def query(self, ino: int) -> dict[str, Any] | None:
         """See session.LeaseHolder."""
         return self._recaller.query(ino)

@@ -33,9 +33,10 @@ class KernelNotifier:
         self._threads = trio.CapacityLimiter(INVALIDATE_THREADS_MAX)
         self._passes = trio.CapacityLimiter(PASSES_MAX)
 
-    def invalidate_attr(self, ino: int) -> None:
-        """Forget the attributes of `ino`. Does not block: an offset below 0 leaves its pages alone."""
-        self._write(abi.pack_inval_inode(ino, -1, 0))
+    def invalidate_attr(self, ino: int) -> bool:
+        """Forget the attributes of `ino`. Does not block: an offset below 0 leaves its pages alone. False: the kernel
+        does not know the inode."""
+        return self._write(abi.pack_inval_inode(ino, -1, 0))
 
     async def invalidate_pages(self, ino: int, offset: int, length: int) -> None:
         """Write back and drop cached pages from `offset` (bytes) on; length 0: to the end. Forgets attributes
@@ -77,13 +78,16 @@ class KernelNotifier:
             self._has_epoch = False
             log.info("this kernel has no epoch of names (%s): they are not cached", error.strerror)
 
-    def _write(self, message: bytes) -> None:
+    def _write(self, message: bytes) -> bool:
+        """False: the kernel does not know the inode, so there is nothing to take back, yet (recall.py, "Not heard")."""
         try:
             os.write(self._fd, message)
         except OSError as error:
-            # ENOENT: the kernel does not know the inode, so there is nothing to take back.
-            if error.errno != errno.ENOENT and error.errno not in _UNMOUNTED:
+            if error.errno == errno.ENOENT:
+                return False
+            if error.errno not in _UNMOUNTED:
                 raise
+        return True
 
     def close(self) -> None:
         os.close(self._fd)

@@ -336,6 +336,7 @@ class MountProcess:
             noted=noted,
             on_served=(lambda init: None) if record is None else record.served,
         )
+        table.set_given(lambda ino: ino in relay.lookups)
         direct = Direct(operations, relay)
         locks = self._locks(session)
         channel = Channel(

@@ -25,6 +25,9 @@ Yielding   Where that does not help (too many of them; or a truncation that wait
            which the kernel writes nothing back) the recall is answered at once and the invalidation goes on
            behind it: for a moment programs on this node may still see old pages, but every write of theirs
            needs a new lease first.
+Not heard  An inode that the kernel was given is not known to it before the program that looked it up has had its turn;
+           then it keeps, for as long as the reply says, the attributes of before. So it is told again until it knows
+           the inode, or has given it back, and the recall is answered then (HEARD_S_MAX at the latest).
 """
 
 import logging
@@ -49,6 +52,8 @@ log = logging.getLogger(__name__)
 PARKED_MS_MAX = 500
 # Of PARKED_MS_MAX; then a recall yields to a truncation, although mmapped stores may then be written back late.
 TRUNCATION_WAITS = 4
+HEARD_POLL_S = 0.001
+HEARD_S_MAX = 2.0  # below Options.recall_timeout_ms
 REPLANS_MAX = 4  # passes begun anew for stuck WRITEs; each left behind keeps a thread
 
 Range = tuple[int, int]  # offset, length in bytes
@@ -57,7 +62,7 @@ Range = tuple[int, int]  # offset, length in bytes
 class KernelNotifier(Protocol):
     """What is needed of mount/notify.py."""
 
-    def invalidate_attr(self, ino: int) -> None: ...
+    def invalidate_attr(self, ino: int) -> bool: ...
     async def invalidate_pages(self, ino: int, offset: int, length: int) -> None: ...
     async def invalidate_all(self, ranges: list[tuple[int, int, int]]) -> None: ...
     def increment_epoch(self) -> None: ...
@@ -81,6 +86,8 @@ class Recaller:
         self._lowered = lowered
         self._parked_s_max = parked_ms_max / 1000
         self._behind: dict[FileState, int] = {}  # passes that go on behind an answered recall
+        self._unheard: dict[int, None] = {}  # inodes that the kernel was given and does not know
+        self.is_given: Callable[[int], bool] = lambda ino: False  # whether the kernel was told of it, and has not forgotten
         # Until a recall may be answered; see inheritance.py.
         self.ready: Callable[[FileState], Awaitable[None]] | None = None
 
@@ -104,7 +111,11 @@ class Recaller:
             report = _report(state)
             self._forget_attributes(state)
             if state.lease == LEASE_WRITE:
+                if self._unheard:
+                    await self._wait_heard(ino)
                 return {"kind": state.lease, **report}
+        if self._unheard:
+            await self._wait_heard(ino)
         if state.lease == LEASE_WRITE:
             return {"kind": state.lease, **_report(state)}
         report = state.report or {"size": None, "mtime_ns": None, "atime_ns": None}
@@ -232,7 +243,7 @@ class Recaller:
         self._leases.kept.timed(state.ino, state.times_dirty)
         self._leases.kept.lease(state.ino, state.lease)
         self._leases.mark_recalled(state.ino)
-        self._notifier.invalidate_attr(state.ino)
+        self._invalidate_attr(state.ino)
         state.regate()
         if wrote:
             self._lowered(state)
@@ -249,7 +260,23 @@ class Recaller:
         if state.directory:
             self._notifier.increment_epoch()
         self._leases.mark_recalled(state.ino)
-        self._notifier.invalidate_attr(state.ino)
+        self._invalidate_attr(state.ino)
+
+    def _invalidate_attr(self, ino: int) -> None:
+        if not self._notifier.invalidate_attr(ino) and self.is_given(ino) and ino not in self._unheard:
+            self._unheard[ino] = None
+            self._nursery.start_soon(self._tell_until_heard, ino)
+
+    async def _tell_until_heard(self, ino: int) -> None:
+        while self.is_given(ino) and not self._notifier.invalidate_attr(ino):
+            await trio.sleep(HEARD_POLL_S)
+        del self._unheard[ino]
+
+    async def _wait_heard(self, ino: int) -> None:
+        """Until the kernel has forgotten the attributes, HEARD_S_MAX at most."""
+        with trio.move_on_after(HEARD_S_MAX):
+            while ino in self._unheard:
+                await trio.sleep(HEARD_POLL_S)
 
     def lose(self, states: list[FileState]) -> None:
         """These leases may be somebody else's already: stop serving by them now, then empty the kernel's
@@ -259,7 +286,7 @@ class Recaller:
         files = [state for state in states if not state.directory]
         for state in states:
             self._leases.lose(state)
-            self._notifier.invalidate_attr(state.ino)
+            self._invalidate_attr(state.ino)
             if state.directory:
                 self._leases.kept.lost(state.ino, False)
         for state in files:

@@ -11,6 +11,9 @@ Invariant
       reply is written, and nothing was recalled since the request was read; attributes iff we did not change them
       ourselves since. Deciding and writing is one synchronous step, so a recall comes either before (time-out 0)
       or after (its notification takes the cached thing back).
+      "After" holds where the kernel notices that a notification has overtaken the program that a reply is for, which takes
+      it in later: by the version of the inode (fuse_change_attributes), for names by the epoch. Of what is made, linked
+      or set it does not look (version 0): such attributes are cached for no time, and asked for again when wanted.
 
 No READDIRPLUS with the kernel: the attributes of a listing are not covered by leases, and stale ones must not
 reach an inode in use. pyfuse3 knows nothing else, so it gets READDIRPLUS and the attributes are cut from its
@@ -74,6 +77,8 @@ MAX_BACKGROUND = 512
 
 _ENTRY_REPLIES = frozenset((abi.LOOKUP, abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.LINK, abi.CREATE, abi.TMPFILE))
 _ATTR_REPLIES = frozenset((abi.GETATTR, abi.SETATTR))
+# linux/fs/fuse/dir.c: create_new_entry, fuse_create_open and fuse_do_setattr take the attributes whatever came meanwhile.
+_TAKEN_IN_ANY_CASE = frozenset((abi.SYMLINK, abi.MKNOD, abi.MKDIR, abi.LINK, abi.CREATE, abi.TMPFILE, abi.SETATTR))
 _OPEN_FLAG_OPCODES = frozenset((abi.OPEN, abi.CREATE, abi.TMPFILE))
 
 
@@ -343,8 +348,10 @@ class Relay:
         held = table.may_answer(ino) and not table.recalled_since(ino, stamp)
         return CACHE_VALID_S if held else 0
 
-    def _attr_valid_s(self, ino: int, stamp: int) -> int:
-        return 0 if self._table.changed_since(ino, stamp) else self._valid_s(ino, stamp)
+    def _attr_valid_s(self, ino: int, pending: Pending) -> int:
+        if pending.opcode in _TAKEN_IN_ANY_CASE or self._table.changed_since(ino, pending.stamp):
+            return 0
+        return self._valid_s(ino, pending.stamp)
 
     def _patch(self, pending: Pending, reply: memoryview, given: list[int]) -> memoryview | bytes:
         """The reply as the kernel gets it; raises ValueError when it is shorter than it must be."""
@@ -354,7 +361,7 @@ class Relay:
             if len(reply) < body + abi.ATTR_OUT_SIZE:
                 raise ValueError(f"{len(reply)} bytes with attributes")
             leased, _ = abi.ATTR_VALID.unpack_from(reply, body)
-            valid = self._attr_valid_s(pending.node, pending.stamp) if leased else 0
+            valid = self._attr_valid_s(pending.node, pending) if leased else 0
             abi.ATTR_VALID.pack_into(reply, body, valid, 0)
         elif opcode in _ENTRY_REPLIES:
             if len(reply) < body + abi.ENTRY_OUT_SIZE:
@@ -377,7 +384,7 @@ class Relay:
         if entry_valid:
             entry_valid = self._valid_s(pending.node, pending.stamp) if self.can_cache_entries else 0
         if ino != 0:  # 0: the name does not exist, and the kernel may remember that
-            attr_valid = self._attr_valid_s(ino, pending.stamp) if attr_valid else 0
+            attr_valid = self._attr_valid_s(ino, pending) if attr_valid else 0
             given.append(ino)
         abi.ENTRY_VALID.pack_into(reply, at, entry_valid, attr_valid, 0, 0)
 

@@ -16,7 +16,7 @@ from csvfs.mount.leases import Coordinator, Leases
 
 
 class AttributeNotifier(Protocol):
-    def invalidate_attr(self, ino: int) -> None: ...
+    def invalidate_attr(self, ino: int) -> bool: ...
 
 
 def mode_after_write(mode: int) -> int:

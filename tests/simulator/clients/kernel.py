@@ -160,11 +160,12 @@ class Connection:
 
     # -- notifications ---------------------------------------------------------------------------
 
-    def invalidate_attr(self, ino: int) -> None:
+    def invalidate_attr(self, ino: int) -> bool:
         inode = self.inodes.get(ino)
         if inode is not None:
             inode.has_attr = False
             inode.version = self._newer()
+        return inode is not None
 
     async def invalidate_pages(self, ino: int, offset: int, length: int) -> None:
         """By a thread of the mount: it waits for pages that are locked."""
