@@ -130,6 +130,9 @@ class Story:
     def _rename(self, node: int, one: int, two: int, number: int) -> None:
         flags = _pick((0, 0, NOREPLACE, EXCHANGE), number)
         path, new = _pick(PATHS, one), _pick(PATHS, two)
+        # Linux cannot find a directory at its new place while it renames: ESTALE (README, "Limits"). So look before.
+        self._look(node, path)
+        self._look(node, new)
         self._make(node, "rename", path, new, flags, paths=2, look=new)
 
     def _list(self, node: int, one: int, two: int, number: int) -> None:
