@@ -72,7 +72,7 @@ class World:
 
 
 @pytest.fixture
-async def world(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> World:
+async def world(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(nursery)
 
     def hold() -> Session:
@@ -100,7 +100,9 @@ async def lose_lease(world: World, child: Child) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_session_outlives_the_lease_of_its_node_and_the_next_process_goes_on_with_it(world: World) -> None:
+async def test_a_session_outlives_the_lease_of_its_node_and_the_next_process_goes_on_with_it(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session = await world.start()
     await lose_lease(world, Child())
     await trio.sleep(IO_TIMEOUT_S / 2)
@@ -112,7 +114,9 @@ async def test_a_session_outlives_the_lease_of_its_node_and_the_next_process_goe
     assert not session.ends and not session.drops
 
 
-async def test_a_session_that_nobody_goes_on_with_ends_when_programs_have_waited_long_enough(world: World) -> None:
+async def test_a_session_that_nobody_goes_on_with_ends_when_programs_have_waited_long_enough(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session = await world.start()
     await lose_lease(world, Child())
     world.serves = True
@@ -125,7 +129,9 @@ async def test_a_session_that_nobody_goes_on_with_ends_when_programs_have_waited
     assert await world.start() is not session
 
 
-async def test_I5_pages_are_taken_back_where_the_process_had_no_time_for_it(world: World) -> None:
+async def test_I5_pages_are_taken_back_where_the_process_had_no_time_for_it(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session = await world.start()
     session.is_emptied = False
     await lose_lease(world, Child())
@@ -133,7 +139,9 @@ async def test_I5_pages_are_taken_back_where_the_process_had_no_time_for_it(worl
     assert session.drops == 1 and not session.ends
 
 
-async def test_I5_a_session_whose_pages_cannot_be_taken_back_ends(world: World) -> None:
+async def test_I5_a_session_whose_pages_cannot_be_taken_back_ends(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session = await world.start()
     session.is_emptied, session.drop_hangs = False, True
     await lose_lease(world, Child())
@@ -141,7 +149,9 @@ async def test_I5_a_session_whose_pages_cannot_be_taken_back_ends(world: World) 
     assert session.ends == 1
 
 
-async def test_I5_of_a_process_that_was_evicted_nothing_is_shown_while_the_next_one_is_awaited(world: World) -> None:
+async def test_I5_of_a_process_that_was_evicted_nothing_is_shown_while_the_next_one_is_awaited(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session = await world.start()
     session.is_emptied = False
     await world.plan.stopped(1, 1)
@@ -149,7 +159,9 @@ async def test_I5_of_a_process_that_was_evicted_nothing_is_shown_while_the_next_
     assert session.drops == 1 and not session.ends
 
 
-async def test_a_mount_that_is_stopped_ends_its_session(world: World) -> None:
+async def test_a_mount_that_is_stopped_ends_its_session(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session, child = await world.start(), Child()
     child.stopped.set()
     await world.keeper.look_after(child)  # type: ignore[arg-type]
@@ -157,21 +169,27 @@ async def test_a_mount_that_is_stopped_ends_its_session(world: World) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 1])
-async def test_a_session_that_cannot_be_taken_over_ends(world: World, status: int) -> None:
+async def test_a_session_that_cannot_be_taken_over_ends(
+    world: World, autojump_clock: trio.testing.MockClock, status: int
+) -> None:
     session = await world.start()
     session.can_be_taken_over = status == 0
     await world.plan.stopped(1, status)
     assert session.ends == 1
 
 
-async def test_a_volume_that_was_made_again_under_the_name_gets_a_session_of_its_own(world: World) -> None:
+async def test_a_volume_that_was_made_again_under_the_name_gets_a_session_of_its_own(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session = await world.start()
     await lose_lease(world, Child())
     await world.keepers.keeper("V", b"another")
     assert session.ends == 1
 
 
-async def test_what_still_waits_when_the_node_stops_ends(world: World) -> None:
+async def test_what_still_waits_when_the_node_stops_ends(
+    world: World, autojump_clock: trio.testing.MockClock
+) -> None:
     session = await world.start()
     await lose_lease(world, Child())
     await world.keepers.end_all()
