@@ -361,6 +361,15 @@ async def test_with_setxattr_ext_the_kernel_says_whether_an_acl_takes_the_set_gi
         assert setting.names.set.pop() == (FILE, b"system.posix_acl_access", b"v\0w", 0)
         assert setting.names.drops_set_gid is bool(kills)
 
+async def test_the_next_process_reads_requests_as_agreed_on_before_pyfuse3_has_heard_of_it(setting: Setting) -> None:
+    """Resent by the kernel at once: an attribute that is set must not be taken for one of the shorter form."""
+    body = abi.INIT_IN.pack(7, 45, 1 << 17, 0xFFFF_FFFF) + abi.U32.pack(0xFFFF) + bytes(44)
+    init = abi.IN_HEADER.pack(abi.IN_HEADER.size + len(body), abi.INIT, 1, 0, 0, 0, 0, 0, 0) + body
+    setting.relay.take_over(init, {})
+    body = abi.SETXATTR_EXT_IN.pack(3, os.XATTR_CREATE, 0, 0) + b"user.a\0" + b"v\0w"
+    assert await setting.ask(abi.SETXATTR, FILE, body) == 0
+    assert setting.relay.can_cache_entries
+
 
 async def test_that_an_inode_has_no_attributes_is_answered_here_while_its_lease_says_so(setting: Setting) -> None:
     volume, name = setting.volume, abi.GETXATTR_IN.pack(100, 0) + b"system.posix_acl_access\0"

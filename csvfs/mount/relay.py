@@ -240,7 +240,10 @@ class Relay:
         self.lookups = lookups
         _, opcode, unique, node, _, _, _, _, _ = abi.IN_HEADER.unpack_from(init)
         self.forward(opcode, unique, node, memoryview(bytearray(init)))
-        self._pending[unique].is_past = True
+        pending = self._pending[unique]
+        pending.is_past = True
+        assert pending.init is not None, "the record begins with an INIT"
+        self._agree(pending.init)  # now: the kernel's requests are of this form, also before pyfuse3 has answered
 
     # ---- pyfuse3 -> kernel
 
@@ -323,8 +326,7 @@ class Relay:
                 Unavailable(f"kernel or pyfuse3 too old: the kernel offers {offer}, error {error}")
             )
             return
-        self.minor = min(offer.minor, abi.FUSE_MINOR_MAX)
-        self.flags = WANTED_FLAGS & offer.flags
+        self._agree(offer)
         if pending.is_past:
             return
         reply = abi.pack_init_reply(
@@ -340,6 +342,10 @@ class Relay:
         else:
             log.info("this kernel cannot ask anew (Linux 6.9 can): programs will see an error if this process dies")
         os.write(self._device_fd, reply)
+
+    def _agree(self, offer: abi.InitRequest) -> None:
+        self.minor = min(offer.minor, abi.FUSE_MINOR_MAX)
+        self.flags = WANTED_FLAGS & offer.flags
 
     # ---- cache time-outs and open flags (K1: no await from here to the write)
 
