@@ -11,7 +11,8 @@ import trio
 from csvfs.admin.cluster_view import ClusterView, Record
 from csvfs.admin.io_modes import io_modes, metadata_waits, modes_text
 from csvfs.admin.peers import open_peers
-from csvfs.admin.why import Heard, explain, listen, volume_of
+from csvfs.admin.volume_paths import volume_of
+from csvfs.admin.why import Heard, explain, listen
 from csvfs.config import NodeConfig, load_config
 from csvfs.errors import BadRequest, CsvfsError, Disconnected, NotFound, TimedOut
 from csvfs.mount import waits

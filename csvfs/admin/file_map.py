@@ -3,24 +3,20 @@
 Place      admin floor. `rows_of` is pure.
 """
 
-import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import trio
-
 from csvfs.admin.cluster_view import ClusterView, read_cluster_view
 from csvfs.admin.peers import Peers
-from csvfs.admin.why import volume_of
+from csvfs.admin.volume_paths import find_in_volume
 from csvfs.config import NodeConfig
-from csvfs.errors import BadRequest, CsvfsError, NotFound, ProtocolError, Unavailable
+from csvfs.errors import BadRequest, CsvfsError, ProtocolError
 from csvfs.store.interface import ClusterStore
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import ROLE_IN_SYNC, ROLE_JOINING, SlabDescriptor
 
-STAT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 10.0
 
 
@@ -58,10 +54,10 @@ async def read_map(config: NodeConfig, store: ClusterStore, peers: Peers, text: 
 
     Raises  BadRequest: no regular file of a volume. NotFound, Unavailable: no answer. ProtocolError. Cancel safe.
     """
-    volume, path = volume_of(os.path.abspath(text), config.cluster_root)
-    if path is None or path == config.cluster_root / volume:
-        raise BadRequest(f"{text} is a volume as a whole: give the path of a file in it")
-    ino = await _inode_of(path)
+    found = await find_in_volume(config, text)
+    if not stat.S_ISREG(found.status.st_mode):
+        raise BadRequest(f"{found.path} is no regular file: only these have extents")
+    volume, ino = found.volume, found.status.st_ino
     view = await read_cluster_view(store)
     size, block = 0, 0
     extents: list[list[int]] = []
@@ -74,25 +70,13 @@ async def read_map(config: NodeConfig, store: ClusterStore, peers: Peers, text: 
         try:
             block, following = following, answer["next"]
             size, extents = int(answer["size"]), extents + [row for row in answer["rows"] if row[0] >= block]
-            found = [SlabDescriptor.from_wire(value) for value in answer["slabs"]]
-            descriptors |= {descriptor.slab: descriptor for descriptor in found}
+            learned = [SlabDescriptor.from_wire(value) for value in answer["slabs"]]
+            descriptors |= {descriptor.slab: descriptor for descriptor in learned}
             if following is not None and following <= block:
                 raise ValueError("it does not get on")
         except (KeyError, TypeError, ValueError, IndexError, CsvfsError) as error:
             raise ProtocolError(f"the coordinator of {volume} answers with nonsense: {error!r}") from None
-    return FileMap(str(path), volume, ino, size, list(rows_of(extents, size, descriptors, _paths(view))))
-
-
-async def _inode_of(path: os.PathLike[str]) -> int:
-    with trio.move_on_after(STAT_TIMEOUT_S):
-        try:
-            found = await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
-        except OSError as error:
-            raise NotFound(f"{path}: {error.strerror}") from None
-        if not stat.S_ISREG(found.st_mode):
-            raise BadRequest(f"{path} is no regular file: only these have extents")
-        return found.st_ino
-    raise Unavailable(f"{path} does not answer within {STAT_TIMEOUT_S:g} s: see csvfs why {path}")
+    return FileMap(str(found.path), volume, ino, size, list(rows_of(extents, size, descriptors, _paths(view))))
 
 
 def _paths(view: ClusterView) -> dict[str, str]:

@@ -3,22 +3,16 @@
 Place      admin floor. A directory is named by its path on this node; the coordinator is told its inode number.
 """
 
-import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import trio
 
 from csvfs.admin.cluster_view import ClusterView, read_cluster_view
 from csvfs.admin.peers import Peers
-from csvfs.admin.why import volume_of
+from csvfs.admin.volume_paths import find_in_volume
 from csvfs.config import NodeConfig
-from csvfs.errors import BadRequest, NotADirectory, NotFound, ProtocolError, TimedOut
+from csvfs.errors import NotADirectory, NotFound, ProtocolError
 from csvfs.store.interface import ClusterStore
-
-PATH_S = 10.0  # for a path to be found: the mount may be waiting for its coordinator
 
 
 @dataclass(slots=True, frozen=True)
@@ -30,26 +24,11 @@ class Place:
 
 
 async def find_directory(config: NodeConfig, text: str) -> Place:
-    """Raises BadRequest: not below the cluster root. NotFound, NotADirectory. TimedOut: the volume does not answer."""
-    volume, path = volume_of(text, config.cluster_root)
-    if path is None:
-        raise BadRequest(f"{text!r} is no path: name a directory, like {config.cluster_root / text}")
-    with trio.move_on_after(PATH_S):
-        try:
-            status = await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
-        except OSError as error:
-            raise NotFound(f"{path}: {error.strerror}") from None
-        if not stat.S_ISDIR(status.st_mode):
-            raise NotADirectory(f"{path} is not a directory: quotas are of directories and all below them")
-        _check_mounted(config.cluster_root / volume, status.st_dev)
-        return Place(volume, status.st_ino)
-    raise TimedOut(f"{path} is not found within {PATH_S:.0f} s; csvfs why {volume} says what it waits for")
-
-
-def _check_mounted(point: Path, device: int) -> None:
-    """Raises NotFound: what is there is the empty directory below a volume that is not mounted."""
-    if not os.path.ismount(point) or os.lstat(point).st_dev != device:
-        raise NotFound(f"{point} is not mounted, or has another file system in it; see csvfs volume status")
+    """Raises NotADirectory, and as find_in_volume."""
+    found = await find_in_volume(config, text)
+    if not stat.S_ISDIR(found.status.st_mode):
+        raise NotADirectory(f"{found.path} is not a directory: quotas are of directories and all below them")
+    return Place(found.volume, found.status.st_ino)
 
 
 async def set_quota(

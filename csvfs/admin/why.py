@@ -7,7 +7,6 @@ Place      admin floor. Asks this node's mount, the cluster store and the coordi
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypedDict
 
 import trio
@@ -15,8 +14,9 @@ import trio
 from csvfs.admin.cluster_view import VOLUME_ONLINE, ClusterView, Record, read_cluster_view, read_record
 from csvfs.admin.io_modes import metadata_waits
 from csvfs.admin.peers import Peers
-from csvfs.config import NodeConfig, check_name
-from csvfs.errors import BadRequest, CsvfsError, NotFound, TimedOut
+from csvfs.admin.volume_paths import volume_of
+from csvfs.config import NodeConfig
+from csvfs.errors import CsvfsError, NotFound, TimedOut
 from csvfs.store.interface import ClusterStore
 
 STORE_S, MOUNT_S, COORDINATOR_S, PATH_S = 1.4, 1.0, 1.2, 0.5
@@ -45,17 +45,6 @@ class Heard:
     coordinator: dict[str, Any] = field(default_factory=dict)
     jobs: list[dict[str, Any]] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)  # by who: store, mount, coordinator
-
-
-def volume_of(text: str, root: Path) -> tuple[str, Path | None]:
-    """The volume that a name or path is of, and the path. Raises BadRequest. Touches no file."""
-    if "/" not in text:
-        check_name(text, "volume")
-        return text, None
-    path = Path(os.path.abspath(text))
-    if root not in path.parents:
-        raise BadRequest(f"{path} is not below {root}: give a volume's name, or a path in one")
-    return path.relative_to(root).parts[0], path
 
 
 async def listen(config: NodeConfig, store: ClusterStore, peers: Peers, text: str) -> Heard:

@@ -195,7 +195,7 @@ class FileTable:
         self._recaller.lose([state for state in states if state.inherited == LEASE_READ])
         for state in states:
             if state.inherited:
-                self._notifier.invalidate_attr(state.ino)
+                self._recaller.invalidate_attr(state.ino)
         self._lose_but_open([state for state in states if state.open_count and not state.inherited])
         first_new = time.monotonic_ns()
         for state in states:

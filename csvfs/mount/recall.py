@@ -243,7 +243,7 @@ class Recaller:
         self._leases.kept.timed(state.ino, state.times_dirty)
         self._leases.kept.lease(state.ino, state.lease)
         self._leases.mark_recalled(state.ino)
-        self._invalidate_attr(state.ino)
+        self.invalidate_attr(state.ino)
         state.regate()
         if wrote:
             self._lowered(state)
@@ -260,9 +260,10 @@ class Recaller:
         if state.directory:
             self._notifier.increment_epoch()
         self._leases.mark_recalled(state.ino)
-        self._invalidate_attr(state.ino)
+        self.invalidate_attr(state.ino)
 
-    def _invalidate_attr(self, ino: int) -> None:
+    def invalidate_attr(self, ino: int) -> None:
+        """Have the kernel forget the attributes, also of an inode that it is only about to know ("Not heard")."""
         if not self._notifier.invalidate_attr(ino) and self.is_given(ino) and ino not in self._unheard:
             self._unheard[ino] = None
             self._nursery.start_soon(self._tell_until_heard, ino)
@@ -286,7 +287,7 @@ class Recaller:
         files = [state for state in states if not state.directory]
         for state in states:
             self._leases.lose(state)
-            self._invalidate_attr(state.ino)
+            self.invalidate_attr(state.ino)
             if state.directory:
                 self._leases.kept.lost(state.ino, False)
         for state in files:
