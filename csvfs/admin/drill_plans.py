@@ -49,8 +49,6 @@ FREEZE_S = 10.0
 STORE_ROLE = "store"  # only where the store is etcd
 WHOLE_NODE = "everything"  # all processes of a node at once: nobody is left who could replace them
 FROZEN = ("drives", "coordinator", "mount", "node", STORE_ROLE, WHOLE_NODE)
-# A frozen mount is killed, and so is every process of a node whose lease has ended: programs there see that.
-_ERRORS_WHEN_FROZEN = ("mount", "node")
 
 DRILLS = {
     drill.name: drill
@@ -116,8 +114,8 @@ def _victim(drill: Drill, variant: str, nodes: Sequence[str], coordinator: str, 
 
 def _case(drill: Drill, variant: str, victim: str, nodes: Sequence[str]) -> Case:
     others = tuple(node for node in nodes if node != victim)
-    at_victim, spared = drill.at_victim, drill.spared
+    at_victim = drill.at_victim
     if drill.name == FREEZE:
         # While all of a node stands still its kernel shows what it has cached (ARCHITECTURE.md, "Limits of the design").
-        at_victim, spared = variant != WHOLE_NODE, variant not in _ERRORS_WHEN_FROZEN
-    return Case(drill.name, variant, victim, others, at_victim, spared, drill.seconds)
+        at_victim = variant != WHOLE_NODE
+    return Case(drill.name, variant, victim, others, at_victim, drill.spared, drill.seconds)
