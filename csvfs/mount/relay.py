@@ -50,6 +50,11 @@ REPLY_SIZE_MAX = MIB + 4096
 REPLIES_PER_TURN = 64
 
 CACHE_VALID_S = 1 << 24  # "long": half a year; leases end it, not time
+# How long the kernel keeps attributes that come with a name. It may not know the inode before the program that asked has
+# its turn, which on a machine without a free processor is later than any recall may wait; until then it cannot be told
+# to forget them (recall.py, "Not heard"). A jiffy at 250 Hz: stat(2) needs them once; the next one asks for attributes
+# alone, without another process (channel.py), and keeps those.
+LOOKUP_VALID_NS = 4_000_000
 WANTED_FLAGS = (
     abi.FLAG_ASYNC_READ
     | abi.FLAG_BIG_WRITES
@@ -389,10 +394,11 @@ class Relay:
         entry_valid, attr_valid, _, _ = abi.ENTRY_VALID.unpack_from(reply, at)
         if entry_valid:
             entry_valid = self._valid_s(pending.node, pending.stamp) if self.can_cache_entries else 0
+        attr_valid_ns = 0
         if ino != 0:  # 0: the name does not exist, and the kernel may remember that
-            attr_valid = self._attr_valid_s(ino, pending) if attr_valid else 0
+            attr_valid_ns = LOOKUP_VALID_NS if attr_valid and self._attr_valid_s(ino, pending) else 0
             given.append(ino)
-        abi.ENTRY_VALID.pack_into(reply, at, entry_valid, attr_valid, 0, 0)
+        abi.ENTRY_VALID.pack_into(reply, at, entry_valid, 0, 0, attr_valid_ns)
 
     def _patch_open(self, reply: memoryview, at: int, open_flags: int) -> None:
         """Pages outlive opens, leases end them. Direct writes of one file go on side by side."""
