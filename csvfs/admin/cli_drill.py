@@ -1,7 +1,7 @@
 """`csvfs drill`: break something on purpose, and see what programs notice.
 
 Place      admin floor, over drill.py.
-Exit       1 when anything was lost, un-happened, or an error was seen where the drill promises none.
+Exit       1 when anything was lost, un-happened, or any program saw an error.
 """
 
 import sys

@@ -39,8 +39,6 @@ class Round:
     failure: str = ""  # the round itself could not be finished
     violations: list[str] = field(default_factory=list)  # at most VIOLATIONS_SAID
     violation_count: int = 0
-    tolerated: list[str] = field(default_factory=list)  # errors where the drill promises nothing; as above
-    tolerated_count: int = 0
     pauses: dict[str, dict[str, Pause]] = field(default_factory=dict)  # ELSEWHERE, AT_VICTIM -> group -> pause
     operations: int = 0
     acknowledged: int = 0  # changes
@@ -91,12 +89,12 @@ def _cases(ground: LabGround | ClusterGround, drill: Drill, turn: int) -> list[C
         return cases_of(drill, ground.nodes, ground.coordinator, turn, has_etcd=ground.has_etcd)
     others = [node for node in ground.all_nodes if node != ground.here]
     if drill.name == ROLLING:
-        return [lambda node=node: Case(drill.name, "", node, (ground.here,), False, True) for node in others]  # type: ignore[misc]
+        return [lambda node=node: Case(drill.name, "", node, (ground.here,), False) for node in others]  # type: ignore[misc]
 
     def move() -> Case:
         owner = ground.coordinator()
         targets = tuple(node for node in ground.all_nodes if node != owner)
-        return Case(drill.name, "", owner, targets, False, True)
+        return Case(drill.name, "", owner, targets, False)
 
     return [move]
 
@@ -181,10 +179,9 @@ def _sum_up(
     round_: Round, case: Case, operations: list[Operation], marks: list[tuple[int, str]], ended_ns: int
 ) -> None:
     at_victim = {WORKER_AT_VICTIM, WATCHER_AT_VICTIM}
-    verdict: Verdict = judge(operations, errors_allowed=() if case.spared else at_victim)
-    round_.violation_count, round_.tolerated_count = len(verdict.violations), len(verdict.tolerated)
+    verdict: Verdict = judge(operations)
+    round_.violation_count = len(verdict.violations)
     round_.violations = [str(violation) for violation in verdict.violations[:VIOLATIONS_SAID]]
-    round_.tolerated = [str(violation) for violation in verdict.tolerated[:VIOLATIONS_SAID]]
     round_.operations = len(operations)
     round_.acknowledged, round_.fsynced = count_acknowledged(operations)
     if marks:

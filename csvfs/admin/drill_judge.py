@@ -20,7 +20,7 @@ import heapq
 import os
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from csvfs.admin.drill_history import ABSENT, FINAL, NAMES_OF_LIST, NOTHING, PRESENT, TORN, Operation
@@ -48,7 +48,6 @@ class Violation:
 @dataclass(slots=True)
 class Verdict:
     violations: list[Violation] = field(default_factory=list)
-    tolerated: list[Violation] = field(default_factory=list)  # errors where the drill allows them
 
     @property
     def is_good(self) -> bool:
@@ -97,15 +96,14 @@ class _Versions:
         return places[at - 1] if at else None
 
 
-def judge(operations: Iterable[Operation], *, errors_allowed: Collection[str] = ()) -> Verdict:
+def judge(operations: Iterable[Operation]) -> Verdict:
     """Judge all that the programs of one round logged.
 
-    Args     errors_allowed: programs whose errors the drill does not promise to spare.
     Returns  violations in the order in which they happened.
     """
     ordered = sorted(operations, key=lambda operation: (operation.begin_ns, operation.number))
     verdict = Verdict()
-    _judge_answers(ordered, errors_allowed, verdict)
+    _judge_answers(ordered, verdict)
     versions: dict[Key, _Versions] = {}
     for operation in ordered:
         for key, value in operation.effects:
@@ -129,17 +127,15 @@ def _unwritten(key: str) -> _Versions:
     return _Versions(ABSENT if _is_name(key) else NOTHING)
 
 
-def _judge_answers(ordered: list[Operation], errors_allowed: Collection[str], verdict: Verdict) -> None:
+def _judge_answers(ordered: list[Operation], verdict: Verdict) -> None:
     for operation in ordered:
         where = f"{operation.program}/{operation.thread}"
         what = f"{operation.kind} {_named(operation)}"
         if operation.end_ns is None:
-            violation = Violation(UNANSWERED, where, what, operation.begin_ns)
+            verdict.violations.append(Violation(UNANSWERED, where, what, operation.begin_ns))
         elif operation.errno:
-            violation = Violation(ERROR, where, f"{what}: {os.strerror(operation.errno)}", operation.end_ns)
-        else:
-            continue
-        (verdict.tolerated if operation.program in errors_allowed else verdict.violations).append(violation)
+            error = f"{what}: {os.strerror(operation.errno)}"
+            verdict.violations.append(Violation(ERROR, where, error, operation.end_ns))
 
 
 def _named(operation: Operation) -> str:

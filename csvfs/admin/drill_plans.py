@@ -23,7 +23,6 @@ class Case:
     victim: str
     others: tuple[str, ...]  # nodes on which programs are promised to see no more than a pause
     at_victim: bool  # whether programs run on the victim too
-    spared: bool  # whether those are promised to see no error
     seconds: float = 0.0  # how long it lasts; 0: as long as drill_faults.py has it last
 
     @property
@@ -40,7 +39,6 @@ class Drill:
     goal_ms: float | None
     variants: tuple[str, ...] = ("",)
     at_victim: bool = False
-    spared: bool = True
     needs_etcd: bool = False
     seconds: float = 0.0  # see Case
 
@@ -114,8 +112,6 @@ def _victim(drill: Drill, variant: str, nodes: Sequence[str], coordinator: str, 
 
 def _case(drill: Drill, variant: str, victim: str, nodes: Sequence[str]) -> Case:
     others = tuple(node for node in nodes if node != victim)
-    at_victim = drill.at_victim
-    if drill.name == FREEZE:
-        # While all of a node stands still its kernel shows what it has cached (ARCHITECTURE.md, "Limits of the design").
-        at_victim = variant != WHOLE_NODE
-    return Case(drill.name, variant, victim, others, at_victim, drill.spared, drill.seconds)
+    # While all of a node stands still its kernel shows what it has cached (ARCHITECTURE.md, "Limits of the design").
+    at_victim = drill.at_victim and variant != WHOLE_NODE
+    return Case(drill.name, variant, victim, others, at_victim, drill.seconds)

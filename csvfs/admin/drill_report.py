@@ -34,7 +34,7 @@ class CaseReport:
 
 @dataclass(slots=True)
 class DrillReport:
-    """`held`: nothing was lost, nothing un-happened, no program saw an error where none is promised to be seen."""
+    """`held`: nothing was lost, nothing un-happened, no program saw an error."""
 
     volume: str
     files: int
@@ -166,7 +166,7 @@ def summary(report: DrillReport) -> str:
         f" of which {fsynced:,} behind an fsync: "
     )
     if report.held:
-        return said + "nothing lost, nothing un-happened, no error where none may be"
+        return said + "nothing lost, nothing un-happened, no error"
     return said + counted(report.violation_count, "violation") + (
         f", {counted(unfinished, 'round')} unfinished" if unfinished else ""
     )
