@@ -213,7 +213,12 @@ class Dispatch:
         session, ino = wanted.session, wanted.ino
         try:
             attr = self._metadata.getattr(ino)
-            value: Value = {"attr": attr, "extents": [], "slabs": []}
+            value: Value = {"extents": [], "slabs": []}
+            writer = None
+            if wanted.ticket.needs[ino] is not Need.OPEN:
+                # An OPEN is answered also while another session's change waits that has had the attributes forgotten: with
+                # the lease that stays they would be believed, and nobody would take them back again.
+                value["attr"], writer = attr, self._leases.other_writer(session, ino)
             if wanted.count:
                 self._add_layout(value, ino, wanted.block, wanted.count)
         except BaseException as error:
@@ -224,7 +229,7 @@ class Dispatch:
         leases: dict[str, tuple[InodeNo, int | None]] = {
             "lease": (ino, self._leases.table.serial(session.key, ino))
         }
-        return Reply(value, leases, self._leases.other_writer(session, ino), self._log.position, wanted.ticket)
+        return Reply(value, leases, writer, self._log.position, wanted.ticket)
 
     def answered(self, reply: Reply) -> None:
         """The reply has left, or never will. Twice does no harm."""

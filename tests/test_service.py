@@ -18,7 +18,7 @@ from csvfs.wire.control import pack_call, pack_value
 from csvfs.wire.frames import Kind
 from tests.coordinator_cluster import DRIVE_SIZE, NAME, VOLUME, TestCluster
 
-READ, WRITE = 2, 3
+OPEN, READ, WRITE = 1, 2, 3
 
 
 @asynccontextmanager
@@ -116,6 +116,26 @@ async def test_a_truncation_is_not_undone_by_the_size_that_was_told_just_before_
         await truncated.wait()
         first.link.on_frame = first._on_frame
         assert (await second.call("getattr", ino=ino))["attr"][6] == BLOCK_SIZE
+
+
+async def test_who_opens_a_file_while_its_attributes_are_about_to_change_is_not_told_those_of_before(tmp_path):
+    """Its read lease stays and it was asked already: it would believe them for good."""
+    async with cluster_of(tmp_path, recall_timeout_ms=2_000) as cluster:
+        first, second, third = [await cluster.mount(node) for node in ("n1", "n2", "n3")]
+        ino = await third.make(b"file")
+        assert (await first.call("acquire", ino=ino, kind=OPEN, block=0, count=0))["lease"] == OPEN  # third writes it
+        for mount in (first, second, third):
+            assert (await mount.call("acquire", ino=ino, kind=READ, block=0, count=0))["attr"][12] == 0
+        second.answers_recalls = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(third.change, "setxattr", ino=ino, name=b"user.a", value=b"b", flags=0))
+            while not any(recall["attr"] for recall in first.recalls):
+                await trio.sleep(0.001)
+            opened = await first.call("acquire", ino=ino, kind=OPEN, block=0, count=0)
+            assert opened["lease"] == READ and opened.get("attr") is None
+            asked = await first.call("getattr", ino=ino)
+            assert asked["lease"] < READ and asked["attr"][12] == 0
+        assert (await first.call("getattr", ino=ino))["attr"][12] == 1
 
 
 async def test_a_file_that_is_open_elsewhere_outlives_its_name(tmp_path):
@@ -506,7 +526,7 @@ class HeldBus:
         ("lookup", {"parent": 1, "name": b"file"}, lambda reply: reply["attr"] is not None),
         ("readdir", {"ino": 1, "cookie": 0, "limit": 9}, lambda reply: len(reply["entries"]) == 1),
         ("getattr", {"ino": 2}, lambda reply: reply["attr"][0] == 2),
-        ("acquire", {"ino": 2, "kind": 1, "block": 0, "count": 0}, lambda reply: reply["attr"][0] == 2),
+        ("acquire", {"ino": 2, "kind": 1, "block": 0, "count": 0}, lambda reply: reply["lease"] == 1),
         ("statfs", {}, lambda reply: reply["files"] - reply["files_free"] == 2),
     ],
 )
