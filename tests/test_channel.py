@@ -730,6 +730,8 @@ async def test_a_mount_that_was_evicted_answers_nothing_and_leaves_all_to_the_ne
     async def statfs(ino: int) -> dict[str, int]:
         raise Fenced("evicted")
 
+    answered: list[str] = []
+    setting.volume.ended = lambda: answered.append("write")  # type: ignore[method-assign]
     setting.volume.write, setting.volume.write_nowait = write, write_nowait  # type: ignore[method-assign,assignment]
     setting.volume.statfs = statfs  # type: ignore[method-assign]
     setting.send(abi.WRITE, 10, FILE, write_body(0, b"never"))
@@ -741,6 +743,7 @@ async def test_a_mount_that_was_evicted_answers_nothing_and_leaves_all_to_the_ne
         await trio.lowlevel.checkpoint()
     with pytest.raises(BlockingIOError):
         setting.kernel.recv(100)
+    assert answered == [], "the kernel keeps the pages of the WRITE locked"
     assert at_once or RequestJournal(setting.channel._journal._words)._old  # the next process finds where it was going
 
 

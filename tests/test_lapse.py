@@ -1,7 +1,9 @@
 """A mount that may not serve: the kernel must not show what it has cached, either (I5)."""
 
+import pytest
 import trio
 
+from csvfs.errors import Fenced
 from tests.mount_nodes import CachingKernel, Cluster, FakeKernel, Node, cluster
 from tests.test_file_table import BLOCK, FILE, settle
 
@@ -111,6 +113,34 @@ async def test_I5_a_page_that_is_asked_for_meanwhile_holds_up_no_other_and_then_
         with trio.fail_after(30):
             while said != [True, False]:
                 await trio.sleep(0.01)
+
+
+async def test_I5_a_page_whose_read_ends_with_the_eviction_of_the_mount_holds_up_no_other() -> None:
+    """Nobody answers it before the next process does, so the kernel keeps it locked."""
+    async with cluster() as c:
+        node, _ = await reading(c)
+        fenced = trio.Event()
+
+        async def evicted(*_: object) -> None:
+            fenced.set()
+            raise Fenced("evicted")
+
+        async def read() -> None:
+            async with node.kernel._lock(FILE, 3):
+                with pytest.raises(Fenced):
+                    await node.table.read(FILE, 3 * BLOCK, BLOCK)
+                await trio.sleep_forever()
+
+        node.bus.local = False
+        node.bus.read = evicted  # type: ignore[method-assign,assignment]
+        c.nursery.start_soon(read)
+        await fenced.wait()
+        await settle()
+        node.guard.close()
+        with trio.fail_after(30):
+            await node.table.empty()
+        assert not node.kernel.pages
+        assert ("pages", FILE, 4 * BLOCK, 0) in node.kernel.log  # behind the one that is locked
 
 
 async def test_I5_what_is_emptied_too_late_is_not_said_to_show_nothing() -> None:

@@ -443,6 +443,8 @@ class Channel:
 
     def written(self, write: "_Write", error: Exception | None) -> None:
         """The end of a WRITE, once each: its buffer comes back and the kernel gets its answer."""
+        if isinstance(error, Fenced):
+            return  # no answer (errno_border.py): the kernel keeps its pages locked until the next process answers
         if write.buffered is not None:
             write.buffered.ended()
         if self._replaying:

@@ -10,7 +10,7 @@ from bisect import bisect_right
 
 import trio
 
-from csvfs.errors import InputOutputError, TimedOut, Unavailable
+from csvfs.errors import Fenced, InputOutputError, TimedOut, Unavailable
 from csvfs.mount.file_state import FileState
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Leases
@@ -89,6 +89,7 @@ class ReadPath:
         deadline = time.monotonic() + self._io_timeout_s
         state = self._leases.state(ino)
         token = object()
+        is_answered = True  # else the kernel keeps these pages locked, until the next process answers
         state.waiting += 1
         state.pages_read[token] = (offset, offset + size)
         try:
@@ -114,9 +115,13 @@ class ReadPath:
                 if first + count > FILE_BLOCKS_MAX:
                     first = count = 0  # of no file; the lease will say where this one ends
                 await self._leases.acquire(state, state.lease_to_read, first, count)
+        except Fenced:
+            is_answered = False
+            raise
         finally:
             state.waiting -= 1
-            del state.pages_read[token]
+            if is_answered:
+                del state.pages_read[token]
             state.stuck.pop(token, None)
 
     async def _wait_again(self, error: Unavailable, deadline: float) -> None:
