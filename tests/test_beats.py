@@ -85,10 +85,11 @@ def test_a_node_that_has_just_begun_waits_before_it_judges() -> None:
     assert beats.silent(103.8) == [("n2", 7)]
 
 
-def test_beats_are_no_news_to_those_who_wait_for_changes_of_the_cluster() -> None:
+def test_beats_are_no_news_to_those_who_wait_for_changes_of_the_cluster(caplog: pytest.LogCaptureFixture) -> None:
     view, told = View(), []
     view.on_change(lambda: told.append(view.revision))
     view.apply([Change("beats/n1", Item("beats/n1", b"", 5, 1), 5)])
+    assert not caplog.records, "a beat has nothing to say, which is no mistake"
     assert told == [] and view.revision == 5
     view.apply([Change("beats/n1", Item("beats/n1", b"", 6, 1), 6), Change("alive/n2", None, 6)])
     assert told == [6]

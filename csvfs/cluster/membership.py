@@ -85,10 +85,13 @@ class View:
 
     def apply(self, changes: list[Change]) -> None:
         """Take over changes of the store, then tell everybody who waits. Beats are no news: they come all the time."""
+        news = not changes
         for change in changes:
-            self._apply_one(change.key, change.item.value if change.item else None)
             self.revision = max(self.revision, change.revision)
-        if changes and all(change.key.startswith(BEATS) for change in changes):
+            if not change.key.startswith(BEATS):
+                news = True
+                self._apply_one(change.key, change.item.value if change.item else None)
+        if not news:
             return
         changed, self._changed = self._changed, trio.Event()
         changed.set()
