@@ -197,7 +197,7 @@ async def test_what_was_copied_under_a_lease_that_was_lost_does_not_replace_what
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.write, CLONE, 0, b"n" * BLOCK)
             await settle()
-            node.table._restore()
+            node.table.refused([CLONE])
             await other.write(CLONE, 3 * BLOCK, b"o" * BLOCK)
             node.bus.flush = flush
             await node.write(CLONE, 39 * BLOCK, b"e" * BLOCK)
@@ -213,7 +213,7 @@ async def test_an_answer_about_space_from_before_a_replacement_does_not_bring_th
         node = await pair(c, blocks=16)
         file = c.coordinator.files[CLONE]
         file.size = 64 * BLOCK
-        node.table._restore()
+        node.table.refused([CLONE])
         assert await node.read(CLONE, 32 * BLOCK, BLOCK) == bytes(BLOCK)
         allocate, answered = c.coordinator._allocate, trio.Event()
 

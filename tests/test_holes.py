@@ -175,7 +175,7 @@ async def test_a_file_does_not_grow_over_blocks_that_were_forgotten_while_its_ta
             nursery.start_soon(node.table.fallocate, FILE, end, 3 * BLOCK, 0)
             await settle()
             assert node.bus.in_flight == 1 and file.size == end + 20  # its tail
-            node.table._restore()
+            node.table.refused([FILE])
             nursery.start_soon(node.write, FILE, 0, b"n" * BLOCK)
             await settle()
             assert node.table.holds(FILE) == 3

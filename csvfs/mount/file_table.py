@@ -437,11 +437,10 @@ class FileTable:
             await trio.sleep(GUARD_S)
 
     def _restore(self) -> None:
-        """The node's lease had run out and is there again: nothing held before counts."""
-        log.warning("this node could not serve for a while; all leases are taken anew")
+        """The node's lease was not renewed in time, and goes on: nobody has counted this node as gone, and all that we hold
+        is still ours, with the writes that were under way (guard.py)."""
+        log.warning("this node could not serve for a while, and goes on")
         self.leases.mark_all_recalled()
-        held = [state for state in self.leases.states.values() if max(state.lease, state.inherited) >= LEASE_READ]
-        self._recaller.lose(held)
         self._lapse.over()
         self._guard.restored()
 

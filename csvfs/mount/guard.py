@@ -1,9 +1,11 @@
 """The guard: whether this mount may answer from what it holds, asked before every answer (I5).
 
 Place      mount floor. Two conditions, both by monotonic clock:
-Node       the node's lease (cluster/liveness.py). Once it has run out, others may have taken our leases: the
-           lapse stays until `restored`, that is until all leases were given up and the kernel's caches taken
-           back.
+Node       the node's lease (cluster/liveness.py). Once it has run out, others may take our leases: the lapse stays until
+           `restored`. To this process the lease only comes back if it never ended in the cluster store: after one that
+           ended there is another page, and another process. So nobody has counted this node as gone, or evicted us for
+           that, and leases stay. They must: writes under way go on when their slab can be reached again, and whoever got
+           the lease of such a file meanwhile would read what was there before them.
 Contact    the coordinator answered something that was sent less than `contact_s_max` ago. It evicts sessions
            that it has not heard of for longer, and then our own drives would still read well but stale. A
            process that was stopped for a while wakes up without contact. Contact regained means not evicted
@@ -60,7 +62,7 @@ class Guard:
         return self.lapsed and not self._closed and self._may_serve()
 
     def restored(self) -> None:
-        """Nothing is held any more that was held before the lapse."""
+        """Nothing that was learned before the lapse is on its way to the kernel's caches any more."""
         self.lapsed = False
 
     async def wait_serving(self, timeout_s: float) -> None:
