@@ -245,6 +245,17 @@ class DriveControl:
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"node {member.node} answered scrub with nonsense: {error!r}") from None
 
+    async def unwritten(self, member: Member, slab: SlabId, ranges: list[tuple[int, int]]) -> int:
+        """How many blocks of these (block, count) a member's copy has no content of: they read as zeros.
+
+        Raises  Unavailable: the copy is not in service. DriveFailed, Corrupt, Fenced.
+        """
+        args = {"drive": member.drive, "slab": slab, "ranges": ranges}
+        answer = await self._pull_links.call(member.node, "unwritten", args, timeout_s=CALL_TIMEOUT_S)
+        if not isinstance(answer, int) or not 0 <= answer <= sum(count for _, count in ranges):
+            raise ProtocolError(f"node {member.node} answered unwritten with nonsense: {answer!r}"[:200])
+        return answer
+
     async def scrub_tables(self, node: NodeName, drive: DriveId) -> int:
         """Put right superblocks and slot table of a drive; how much was wrong."""
         answer = await self._pull_links.call(node, "scrub_tables", {"drive": drive}, timeout_s=PULL_TIMEOUT_S)

@@ -114,6 +114,10 @@ def _question(service: Service, name: str, args: dict[str, Any]) -> Question:
         return partial(_now, service.scrub.start)
     if name == "file_map":
         return partial(_now, partial(service.file_map, args))
+    if name == "file_integrity":
+        return partial(service.integrity.look, args)
+    if name == "file_verify":
+        return partial(service.integrity.verify, args)
     if name == "lost":
         return service.lost.listing
     if name == "accept_data_loss":

@@ -6,6 +6,8 @@ Online     the volume stays online: only what lies in such slabs cannot be read 
 Fails      A slab is *waiting* while a drive with an in-sync copy may come back: reads wait for the io_timeout, a reboot
            takes less. It is *lost* when all of them are known to hold nothing any more (truncated, overwritten,
            another drive in their place, removed): reads fail at once, for waiting would not help.
+Blocks     Single blocks that are bad on all copies of a slab that is there (lost_blocks.py) are listed with it, when they are
+           bad still. They cannot be read either; a block that is written as a whole is good again, by itself.
 
 Invariants
   I1  The last in-sync copy is given up by `accept_data_loss` alone: asked for by a human, written down in the cluster
@@ -21,15 +23,18 @@ from typing import Any
 import trio
 
 from coordinator.cluster_facts import ClusterFacts
+from coordinator.copy_verify import CopyVerifier
 from coordinator.drive_control import DriveControl
+from coordinator.lost_blocks import LostBlocks, Run
 from coordinator.metadata import Metadata
 from coordinator.paths import directory_path
 from coordinator.restoration import Census, take_census
 from coordinator.slab_changes import SlabChanges
 from csvfs.block import slab_state
 from csvfs.block.drive_faults import DAMAGED, FOREIGN, OVERWRITTEN, SWAPPED, TRUNCATED
-from csvfs.errors import Conflict, CsvfsError, Fenced, Lost, NoSpace
-from csvfs.ids import DriveId, Epoch, NodeName, SlabId, VolumeId
+from csvfs.block.scrub import BLOCKS_PER_CALL_MAX
+from csvfs.errors import Conflict, CsvfsError, Fenced, Lost, NoSpace, NotFound
+from csvfs.ids import METADATA_SLAB_ID_MIN, DriveId, Epoch, NodeName, SlabId, VolumeId
 from csvfs.store.interface import ClusterStore, Compare, Put
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import ROLE_IN_SYNC, SlabDescriptor
@@ -43,6 +48,9 @@ FILES_MAX = 2_000  # in one answer, which may have 1 MiB
 RANGES_PER_FILE_MAX = 64
 ACCEPTED = "accepted_loss/"
 CAS_TRIES_MAX = 100
+RUNS_LOOKED_AT_MAX = 1024  # of single blocks, for one listing
+RATE_MIB_S = 200
+WHOLE_SLAB = 1 << 32  # blocks
 
 
 @dataclass(slots=True)
@@ -64,6 +72,8 @@ class LostSlabs:
         control: DriveControl,
         facts: ClusterFacts,
         store: ClusterStore,
+        lost_blocks: LostBlocks,
+        verifier: CopyVerifier,
     ) -> None:
         self._name = name
         self._volume = volume
@@ -72,6 +82,8 @@ class LostSlabs:
         self._control = control
         self._facts = facts
         self._store = store
+        self._lost_blocks = lost_blocks
+        self._verifier = verifier
         self.on_accepted: Callable[[Iterable[DriveId]], None] = lambda drives: None
 
     def check(self, descriptor: SlabDescriptor) -> None:
@@ -108,12 +120,28 @@ class LostSlabs:
     async def listing(self) -> dict[str, Any]:
         """For the command line: slabs, why, and the files that lie in them with their ranges in bytes."""
         lost, census = await self.find()
-        files = await self._files_in({descriptor.slab for descriptor in lost})
+        await self._look_at_blocks()
+        blocks = self._lost_blocks.slabs()
+        whole: dict[SlabId, list[Run]] = {descriptor.slab: [(0, WHOLE_SLAB)] for descriptor in lost}
+        files = await self._files_in(blocks | whole)
         return {
             "slabs": [self._slab_row(descriptor, census) for descriptor in lost],
+            "blocks": sum(count for runs in blocks.values() for _, count in runs),
             "files": [[f.ino, f.path, f.ranges[:RANGES_PER_FILE_MAX]] for f in files[:FILES_MAX]],
             "file_count": len(files),
         }
+
+    async def _look_at_blocks(self) -> None:
+        """Whether those that were found lost are lost still. Raises Fenced, and what ends the batches."""
+        runs = [(slab, *run) for slab, found in self._lost_blocks.slabs().items() for run in found]
+        for slab, block, count in runs[:RUNS_LOOKED_AT_MAX]:
+            for start in range(block, block + count, BLOCKS_PER_CALL_MAX):
+                size = min(BLOCKS_PER_CALL_MAX, block + count - start)
+                try:
+                    await self._verifier.verify(self._changes, slab, start, size, RATE_MIB_S)
+                except NotFound:
+                    if slab < METADATA_SLAB_ID_MIN:  # given back to the pool
+                        await self._lost_blocks.verified(slab, start, size, ())
 
     def _slab_row(self, descriptor: SlabDescriptor, census: Census) -> dict[str, Any]:
         members = [
@@ -122,19 +150,23 @@ class LostSlabs:
         stale = list(census.copies.get(descriptor.slab, {}))
         return {"slab": descriptor.slab, "epoch": descriptor.epoch, "members": members, "stale": stale}
 
-    async def _files_in(self, slabs: set[SlabId]) -> list[LostFile]:
+    async def _files_in(self, slabs: dict[SlabId, list[Run]]) -> list[LostFile]:
+        """Files with any of these blocks."""
         files: dict[int, LostFile] = {}
         if not slabs:
             return []
         last = (0, -1)
         while True:
             rows = self._metadata.database.rows(
-                "SELECT ino, block, slab, count FROM extents WHERE (ino, block) > (?, ?) ORDER BY ino, block LIMIT ?",
+                "SELECT ino, block, slab, slab_block, count FROM extents WHERE (ino, block) > (?, ?) ORDER BY ino, block LIMIT ?",
                 (*last, ROWS_PER_SLICE),
             )
-            for ino, block, slab, count in rows:
-                if slab in slabs:
-                    _add_range(files.setdefault(ino, LostFile(ino)), block * BLOCK_SIZE, count * BLOCK_SIZE)
+            for ino, block, slab, slab_block, count in rows:
+                for start, length in slabs.get(slab, ()):
+                    first, end = max(start, slab_block), min(start + length, slab_block + count)
+                    if first < end:
+                        file = files.setdefault(ino, LostFile(ino))
+                        _add_range(file, (block + first - slab_block) * BLOCK_SIZE, (end - first) * BLOCK_SIZE)
             if len(rows) < ROWS_PER_SLICE:
                 break
             last = (rows[-1][0], rows[-1][1])

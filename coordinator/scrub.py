@@ -1,6 +1,6 @@
 """Scrub: every copy of every slab is verified every few weeks, or when somebody asks; what rotted is healed.
 
-Place      coordinator floor; above slab_changes.py, below service.py.
+Place      coordinator floor; above copy_verify.py, which verifies and heals, below service.py.
 Task       run_forever, one slab after the other: its copies side by side, each at a low rate.
 Round      goes through the slabs by number. How far it is stands in the volume's settings (`scrub`), so a round that
            was begun here is gone on with by the next coordinator. A slab made after its number was passed waits for
@@ -18,14 +18,14 @@ import trio
 
 from coordinator.batches import Batches
 from coordinator.cluster_facts import ClusterFacts
+from coordinator.copy_verify import CopyResult, CopyVerifier
 from coordinator.drive_control import DriveControl
 from coordinator.metadata import Metadata
 from coordinator.slab_changes import SlabChanges
 from csvfs.block.scrub import BLOCKS_PER_CALL_MAX
-from csvfs.errors import Corrupt, CsvfsError, Fenced, NotFound, ProtocolError, StaleEpoch
-from csvfs.ids import DriveId, SlabId
+from csvfs.errors import CsvfsError, Fenced, NotFound, ProtocolError
+from csvfs.ids import SlabId
 from csvfs.units import BLOCK_SIZE
-from csvfs.wire.block_messages import Member, SlabDescriptor
 from csvfs.wire.control import pack_value, unpack_value
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class ScrubRound:
 
 
 class Scrub:
-    """`look_into(drives)`: copies there are damaged as a whole, and have to be made anew."""
+    """All slabs of one volume."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Scrub:
         books: Iterable[SlabChanges],
         control: DriveControl,
         facts: ClusterFacts,
-        look_into: Callable[[Iterable[DriveId]], None],
+        verifier: CopyVerifier,
         *,
         slab_blocks: int,
         is_paused: Callable[[], bool],
@@ -79,7 +79,7 @@ class Scrub:
         self._books = list(books)
         self._control = control
         self._facts = facts
-        self._look_into = look_into
+        self._verifier = verifier
         self._slab_blocks = slab_blocks
         self._is_paused = is_paused
         self._interval_s = interval_s
@@ -198,84 +198,18 @@ class Scrub:
 
     async def _scrub_slab(self, changes: SlabChanges, slab: SlabId) -> None:
         for block in range(0, self._slab_blocks, BLOCKS_PER_CALL_MAX):
+            count = min(BLOCKS_PER_CALL_MAX, self._slab_blocks - block)
+            rate = RATE_ASKED_MIB_S if self._asked else RATE_MIB_S
             try:
-                descriptor = changes.book.current(slab)
+                results = await self._verifier.verify(changes, slab, block, count, rate)
             except NotFound:
                 return  # removed meanwhile
-            count = min(BLOCKS_PER_CALL_MAX, self._slab_blocks - block)
-            fenced: list[Fenced] = []
-            async with trio.open_nursery() as nursery:
-                for member in descriptor.in_sync:
-                    nursery.start_soon(self._scrub_copy, changes, descriptor, member, block, count, fenced)
-            if fenced:
-                raise fenced[0]
+            for result in results:
+                self._count(result)
 
-    async def _scrub_copy(
-        self,
-        changes: SlabChanges,
-        descriptor: SlabDescriptor,
-        member: Member,
-        block: int,
-        count: int,
-        fenced: list[Fenced],
-    ) -> None:
-        rate = RATE_ASKED_MIB_S if self._asked else RATE_MIB_S
-        try:
-            bad, repaired = await self._control.scrub(member, descriptor.slab, block, count, rate)
-            self._bytes_done += count * BLOCK_SIZE
-            self.round.found += len(bad) + repaired
-            self.round.healed += repaired
-            if bad:
-                await self._heal(changes, descriptor, member, bad)
-        except Fenced as error:
-            fenced.append(error)
-        except Corrupt as error:
-            log.error("scrub: %s", error)
-            self.round.found += 1
-            await self._make_anew(changes, descriptor, member, str(error), fenced)
-        except CsvfsError as error:
-            self.round.skipped += 1
-            log.info("scrub: slab %d on node %s is skipped: %s", descriptor.slab, member.node, error)
-
-    async def _make_anew(
-        self, changes: SlabChanges, descriptor: SlabDescriptor, member: Member, why: str, fenced: list[Fenced]
-    ) -> None:
-        """A copy that is damaged as a whole leaves the in-sync set; the next census finds that it is none."""
-        try:
-            await changes.failed(descriptor.slab, descriptor.epoch, [member.drive], why)
-            self.round.healed += 1
-        except Fenced as error:
-            fenced.append(error)
-        except CsvfsError as error:
-            self.round.lost += 1
-            log.error("scrub: slab %d: %s", descriptor.slab, error)
-        self._look_into([member.drive])
-
-    async def _heal(
-        self, changes: SlabChanges, descriptor: SlabDescriptor, member: Member, bad: list[int]
-    ) -> None:
-        log.warning(
-            "scrub: slab %d on drive %s of node %s: %d blocks do not verify, the first is %d",
-            descriptor.slab, member.drive.hex()[:8], member.node, len(bad), bad[0],
-        )  # fmt: skip
-        left = bad
-        for source in descriptor.in_sync:
-            if source.drive == member.drive or not left:
-                continue
-            try:
-                _, still = await self._control.heal_from(member, source, descriptor, left)
-                self.round.healed += len(left) - len(still)  # also those that a writer has replaced meanwhile
-                left = still
-            except StaleEpoch:
-                descriptor = changes.book.current(descriptor.slab)
-                if member.drive not in {m.drive for m in descriptor.in_sync}:
-                    return  # it is resynced anyway
-            except Fenced:
-                raise
-            except CsvfsError as error:
-                log.info(
-                    "scrub: slab %d cannot be healed from node %s: %s", descriptor.slab, source.node, error
-                )
-        if left:
-            self.round.lost += len(left)
-            log.error("scrub: slab %d: no copy has blocks %s", descriptor.slab, left[:16])
+    def _count(self, result: CopyResult) -> None:
+        self._bytes_done += result.verified * BLOCK_SIZE
+        self.round.found += result.found
+        self.round.healed += result.healed
+        self.round.lost += len(result.left) + (bool(result.damaged) and not result.is_made_anew)
+        self.round.skipped += bool(result.skipped)

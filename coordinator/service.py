@@ -25,10 +25,12 @@ from coordinator.arguments import Args
 from coordinator.batches import Batches
 from coordinator.check_desk import CheckDesk
 from coordinator.cluster_facts import ClusterFacts
+from coordinator.copy_verify import CopyVerifier
 from coordinator.departures import Departed, Departures
 from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedError, NeedsSpaceError
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
+from coordinator.file_integrity import FileIntegrity
 from coordinator.file_map import file_map
 from coordinator.healing import Healing
 from coordinator.health import HEALTHY, Health
@@ -38,6 +40,7 @@ from coordinator.leases import Leases
 from coordinator.lock_desk import CALLS as LOCK_CALLS
 from coordinator.lock_desk import LockDesk
 from coordinator.lost import LostSlabs
+from coordinator.lost_blocks import LostBlocks
 from coordinator.membership_reactions import MembershipReactions
 from coordinator.metadata import Metadata
 from coordinator.metadata_log import MetadataLog
@@ -170,11 +173,16 @@ class Service:
         self.members = MembershipReactions(
             setup.volume, control, facts, [metadata_changes, self.changes], self.resync, self.slabs, self.desk
         )
+        self.lost_blocks = LostBlocks(metadata, self.batches)
+        verifier = CopyVerifier(control, self.lost_blocks, self.members.look_into)
         self.scrub = Scrub(
-            setup.name, metadata, self.batches, [self.changes, metadata_changes], control, facts,
-            self.members.look_into, slab_blocks=setup.slab_blocks, is_paused=lambda: record.is_paused("scrub"),
+            setup.name, metadata, self.batches, [self.changes, metadata_changes], control, facts, verifier,
+            slab_blocks=setup.slab_blocks, is_paused=lambda: record.is_paused("scrub"),
         )  # fmt: skip
-        self.lost = LostSlabs(setup.name, setup.volume, metadata, self.changes, control, facts, book.store)
+        self.lost = LostSlabs(
+            setup.name, setup.volume, metadata, self.changes, control, facts, book.store, self.lost_blocks, verifier
+        )
+        self.integrity = FileIntegrity(metadata, self.changes, control, self.lost, self.lost_blocks, verifier)
         self.lost.on_accepted = self.members.look_into
         self._books: list[SlabBook] = [book, data_book]
         self._health = Health(self._books, self.healing.wanted, facts.domain_of)
@@ -590,7 +598,7 @@ class Service:
         return {
             **self._health.to_status(),
             "jobs": [*self.healing.to_status(), *self.scrub.job_rows()],
-            "scrub": self.scrub.to_status(),
+            "scrub": {**self.scrub.to_status(), "lost_blocks": self.lost_blocks.count},
             "sessions": sessions,
             "term": self.setup.term,
             "batches": self.batches.batch_count,

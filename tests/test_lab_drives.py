@@ -1,7 +1,9 @@
 """Drive files of a real lab truncated, deleted, overwritten, made read-only under fio: no error, and what can comes back."""
 
 import json
+import mmap
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -17,6 +19,17 @@ FIO = (
     "fio", "--name=t", "--ioengine=psync", "--direct=1", "--bs=4k", "--size=48M", "--rw=randwrite", "--verify=crc32c",
     "--verify_fatal=1", "--do_verify=1", "--fallocate=none", f"--filename={VOLUME}/fio", "--loops=6", "--output-format=json",
 )  # fmt: skip
+# Each block of a file by a read of its own: its bytes, or the name of the error.
+READ_BLOCKS = """
+import errno, json, os, sys
+fd, answers = os.open(sys.argv[1], os.O_RDONLY), []
+for at in range(0, os.fstat(fd).st_size, 4096):
+    try:
+        answers.append(os.pread(fd, 4096, at).hex())
+    except OSError as error:
+        answers.append(errno.errorcode[error.errno])
+print(json.dumps(answers))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +96,53 @@ def test_a_drive_file_made_read_only_or_moved_away_comes_back_by_itself(lab):
 def test_flipped_bits_are_found_by_csvfs_volume_scrub(lab):
     lab.run("n1", "csvfs", "volume", "scrub", "Volume1")
     wait_for(lambda: scrubbed(lab), within_s=120)
+
+
+def rot_everywhere(cluster: LabCluster, block: bytes) -> int:
+    """Flip a bit of this block of a file wherever it lies on a drive; on how many."""
+    count = 0
+    for path in drives(cluster):
+        with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            at = content.find(block)
+            if at >= 0:
+                content[at] ^= 1
+                count += 1
+    return count
+
+
+def integrity(cluster: LabCluster, node: str, *options: str) -> dict:
+    """What `csvfs file integrity` says, which fails where something is wrong."""
+    return dict(json.loads(cluster.run(node, "csvfs", "file", "integrity", f"{VOLUME}/precious", "--json", *options, check=False)))
+
+
+def test_a_block_that_no_copy_has_is_an_error_in_its_own_place_named_and_good_again_once_it_is_overwritten(lab):
+    data = os.urandom(64 * 4096)
+    lab.run("n1", "sh", "-c", f"cat >{VOLUME}/precious && sync {VOLUME}/precious", input=data)
+    wait_for(lambda: healthy(lab), 180, lambda: explain(lab))
+    sound = integrity(lab, "n2", "--verify")
+    assert (sound["sound"], sound["unreadable"], [row["found"] for row in sound["verified"]]) == (True, [], [0, 0, 0])
+    assert sound["slabs_by_copies"] == {"3": len(sound["slabs"])}
+    assert rot_everywhere(lab, data[10 * 4096 : 11 * 4096]) == 3
+
+    bad = integrity(lab, "n2", "--verify")
+    assert bad["unreadable"] == [{"offset": 10 * 4096, "size": 4096, "what": "bad"}]
+    assert (bad["readable"], {row["left"] for row in bad["verified"]}) == (False, {1})
+    assert b"bytes 40960 to 45055: bad" in lab.run("n3", "csvfs", "file", "integrity", f"{VOLUME}/precious", check=False)
+    assert b"1 blocks are bad" in lab.run("n1", "csvfs", "volume", "status", "Volume1")
+    lost = json.loads(lab.run("n3", "csvfs", "volume", "status", "Volume1", "--lost", "--json"))
+    assert [(file["path"], file["ranges"]) for file in lost["files"]] == [("/precious", [[10 * 4096, 4096]])]
+
+    read = lab.run("n2", sys.executable, "-c", READ_BLOCKS, f"{VOLUME}/precious")
+    answers = json.loads(read)
+    expected = [data[block * 4096 : (block + 1) * 4096].hex() for block in range(64)]
+    assert answers == [*expected[:10], "EIO", *expected[11:]]
+    partial = f"printf x | dd of={VOLUME}/precious bs=1 seek=41000 conv=notrunc,fsync 2>&1 || true"
+    assert b"Input/output error" in lab.run("n3", "sh", "-c", partial)
+
+    lab.run("n3", "dd", f"of={VOLUME}/precious", "bs=4096", "seek=10", "conv=notrunc,fsync", input=bytes(4096))
+    assert lab.run("n2", "cat", f"{VOLUME}/precious") == data[: 10 * 4096] + bytes(4096) + data[11 * 4096 :]
+    assert integrity(lab, "n1", "--verify")["sound"]
+    assert b"nothing of volume Volume1 is lost" in lab.run("n1", "csvfs", "volume", "status", "Volume1", "--lost")
 
 
 def scrubbed(cluster: LabCluster) -> bool:

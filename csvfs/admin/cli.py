@@ -11,6 +11,7 @@ from csvfs.admin.cli_domain import domain_group
 from csvfs.admin.cli_drill import drill_command
 from csvfs.admin.cli_drive import drive_group
 from csvfs.admin.cli_file import file_group
+from csvfs.admin.cli_file_integrity import integrity_command  # noqa: F401 adds itself
 from csvfs.admin.cli_job import job_group
 from csvfs.admin.cli_lab import lab_group
 from csvfs.admin.cli_node import node_group

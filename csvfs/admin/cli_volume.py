@@ -272,9 +272,11 @@ def _accept_data_loss(name: str, yes: bool, as_json: bool) -> None:
 
 
 def print_lost(name: str, report: LostReport) -> None:
-    if not report.slabs:
+    if not report.slabs and not report.blocks:
         click.echo(f"nothing of volume {name} is lost")
         return
+    if report.blocks:
+        click.echo(f"{report.blocks} blocks are bad on all their copies; one that is overwritten as a whole is good again")
     for slab in report.slabs:
         stale = f"; stale copies: {slab.stale}" if slab.stale else "; no other copy"
         click.echo(f"slab {slab.slab}: {', '.join(slab.why)}{stale}")
@@ -289,7 +291,7 @@ def print_lost(name: str, report: LostReport) -> None:
 
 @volume_group.command("status")
 @click.argument("name")
-@click.option("--lost", is_flag=True, help="List the slabs without an in-sync copy, and the files in them.")
+@click.option("--lost", is_flag=True, help="List what no in-sync copy has, and the files that it belongs to.")
 @json_option
 def status_command(name: str, lost: bool, as_json: bool) -> None:
     """Show one volume: health, space, and what is being repaired."""
@@ -337,6 +339,8 @@ def _print_volume(volume: VolumeStatus, jobs: list[JobStatus]) -> None:
     lines["open files"] = used or "none"
     if volume.scrub.get("finished"):
         lines["scrubbed"] = scrub_text(volume.scrub)
+    if volume.scrub.get("lost_blocks"):
+        lines["lost"] = f"{volume.scrub['lost_blocks']} blocks are bad on all copies; csvfs volume status {volume.name} --lost"
     if volume.note:
         lines["note"] = volume.note
     for title, value in lines.items():

@@ -34,6 +34,7 @@ class LostReport:
     slabs: list[LostSlab] = field(default_factory=list)
     files: list[LostRanges] = field(default_factory=list)
     file_count: int = 0
+    blocks: int = 0  # single ones that are bad on all copies of their slabs
 
 
 async def lost_report(store: ClusterStore, peers: Peers, volume: str) -> LostReport:
@@ -53,6 +54,7 @@ async def lost_report(store: ClusterStore, peers: Peers, volume: str) -> LostRep
                 for ino, path, rows in answer["files"]
             ],
             int(answer["file_count"]),
+            int(answer["blocks"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"the coordinator of {volume} answers with nonsense: {error!r}") from None

@@ -82,6 +82,7 @@ class DriveCalls:
                 "locate": self.locate,
                 "read_table": self.read_table,
                 "scrub": self.scrub,
+                "unwritten": self.unwritten,
                 "scrub_tables": self.scrub_tables,
                 "heal_from": self.heal_from,
                 **({} if desk is None else {"via": desk.via}),
@@ -373,6 +374,17 @@ class DriveCalls:
         copy = self._service.drives.copy_in_service(served, _client(link).volume, slab)
         rate = rate_of(optional_field(args, "rate_mib_s", int))
         return (await scrub_blocks(copy, field(args, "block", int), field(args, "count", int), rate)).to_wire()
+
+    def unwritten(self, link: Link, args: dict[str, Any]) -> int:
+        """Of `ranges` [block, count] of a copy that is in service: how many blocks have no content."""
+        served = self._drive(args)
+        copy = self._service.drives.copy_in_service(served, _client(link).volume, SlabId(field(args, "slab", int)))
+        rows = field(args, "ranges", list)
+        if len(rows) > ITEMS_MAX or not all(isinstance(row, list) and len(row) == 2 for row in rows):
+            raise BadRequest(f"ranges must be at most {ITEMS_MAX} lists of 2")
+        if not all(isinstance(number, int) for row in rows for number in row):
+            raise BadRequest("ranges are whole numbers")
+        return sum(copy.unwritten(block, count) for block, count in rows)
 
     async def scrub_tables(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         """Superblocks and slot table of a drive: put right where they rotted."""

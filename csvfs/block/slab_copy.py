@@ -300,6 +300,13 @@ class SlabCopy(CopyTables):
         sums = bytes(self._open().checksum_bytes[block << 2 : (block + count) << 2])
         return sums.count(0) != len(sums)
 
+    def unwritten(self, block: int, count: int) -> int:
+        """How many blocks of a range have no content here. Raises BadRequest, Corrupt: the tables are damaged."""
+        tables = self._open()
+        self._check_header(tables)
+        self._check_range(block, count)
+        return tables.checksums[block : block + count].tolist().count(NEVER_WRITTEN)
+
     def scrub_slice(self, block: int, count: int) -> tuple[list[int], int]:
         """The blocks of a range that do not verify, and how many written bits were missing and have been set."""
         bad = self.bad_blocks_scan(block, count)
