@@ -165,6 +165,8 @@ async def test_a_block_that_no_copy_has_is_named_also_by_the_next_coordinator_an
 async def test_a_block_that_a_copy_out_of_reach_may_have_is_not_called_lost(tmp_path, nursery, monkeypatch):
     cluster, service, mount = await cluster_with(tmp_path, nursery)
     ino, _ = await make_file(mount, 10)
+    await rot(cluster, mount, ino, 8)
+    await verify(service, ino)
     await rot(cluster, mount, ino, 4, ["n1", "n2"])
     real = DriveControl.scrub
 
@@ -179,10 +181,10 @@ async def test_a_block_that_a_copy_out_of_reach_may_have_is_not_called_lost(tmp_
         report, _ = await verify(service, ino)
     n3 = next(row for row in report.verified if row.node == "n3")
     assert (n3.verified, n3.skipped > 0, n3.why) == (0, True, "n3 does not answer")
-    assert [row.left for row in report.verified if row.node != "n3"] == [1, 1]
-    assert service.lost_blocks.count == 0 and not report.is_sound
-    report, _ = await verify(service, ino)  # it has them
-    assert sum(row.healed for row in report.verified) == 2 and report.is_sound
+    assert [row.left for row in report.verified if row.node != "n3"] == [2, 2]
+    assert service.lost_blocks.count == 1 and not report.is_sound  # that of before, which n3 has not either
+    report, _ = await verify(service, ino)
+    assert sum(row.healed for row in report.verified) == 2 and service.lost_blocks.count == 1
 
 
 async def no_heal(self, target, source, descriptor, blocks):
