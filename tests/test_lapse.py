@@ -1,9 +1,13 @@
 """A mount that may not serve: the kernel must not show what it has cached, either (I5)."""
 
+import stat
+
 import pytest
 import trio
 
 from csvfs.errors import Fenced
+from csvfs.mount.file_state import INO, MODE
+from csvfs.mount.file_state import LEASE_READ as READ
 from tests.mount_nodes import CachingKernel, Cluster, FakeKernel, Node, cluster
 from tests.test_file_table import BLOCK, FILE, settle
 
@@ -141,6 +145,31 @@ async def test_I5_a_page_whose_read_ends_with_the_eviction_of_the_mount_holds_up
             await node.table.empty()
         assert not node.kernel.pages
         assert ("pages", FILE, 4 * BLOCK, 0) in node.kernel.log  # behind the one that is locked
+
+
+async def test_I5_a_symbolic_link_that_is_being_read_holds_up_nothing_when_leases_are_taken_back_or_lost() -> None:
+    """The kernel caches where it leads to, and keeps that page locked while nobody answers READLINK."""
+    async with cluster() as c:
+        node, _ = await reading(c)
+        said: list[bool] = []
+        node.table._lapse._on_emptied = said.append
+        link = FILE + 1
+        attr = await node.table.getattr(FILE)
+        attr[INO], attr[MODE] = link, stat.S_IFLNK | 0o777
+        node.table.granted(link, READ, attr, node.table.stamp())
+        async with node.kernel._lock(link, 0):
+            node.alive = False
+            with trio.fail_after(30):
+                while said != [True]:
+                    await trio.sleep(0.01)
+            assert not node.kernel.pages
+            node.alive = True
+            with trio.fail_after(30):
+                assert (await node.table.recall(link, 0, False))["kind"] == 0
+                node.table.granted(link, READ, attr, node.table.stamp())
+                assert await node.kernel.read_page(FILE, 0) == b"a" * BLOCK
+                node.table.refused([link, FILE])
+                await gone(node)
 
 
 async def test_I5_what_is_emptied_too_late_is_not_said_to_show_nothing() -> None:

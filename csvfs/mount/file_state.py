@@ -147,6 +147,7 @@ class FileState:
         "stale",
         "starts",
         "stuck",
+        "symlink",
         "tail_zero",
         "taint",
         "times_dirty",
@@ -169,6 +170,7 @@ class FileState:
         self.inherited_time = False  # it was written to, and the coordinator has not heard when
         self.replays = 0  # requests under way that the process before may have carried out already
         self.directory = False
+        self.symlink = False
         self.parent = 0  # of a directory: where it was found last; 0: not known
         self.attr: list | None = None  # as the coordinator said last; see `attributes`
         self.changed_at = 0  # stamp of our last own change of attributes; see Leases.changed
@@ -252,6 +254,12 @@ class FileState:
 
     def is_claimed(self, first: int, end: int) -> bool:
         return any(claim.first < end and first < claim.end for claim in self.claims)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether the kernel may have pages of it that can become old. Those of a symbolic link cannot: it never leads
+        elsewhere. They must be left alone, for the kernel keeps them locked while a READLINK is unanswered."""
+        return not (self.directory or self.symlink)
 
     def is_buffered(self, offset: int, end: int) -> bool:
         return any(write.offset < end and offset < write.end for write in self.buffered)

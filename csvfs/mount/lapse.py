@@ -71,12 +71,12 @@ class Lapse:
         if states:
             log.warning("this node may not serve now: the kernel's caches of %d inodes are emptied", len(states))
         for state in states:
-            for offset, end in [] if state.directory else _locked(state):
+            for offset, end in _locked(state) if state.has_pages else []:
                 self._nursery.start_soon(self._take_back, state.ino, offset, end - offset)
         self._nursery.start_soon(self._empty, self._round, states)
 
     async def _empty(self, number: int, states: list[FileState]) -> None:
-        written = [state for state in states if LEASE_WRITE in (state.lease, state.inherited) and not state.directory]
+        written = [state for state in states if LEASE_WRITE in (state.lease, state.inherited) and state.has_pages]
         left = len(written)
         done = trio.Event()
 
@@ -91,7 +91,7 @@ class Lapse:
         for state in written:
             self._nursery.start_soon(empty_written, state)
         of_writers = set(written)
-        others = [state for state in states if not (state.directory or state in of_writers)]
+        others = [state for state in states if state.has_pages and state not in of_writers]
         is_empty = True
         for first in range(0, len(others), SLICE):
             is_empty = await self._empty_slice(others[first : first + SLICE]) and is_empty

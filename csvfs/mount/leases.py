@@ -43,7 +43,7 @@ STAMPS_MAX = 65_536
 # descriptors of some 150 bytes would still fit into a frame (HEAD_SIZE_MAX).
 LAYOUT_BLOCKS = 4096
 
-_S_IFMT, _S_IFDIR = 0o170000, 0o040000
+_S_IFMT, _S_IFDIR, _S_IFLNK = 0o170000, 0o040000, 0o120000
 
 
 class Coordinator(Protocol):
@@ -174,6 +174,7 @@ class Leases:
             )
         known = state.attr
         state.directory = attr[MODE] & _S_IFMT == _S_IFDIR
+        state.symlink = attr[MODE] & _S_IFMT == _S_IFLNK
         if known is not None and attr[CTIME] != known[CTIME]:
             state.metadata_dirty = True
         if state.lease == LEASE_WRITE:

@@ -132,6 +132,7 @@ class Recaller:
         """Empty the kernel's cache of the inode and lower the lease to `kind`, or OPEN while it is open."""
         if state.directory:
             self._notifier.increment_epoch()
+        if not state.has_pages:
             self._lower(state, kind)
             return
         recall = state.recall = Recall()
@@ -284,11 +285,11 @@ class Recaller:
         caches."""
         if not states:
             return
-        files = [state for state in states if not state.directory]
+        files = [state for state in states if state.has_pages]
         for state in states:
             self._leases.lose(state)
             self.invalidate_attr(state.ino)
-            if state.directory:
+            if not state.has_pages:
                 self._leases.kept.lost(state.ino, False)
         for state in files:
             state.lost += 1
