@@ -42,15 +42,14 @@ class RequestJournal:
     def __init__(self, words: memoryview | None = None) -> None:
         """words: u64, WORDS of them; what an earlier process left there is taken over. None: nothing was, is kept."""
         self._words = memoryview(bytearray(8 * WORDS)).cast("Q") if words is None else words
-        self._free: list[int] = []
+        uniques = self._words[_FIRST::2].tolist()
+        self._free = [at for at in range(WORDS - 2, _FIRST - 2, -2) if not uniques[(at - _FIRST) // 2]]
         self._old: dict[int, list[Slot]] = {}  # by request, of the process before; not asked for again yet
         self._open: dict[int, list[Slot]] = {}  # by request under way
-        for at in range(WORDS - 2, _FIRST - 2, -2):
-            unique, value = self._words[at], self._words[at + 1]
+        for at, unique in zip(range(_FIRST, WORDS, 2), uniques, strict=True):
             if unique:
+                value = self._words[at + 1]
                 self._old.setdefault(unique, []).append((at, value >> _WHAT_SHIFT, value & _NUMBER_MASK))
-            else:
-                self._free.append(at)
         for slots in self._old.values():
             slots.sort(key=lambda slot: slot[2])
         self._last = self._words[_LAST]

@@ -241,8 +241,7 @@ class Link:
 
         request_id = self.request(Kind.CALL, control.pack_call(name, args), None, answer)
         try:
-            with trio.move_on_after(timeout_s):
-                await done.wait()
+            await self._wait(done, timeout_s)
         finally:
             self._waiting.pop(request_id, None)
         if not result:
@@ -250,6 +249,11 @@ class Link:
         if isinstance(result[0], CsvfsError):
             raise result[0]
         return result[0]
+
+    async def _wait(self, done: trio.Event, timeout_s: float) -> None:
+        """Until `done`, or for `timeout_s`."""
+        with trio.move_on_after(timeout_s):
+            await done.wait()
 
     def reply(self, request_id: int, value: Any) -> None:
         packed = control.pack_value(value)

@@ -16,6 +16,25 @@ from trio._core._run import GLOBAL_RUN_CONTEXT
 
 from tests.simulator.clock import Event, SimClock
 
+_sleep = trio.sleep
+
+
+class _Sleeper:
+    """A task in EventQueue.sleep."""
+
+    __slots__ = ("task",)
+
+    def __init__(self, task: trio.lowlevel.Task) -> None:
+        self.task: trio.lowlevel.Task | None = task
+
+    def go_on(self) -> None:
+        if self.task is not None:
+            trio.lowlevel.reschedule(self.task)
+
+    def abort(self, raise_cancel: object) -> trio.lowlevel.Abort:
+        self.task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
 
 class EventQueue:
     """Events are carried out while `run_forever` runs, in the order of their times; it raises what they raise."""
@@ -38,30 +57,24 @@ class EventQueue:
         heapq.heappush(self._heap, (self._clock.now + delay_s, self._number, action))
 
     async def sleep(self, delay_s: float) -> None:
-        """As trio.sleep, at a third of its cost: no scope, no cancellation."""
-        task = trio.lowlevel.current_task()
-        waiting = True
-
-        def go_on() -> None:
-            if waiting:
-                trio.lowlevel.reschedule(task)
-
-        def abort(raise_cancel: object) -> trio.lowlevel.Abort:
-            nonlocal waiting
-            waiting = False
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        self.after(delay_s, go_on)
-        await trio.lowlevel.wait_task_rescheduled(abort)
-        waiting = False
+        """As trio.sleep, at a third of its cost: no scope, no deadline."""
+        if self._task is None:  # the run is over, or has not begun
+            await _sleep(delay_s)
+            return
+        sleeper = _Sleeper(trio.lowlevel.current_task())
+        self._number += 1
+        heapq.heappush(self._heap, (self._clock.now + delay_s, self._number, sleeper.go_on))
+        await trio.lowlevel.wait_task_rescheduled(sleeper.abort)
+        sleeper.task = None
 
     def advance(self, deadline: float) -> None:
         """Go to `deadline`, trio's next timer, or as far as to an event that gives a task something to do."""
         clock, heap = self._clock, self._heap
         runner: Any = GLOBAL_RUN_CONTEXT.runner
-        # Without its task (the run is over) nothing of it will happen any more.
-        while self._task is not None and heap and heap[0][0] <= deadline:
+        while heap and heap[0][0] <= deadline:
             due, _, action = heapq.heappop(heap)
+            if self._task is None and not isinstance(getattr(action, "__self__", None), _Sleeper):
+                continue  # The run is over: nothing of it will happen any more, but that its tasks end.
             if due > clock.now:
                 clock.now = due
             try:

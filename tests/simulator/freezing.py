@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 OWNER: ContextVar[Process | None] = ContextVar("process", default=None)
 
+_STOPPED: dict[Process, None] = {}  # of the run; empty most of the time, and then nothing is looked up
 _reschedule = trio_run.Runner.reschedule
 _spawn = trio_run.Runner.spawn_impl
 
@@ -31,17 +32,24 @@ def context_of(process: Process) -> Context:
     return context
 
 
+def stand_still(process: Process) -> None:
+    """It is stopped."""
+    _STOPPED[process] = None
+
+
 def go_on(process: Process) -> None:
     """It is not stopped any more: what was put aside may run."""
+    _STOPPED.pop(process, None)
     due, process.put_aside = process.put_aside, []
     trio_run.GLOBAL_RUN_CONTEXT.runner.runq.extend(due)
 
 
 def _put_aside(self: Any, task: Any, *send: Any) -> None:
     _reschedule(self, task, *send)
-    process = task.context.get(OWNER)
-    if process is not None and process.paused and process.alive:
-        process.put_aside.append(self.runq.pop())
+    if _STOPPED:
+        process = task.context.get(OWNER)
+        if process in _STOPPED and process.paused and process.alive:
+            process.put_aside.append(self.runq.pop())
 
 
 def _spawn_as_child(self: Any, async_fn: Any, args: Any, nursery: Any, name: Any, **more: Any) -> Any:
@@ -53,6 +61,7 @@ def _spawn_as_child(self: Any, async_fn: Any, args: Any, nursery: Any, name: Any
 @contextmanager
 def installed() -> Iterator[None]:
     """Have stopped processes stand still, for a run."""
+    _STOPPED.clear()
     with ExitStack() as stack:
         stack.enter_context(patch.object(trio_run.Runner, "reschedule", _put_aside))
         stack.enter_context(patch.object(trio_run.Runner, "spawn_impl", _spawn_as_child))

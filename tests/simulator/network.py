@@ -151,6 +151,11 @@ class SimLink(Link):
         assert isinstance(buffer, bytearray)
         buffer[:] = b"\xee" * len(buffer)
 
+    async def _wait(self, done: trio.Event, timeout_s: float) -> None:
+        """As that of the real link, at half its cost: an event in place of a scope."""
+        self.process.network.events.after(timeout_s, done.set)
+        await done.wait()
+
     def close(self, error: CsvfsError | None = None) -> None:
         if self.closed is not None:
             return

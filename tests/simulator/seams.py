@@ -35,6 +35,7 @@ import csvfs.block.writer_marks
 import csvfs.net.link
 from csvfs.block.writer_marks import REST_S
 from tests.simulator.clock import SimClock
+from tests.simulator.loop import run_tasks
 from tests.simulator.medium import SimMmap, SimOs
 from tests.simulator.network import SimListener
 from tests.simulator.server import SimFlusher
@@ -109,4 +110,5 @@ def installed(
         put(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         put(trio_run, "_r", random.Random(seed))
         put(EpollIOManager, "get_events", _events)
+        put(trio_run, "unrolled_run", run_tasks)
         yield

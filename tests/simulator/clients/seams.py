@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pyfuse3
+import trio
 
 import coordinator.host
 import coordinator.lost
@@ -103,5 +104,6 @@ def installed(world: ClientsWorld) -> Iterator[None]:
         put(Leases, "end_session", end_session)
         put(csvfs.mount.channel, "os", world.devices)
         put(csvfs.mount.relay, "os", world.devices)
+        put(trio, "sleep", world.events_queue.sleep)  # most of what a run does is to sleep a little
         put(pyfuse3, "readdir_reply", names_library.readdir_reply)
         yield

@@ -101,6 +101,7 @@ class ClientsWorld(World):
     def pause(self, processes: list[Process]) -> None:
         super().pause([process for process in processes if not process.paused])
         for process in processes:
+            freezing.stand_still(process)
             mount: SimMount | None = getattr(process, "mount", None)
             if mount is not None:
                 self.events_queue.after(CACHE_TRUSTED_S, lambda mount=mount: self._doubt(mount))  # type: ignore[misc]
