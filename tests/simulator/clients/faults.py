@@ -10,7 +10,8 @@ Injected   kill of a mount, of a coordinator host, of a drive server; power cut 
            one connection that delivers nothing for a while, so that what was sent on it arrives after its
            sender has connected anew and sent it again; all that one mount sends to others, or a coordinator
            whose node loses its lease, arrives late: when it has been evicted or replaced; or that coordinator
-           stands still and wakes up then; slow nodes; monotonic clocks that run up to 2 % fast or slow and
+           stands still and wakes up then; or it is killed in the middle of a batch, and what it had sent arrives when
+           another one is at work; slow nodes; monotonic clocks that run up to 2 % fast or slow and
            begin anywhere; wall clocks that differ by up to a minute; kernels with and without epochs of names.
 Not        what the block world injects (tests/simulator/faults.py): faults of drives, what a power cut takes
            from page caches (it may take the only copy, so programs may lose what they did not flush). A
@@ -63,6 +64,17 @@ class ClientFaults(Faults):
         names = sorted(EMPHASIS or kinds)
         count = rng.choice((1, 2, 2, 3, 3, 4))
         self.plan = [(rng.choice(names), kinds) for _ in range(count)]
+        self._add_late(Random(f"{world.seed}/late"), kinds)
+
+    def _add_late(self, rng: Random, kinds: dict[str, Callable[[], None]]) -> None:
+        """Kinds that came later are drawn apart: so all other runs are what they were."""
+        late: dict[str, Callable[[], None]] = {"orphan": self._orphan}
+        kinds.update(late)
+        wanted = sorted(set(late) & set(EMPHASIS))
+        if wanted:
+            self.plan = [(rng.choice(wanted), kinds) for _ in self.plan]
+        elif not EMPHASIS and rng.random() < 0.15:
+            self.plan.insert(rng.randrange(len(self.plan) + 1), (rng.choice(sorted(late)), kinds))
 
     def _later(self, undo: Callable[[], None], *durations: float) -> None:
         # Leases last 3 s, a mount that is not heard is evicted after 5 to 10 s.
@@ -133,6 +145,16 @@ class ClientFaults(Faults):
     def _hold_deposed(self, host: Process) -> None:
         self._hold_out(host, *_DEPOSED_S)
         self._cut_from_store(host.node)
+
+    def _orphan(self) -> None:
+        """The coordinator is killed while it writes, and what it sent is under way longer than its successor takes to
+        begin. Only the host dies: no drive server leaves with it, no slab has to get another epoch for that."""
+        self._world.network.before_write["host"] = self._kill_orphaning
+
+    def _kill_orphaning(self, host: Process) -> None:
+        self._hold_out(host, 0.8, 1.5, 2.5, 4.0)
+        delay_s = self._rng.choice((0.0, 0.002, 0.02))
+        self._world.events_queue.after(delay_s, lambda: host.kill("SIGKILL in the middle of a batch"))
 
     def _cut_from_store(self, node: str) -> None:
         self._world.trace(f"{node} is cut off from the cluster store")

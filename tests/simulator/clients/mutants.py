@@ -38,6 +38,17 @@ def _I5_mount_serves_when_cut_off() -> list[Patch]:
     return [(Guard, "serving", serving)]
 
 
+def _I5_contact_not_asked() -> list[Patch]:
+    """A mount answers from what it holds while its node has a lease, whether its coordinator has heard of it or not."""
+
+    def serving(self: Guard) -> bool:
+        if not self.lapsed and not self._may_serve():
+            self.lapsed = True
+        return not self.lapsed
+
+    return [(Guard, "serving", serving)]
+
+
 def _I5_caches_outlive_lapse() -> list[Patch]:
     """What the kernel has cached stays when its mount may not serve any more."""
 
@@ -88,6 +99,27 @@ def _I6_answered_before_in_force() -> list[Patch]:
         process.network.events.after(8.0, lambda: process.alive and true(self, volume, writer, min_incarnation))
 
     return [(BlockService, "fence", fence), (csvfs.block.slab_state, "bump", _same_epoch)]
+
+
+def _I6_term_not_checked() -> list[Patch]:
+    """A drive server takes note of a new term, and goes on to take what coordinators of earlier ones send.
+
+    Three rules refuse that, each of them alone: the term, the epoch (a successor begins a new one of each metadata slab),
+    and that links of an earlier incarnation end when a later one introduces itself. So all three are broken.
+    """
+    true = BlockService.hello
+
+    def check_term(self: BlockService, volume: Any, term: int) -> None:
+        self._terms[volume] = max(term, self._terms.get(volume, 0))
+
+    def hello(self: BlockService, link: Any, volume: Any, writer: str, incarnation: Any) -> None:
+        earlier = {client for client in self.clients if client.writer.startswith("coordinator")}
+        self.clients -= earlier
+        true(self, link, volume, writer, incarnation)
+        self.clients |= earlier
+
+    broken = [(BlockService, "check_term", check_term), (BlockService, "hello", hello)]
+    return [*broken, (csvfs.block.slab_state, "bump", _same_epoch)]
 
 
 def _same_epoch(descriptor: Any) -> Any:
@@ -141,11 +173,13 @@ def _K1_cached_without_lease() -> list[Patch]:
 
 MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I5 a mount that is cut off goes on serving": _I5_mount_serves_when_cut_off,
+    "I5 a mount goes on serving without its coordinator": _I5_contact_not_asked,
     "I5 the kernel's caches outlive the lapse": _I5_caches_outlive_lapse,
     "I5 a recall leaves pages": _I5_recall_leaves_pages,
     "I5 a coordinator that is cut off goes on serving": _I5_coordinator_serves_when_cut_off,
     "I6 leases pass on before the fence": _I6_fenced_too_late,
     "I6 a fence is answered before it is in force": _I6_answered_before_in_force,
+    "I6 a deposed coordinator goes on writing": _I6_term_not_checked,
     "I11 replies are not stored": _I11_reply_not_stored,
     "I11 operation numbers are ignored": _I11_op_ignored,
     "lease given twice": _lease_given_twice,
@@ -154,10 +188,12 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
 _CUTS = ("partition", "store cut")
 EMPHASIS = {
     "I5 a mount that is cut off goes on serving": _CUTS,
+    "I5 a mount goes on serving without its coordinator": ("partition",),
     "I5 the kernel's caches outlive the lapse": _CUTS,
     "I5 a coordinator that is cut off goes on serving": _CUTS,
     "I6 leases pass on before the fence": ("hold mount",),
     "I6 a fence is answered before it is in force": ("hold mount",),
+    "I6 a deposed coordinator goes on writing": ("orphan",),
     "I11 replies are not stored": ("kill host", "break", "hold"),
     "I11 operation numbers are ignored": ("kill host", "break", "hold"),
 }
@@ -183,7 +219,7 @@ def emphasis_of(name: str) -> Iterator[None]:
     """Run with the faults and programs that show this mutant best."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(faults, "EMPHASIS", EMPHASIS.get(name, ())))
-        if name.startswith("I6"):
+        if name.startswith("I6") and "coordinator" not in name:
             for attribute, value in _FEW_PLACES.items():
                 stack.enter_context(patch.object(programs, attribute, value))
         yield
