@@ -5,8 +5,8 @@ Place      simulator.
 Injected   kill of a mount, of a coordinator host, of a drive server; power cut of a node; a process that stands
            still for 0.2 to 12 s and wakes up believing what it believed before (a mount, a coordinator, a drive
            server; all of a node), while its clock and everybody else go on; partitions of a node from the
-           others, in both directions or one, or of two nodes; a node, or all nodes, cut off from the cluster
-           store, with transactions whose answer is lost; connections that break at any frame; one direction of
+           others, in both directions or one, or of two nodes, also of a node that keeps its lease meanwhile; a node,
+           or all nodes, cut off from the cluster store, with transactions whose answer is lost; connections that break at any frame; one direction of
            one connection that delivers nothing for a while, so that what was sent on it arrives after its
            sender has connected anew and sent it again; all that one mount sends to others, or a coordinator
            whose node loses its lease, arrives late: when it has been evicted or replaced; or that coordinator
@@ -68,7 +68,7 @@ class ClientFaults(Faults):
 
     def _add_late(self, rng: Random, kinds: dict[str, Callable[[], None]]) -> None:
         """Kinds that came later are drawn apart: so all other runs are what they were."""
-        late: dict[str, Callable[[], None]] = {"orphan": self._orphan}
+        late: dict[str, Callable[[], None]] = {"orphan": self._orphan, "isolate": self._isolate}
         kinds.update(late)
         wanted = sorted(set(late) & set(EMPHASIS))
         if wanted:
@@ -145,6 +145,13 @@ class ClientFaults(Faults):
     def _hold_deposed(self, host: Process) -> None:
         self._hold_out(host, *_DEPOSED_S)
         self._cut_from_store(host.node)
+
+    def _isolate(self) -> None:
+        """A node that reaches the store and no other node, for longer than its mount is waited for: its lease goes on."""
+        alone = self._machine().name
+        pairs = [pair for name in self._world.machines if name != alone for pair in ((alone, name), (name, alone))]
+        self._world.cut(pairs)
+        self._later(lambda: self._world.heal(pairs), 7.0, 9.0, 12.0)
 
     def _orphan(self) -> None:
         """The coordinator is killed while it writes, and what it sent is under way longer than its successor takes to
