@@ -9,7 +9,7 @@ Meanwhile  the kernel shows nothing that it has cached (I5): the process saw to 
 Ends       Where that cannot be: end the session (every request that waits gets an error, also those that a thread of the
            dead process waits for), take back what the kernel has cached of it (I5), and only then start the next one.
            - The kernel cannot ask anew; or the mount said that nobody can go on: it was unmounted, or not let in.
-           - Its pages cannot be taken back within TAKE_BACK_S, since something waits for them.
+           - Its pages cannot be taken back within TAKE_BACK_S: too many requests wait (mount/page_drop.py).
            - Nobody has gone on for `io_timeout`.
            - TAKEOVERS_MAX processes have died within TAKEOVERS_S: something that the kernel asks kills them.
 """
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 TAKEOVERS_MAX = 5
 TAKEOVERS_S = 30.0
 WATCH_S = 0.05
-TAKE_BACK_S = 1.0
+TAKE_BACK_S = 2.0
+TAKE_BACK_TURN_S = 4.0  # on a machine that gives its threads few turns
 EMPTIED_POLL_S = 0.02
 EMPTIED_WAIT_S = 1.0
 
@@ -144,10 +145,11 @@ class MountKeeper:
 
     async def _take_back(self, session: HeldSession) -> None:
         """Others may be given its leases from now on."""
-        with trio.move_on_after(TAKE_BACK_S):
-            await trio.to_thread.run_sync(session.drop_pages, abandon_on_cancel=True)
-            self._shows_nothing = True
-            return
+        with trio.move_on_after(TAKE_BACK_TURN_S):
+            drop = session.drop_pages
+            if await trio.to_thread.run_sync(drop, TAKE_BACK_S, abandon_on_cancel=True):
+                self._shows_nothing = True
+                return
         if self._session is session and session.covered_until_ns == self._covered_until_ns:
             await self.end("what the kernel has cached of it cannot be taken back while requests wait")
 

@@ -20,7 +20,9 @@ from pathlib import Path
 from csvfs.errors import BadRequest
 from csvfs.mount import device, inode_rows, request_journal
 from csvfs.mount import fuse_abi as abi
+from csvfs.mount.file_state import LEASE_WRITE
 from csvfs.mount.inode_rows import InodeRows
+from csvfs.mount.page_drop import PageDrop
 from csvfs.mount.request_journal import RequestJournal
 
 log = logging.getLogger(__name__)
@@ -122,21 +124,23 @@ class HeldSession:
         """The process saw to it that the kernel shows nothing that it has cached, before it died."""
         return bool(self._words[_EMPTIED])
 
-    def drop_pages(self) -> None:
+    def drop_pages(self, within_s: float) -> bool:
         """The process is dead, and the session is kept for the next one: take back what the kernel has cached.
 
-        Blocks for microseconds per inode, and for as long as a page waits for an answer; call it in a thread. Raises
-        OSError.
+        Returns whether nothing is left that somebody could be shown; see page_drop.py. Blocks for microseconds per
+        inode, and for `within_s` where pages wait for an answer; call it in a thread. Raises OSError.
         """
-        inodes = inode_rows.inodes_in(self._words[_ROWS:])
-        fd = os.dup(self._device)  # whoever does not wait for us may close the other
-        try:
-            _tell(fd, abi.pack_inc_epoch())
-            for offset in (-1, 0):  # attributes first: these wait for nothing
-                for ino in inodes:
-                    _tell(fd, abi.pack_inval_inode(ino, offset, 0))
-        finally:
-            os.close(fd)
+        rows = inode_rows.rows_in(self._words[_ROWS:])
+        device = _Device(self._device)
+        device.tell(abi.pack_inc_epoch())
+        for row in rows:  # attributes first: these wait for nothing
+            device.tell(abi.pack_inval_inode(row.ino, -1, 0))
+
+        def invalidate(ino: int, offset: int, length: int) -> None:
+            device.tell(abi.pack_inval_inode(ino, offset, length))
+
+        written = frozenset(row.ino for row in rows if row.kind == LEASE_WRITE)
+        return PageDrop(invalidate, [row.ino for row in rows], written).run(within_s)
 
     def drop_pages_and_close(self) -> None:
         """The process is dead and the session ended (its requests too): take back what the kernel has cached.
@@ -165,6 +169,21 @@ class HeldSession:
         """Whether something of it may be left. Dirty pages cannot be written any more: a first try makes them clean."""
         # ENOENT: the kernel does not know the inode. EPERM: this was never mounted.
         return _tell(self._device, abi.pack_inval_inode(ino, 0, 0)) not in (0, errno.ENOENT, errno.EPERM)
+
+
+class _Device:
+    """A descriptor of /dev/fuse of our own, for as long as any thread uses it: whoever does not wait for them may close
+    the other."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = os.dup(fd)
+
+    def tell(self, message: bytes) -> int:
+        """The errno."""
+        return _tell(self._fd, message)
+
+    def __del__(self) -> None:
+        os.close(self._fd)
 
 
 def _tell(fd: int, message: bytes) -> int:

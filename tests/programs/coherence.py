@@ -224,11 +224,9 @@ def run(directory: Path, nodes: tuple[str, ...], volume: str, *, seconds: float,
             number = figures.rounds
             folder = f"/clusterstorage/{volume}/coherence-{seed}-{number}-{time.monotonic_ns()}"
             argv = worker_argv("prepare", folder, "", "", "")
-            prepared = run_in_node(files, files.node_named(nodes[0]), argv)
+            prepared = run_in_node(files, files.node_named(nodes[0]), argv, stderr=subprocess.PIPE)
             if prepared.returncode != 0:
-                figures.errors["prepare"] += 1  # a mount that could not be followed in time
-                time.sleep(1)
-                continue
+                raise NotCoherent(f"no folder could be made on {nodes[0]}: {prepared.stderr.decode(errors='replace')[-2000:]}")
             programs = Programs(directory, nodes, folder, Path(logs), f"{seed} {number}", round_s)
             try:
                 over = time.monotonic() + round_s
@@ -260,7 +258,7 @@ def main() -> int:
         print(error)
         return 1
     print(json.dumps(asdict(figures), indent=2) if arguments.json else figures.text())
-    return 0
+    return 1 if figures.errors else 0  # a program sees a pause, never an error
 
 
 if __name__ == "__main__":
