@@ -7,6 +7,9 @@ Limits     a recall is answered within `recall_timeout_s`, or its session is evi
 Busy       A mount whose reads or writes wait for a slab cannot empty the kernel's cache, which has pages of theirs
            locked. As long as it says so (once a second), it has more time, up to BUSY_S_MAX: it is healthy, its
            programs get an answer or an error after its io_timeout, and whoever asks would wait for the slab as well.
+Absent     A mount that has lost its connection though its node is alive has probably died, and the next process of it is on
+           its way (session_desk.py, "inherit"): it has ABSENT_TIMES_MAX times as long. That one is asked anew, and has
+           all the time that is due.
 """
 
 import logging
@@ -30,13 +33,14 @@ from coordinator.lease_table import (
 )
 from coordinator.sessions import Session, Sessions
 from csvfs.errors import CsvfsError, Disconnected, Fenced, TimedOut
-from csvfs.ids import InodeNo
+from csvfs.ids import InodeNo, NodeName
 
 log = logging.getLogger(__name__)
 
 WAIT_S_MAX = 60.0  # for a lease; recalls are shorter, so only a long queue of them takes this long
 QUERY_TIMEOUT_S = 1.0
 TRIM_INTERVAL_S = 1.0
+ABSENT_TIMES_MAX = 3  # recall_timeout
 BUSY_S_MAX = 120.0  # for one recall; the io_timeout is 60 s unless somebody has changed it
 
 
@@ -57,13 +61,16 @@ class Leases:
         report: Callable[[InodeNo, int, int | None, int | None], Awaitable[None]],
         evict: Callable[[Session, str], Awaitable[None]],
         lowered: Callable[[InodeNo], None],
+        is_alive: Callable[[NodeName], bool],
     ) -> None:
+        """is_alive: whether a node's lease holds."""
         self.table = LeaseTable()
         self._sessions = sessions
         self._recall_timeout_s = recall_timeout_s
         self._report = report
         self._evict = evict
         self._lowered = lowered
+        self._is_alive = is_alive
         self._granted: dict[Ticket, trio.Event] = {}
         self._since_s: dict[Ticket, float] = {}  # of those in _granted
         self._under_way: dict[Recall, float] = {}  # until when an answer is waited for
@@ -194,12 +201,13 @@ class Leases:
         args = {"ino": recall.ino, "kind": recall.to_kind, "attr": recall.attr}
         began_s = trio.current_time()
         deadline = began_s + self._recall_timeout_s
-        while answer is None and not session.ended:
+        while answer is None and not session.ended and session.key == recall.session:
             if (now_s := trio.current_time()) >= deadline:
-                if not session.is_busy(now_s) or now_s >= began_s + BUSY_S_MAX:
+                why = self._waits_longer(session, now_s, began_s)
+                if not why:
                     break
                 deadline = self._under_way[recall] = now_s + self._recall_timeout_s
-                log.warning("%s waits for a slab, and is waited for with inode %d", session.writer, recall.ino)
+                log.warning("%s %s, and is waited for with inode %d", session.writer, why, recall.ino)
             try:
                 # Of a recall that is under way already the mount makes no second one.
                 answer = await session.call("recall", args, timeout_s=deadline - trio.current_time())
@@ -212,8 +220,8 @@ class Leases:
             except CsvfsError as error:
                 reason = str(error)
                 break
-        if session.ended:
-            return
+        if session.ended or session.key != recall.session:
+            return  # the next process of the mount is asked anew (rename)
         if answer is None:
             log.warning(
                 "%s did not give back inode %d within %g s (%s): it is evicted",
@@ -222,6 +230,15 @@ class Leases:
             await self._evict(session, f"it did not give back its lease on inode {recall.ino}: {reason}")
             return
         await self._take_answer(session, recall, answer)
+
+    def _waits_longer(self, session: Session, now_s: float, began_s: float) -> str:
+        """Why a session that has not answered in time is not evicted yet; empty: it is."""
+        if session.is_busy(now_s):
+            return "waits for a slab" if now_s < began_s + BUSY_S_MAX else ""
+        if session.link is None and self._is_alive(session.node):
+            ends_s = began_s + ABSENT_TIMES_MAX * self._recall_timeout_s
+            return "has lost its connection on a node that is alive" if now_s < ends_s else ""
+        return ""
 
     async def _take_answer(self, session: Session, recall: Recall, answer: Any) -> None:
         fields = answer if isinstance(answer, dict) else {}

@@ -159,6 +159,7 @@ class Service:
             report=self.desk.report,
             evict=self.desk.evict,
             lowered=self._lowered,
+            is_alive=facts.is_alive,
         )
         self.desk.leases = self.leases
         self.leases.table.on_write = self.departures.wrote

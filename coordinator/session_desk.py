@@ -25,6 +25,7 @@ from csvfs.ids import DriveId, Incarnation, InodeNo, NodeName, SlabId
 log = logging.getLogger(__name__)
 
 CLAIMING_TIMES_MAX = 15  # reclaim_timeout, for all parts together
+ABSENT_TIMES_MAX = 5  # reclaim_timeout, for a mount of a node that is alive to say hello
 _EVICTED = "evicted/"  # rows of table settings: name -> the last incarnation evicted, in decimal
 
 
@@ -112,8 +113,14 @@ class SessionDesk:
         self._open.set()
 
     def _is_awaited(self, session: Session, began_s: float) -> bool:
-        """A mount of very many leases takes its time to say them: as long as it gets on it is not evicted for that."""
+        """A mount of very many leases takes its time to say them: as long as it gets on it is not evicted for that.
+
+        Of one that is not connected though its node is alive, the next process is probably on its way: it died with the
+        coordinator, and evicted it would lose its locks, and what it was writing. On a busy machine that takes seconds.
+        """
         wait_s = self._reclaim_timeout_s
+        if session.link is None and self._facts.is_alive(session.node):
+            return trio.current_time() < began_s + ABSENT_TIMES_MAX * wait_s
         ends_s = min(max(began_s, session.claiming_s) + wait_s, began_s + CLAIMING_TIMES_MAX * wait_s)
         return trio.current_time() < ends_s
 

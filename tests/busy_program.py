@@ -21,11 +21,16 @@ LISTED = 200
 MAP_SIZE = 1 << 18
 
 
+def goes_on(count: int) -> bool:
+    """Each worker does its work once, however few turns it has."""
+    return not (over.is_set() and count)
+
+
 def append(base: Path) -> int:
     """Each record is there once."""
     file = os.open(base / "appended", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     count = 0
-    while not over.is_set():
+    while goes_on(count):
         os.write(file, b"%09d\n" % count)
         count += 1
     os.close(file)
@@ -37,7 +42,7 @@ def append(base: Path) -> int:
 def names(base: Path) -> int:
     """Calls that fail when they are carried out twice, or not at all."""
     count = 0
-    while not over.is_set():
+    while goes_on(count):
         name = base / f"name{count % 50}"
         other, third = base / f"{name.name}-a", base / f"{name.name}-b"
         file = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
@@ -67,7 +72,7 @@ def mapped(base: Path) -> int:
     file = os.open(base / "mapped", os.O_CREAT | os.O_RDWR)
     os.ftruncate(file, MAP_SIZE)
     memory, model, count, chance = mmap.mmap(file, MAP_SIZE), bytearray(MAP_SIZE), 0, random.Random(1)
-    while not over.is_set():
+    while goes_on(count):
         at = chance.randrange(0, MAP_SIZE - 8)
         memory[at : at + 8] = model[at : at + 8] = b"%08d" % (count % 10**8)
         count += 1
@@ -91,7 +96,7 @@ def direct(base: Path) -> int:
         if block[:] != (b"%08d" % model[at]) * 512:
             wrong.append(f"direct: block {at} holds {block[:8]!r}, written was {model[at]:08}")
 
-    while not over.is_set():
+    while goes_on(count):
         at = chance.randrange(BLOCKS)
         block[:] = (b"%08d" % count) * 512
         os.pwritev(file, [block], at * 4096)
@@ -110,7 +115,7 @@ def sizes(base: Path) -> int:
     """The end of a file, moved in all ways."""
     file = os.open(base / "sizes", os.O_CREAT | os.O_RDWR)
     model, count, chance = bytearray(), 0, random.Random(3)
-    while not over.is_set():
+    while goes_on(count):
         at, length, kind = chance.randrange(200_000), chance.randrange(1, 9000), chance.random()
         if kind < 0.3:
             os.ftruncate(file, at)
@@ -134,7 +139,7 @@ def listed(base: Path) -> int:
     directory.mkdir()
     for number in range(LISTED):
         (directory / f"f{number}").touch()
-    while not over.is_set():
+    while goes_on(count):
         if len(found := set(os.listdir(directory))) != LISTED:
             wrong.append(f"listed: {len(found)} names")
         count += 1

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from coordinator.lease_table import READ, WRITE
-from coordinator.session_desk import CLAIMING_TIMES_MAX, SessionDesk
+from coordinator.session_desk import ABSENT_TIMES_MAX, CLAIMING_TIMES_MAX, SessionDesk
 from coordinator.sessions import Session
 from csvfs.ids import Incarnation, NodeName
 from csvfs.units import BLOCK_SIZE
@@ -25,12 +25,17 @@ class Desk(SessionDesk):
 
     def __init__(self) -> None:
         nothing: Any = SimpleNamespace()
-        facts: Any = SimpleNamespace(is_alive=lambda node: True)
+        self.alive = True
+        facts: Any = SimpleNamespace(is_alive=lambda node: self.alive)
         super().__init__(nothing, nothing, nothing, facts, nothing, reclaim_timeout_s=TIMEOUT_S)
         self.evicted: list[NodeName] = []
 
-    def expect(self, node: NodeName) -> Session:
-        return self.sessions.add(Session(len(list(self.sessions)), (node, Incarnation(1))))
+    def expect(self, node: NodeName, *, connected: bool = True) -> Session:
+        link: Any = SimpleNamespace() if connected else None
+        return self.sessions.add(Session(len(list(self.sessions)), (node, Incarnation(1)), link))
+
+    def evict_dead_nodes(self) -> None:
+        pass
 
     async def evict(self, session: Session, reason: str) -> None:
         self.evicted.append(session.node)
@@ -68,6 +73,31 @@ async def test_a_mount_that_never_says_all_it_holds_is_evicted_in_the_end(
             await trio.sleep(0.1)
     assert desk.evicted == [SLOW]
     assert trio.current_time() - began_s == pytest.approx(CLAIMING_TIMES_MAX * TIMEOUT_S, abs=0.5)  # of a mock clock
+
+
+async def test_a_mount_that_died_with_the_coordinator_is_waited_for_while_its_node_is_alive(
+    desk: Desk, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    late = desk.expect(SLOW, connected=False)
+    nursery.start_soon(desk.run_forever)
+    await trio.sleep((ABSENT_TIMES_MAX - 0.5) * TIMEOUT_S)
+    assert not desk.is_open and not desk.evicted
+    desk.claimed(late)
+    await desk.wait_open()
+    assert not desk.evicted
+
+
+@pytest.mark.parametrize(("alive", "times"), [(True, ABSENT_TIMES_MAX), (False, 1)])
+async def test_a_mount_that_does_not_come_holds_up_the_others_for_a_bounded_time(
+    desk: Desk, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock, alive: bool, times: int
+) -> None:
+    desk.alive = alive
+    desk.expect(SLOW, connected=False)
+    nursery.start_soon(desk.run_forever)
+    began_s = trio.current_time()
+    await desk.wait_open()
+    assert desk.evicted == [SLOW]
+    assert trio.current_time() - began_s == pytest.approx(times * TIMEOUT_S, abs=0.5)  # of a mock clock
 
 
 async def test_claims_that_say_what_is_committed_write_nothing_and_others_are_written_or_refused(tmp_path: Any) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,26 @@ pytestmark = [pytest.mark.lab, needs_lab]
 
 VOLUME = "/clusterstorage/Volume1"
 PROGRAM = str(Path(__file__).with_name("busy_program.py"))
+LATE = """
+import mmap, os, sys, threading
+MIB = 1 << 20
+read = os.open(f"{sys.argv[1]}/read", os.O_RDONLY)
+os.posix_fadvise(read, 0, 0, os.POSIX_FADV_RANDOM)
+before = os.pread(read, 1, 3 * MIB)
+written = os.open(f"{sys.argv[1]}/written", os.O_RDWR)
+pages = mmap.mmap(written, MIB)
+pages[:] = b"m" * MIB
+print("ready", flush=True)
+sys.stdin.readline()
+waiting = []
+thread = threading.Thread(target=lambda: waiting.append(os.pread(read, 1, 2 * MIB)))
+thread.start()
+sys.stdin.readline()
+seen = os.pread(read, 1, 3 * MIB)
+thread.join()
+pages.flush()
+print(before, *waiting, seen, flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +98,30 @@ def test_a_mount_and_its_coordinator_are_killed_together_and_programs_notice_not
             lab.kill(node.name, "coordinator")
             kill_mount(lab, "n1")
             time.sleep(2.0)
+
+
+def test_I5_a_mount_that_is_followed_late_costs_its_programs_no_error_though_they_wait_for_pages(lab: LabCluster) -> None:
+    """Longer than others wait for its leases: pages must be gone by then, but some are locked, and some are dirty."""
+    lab.run("n1", "sh", "-euc", f"cd {VOLUME}; head -c 4M /dev/zero | tr '\\0' a >read; truncate -s 1M written")
+    program = lab.start_command(
+        "n2", sys.executable, "-c", LATE, VOLUME, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert program.stdin is not None and program.stdout is not None
+    assert program.stdout.readline() == "ready\n"
+    device, before = lab.run("n2", "stat", "-c", "%d", VOLUME), lab.pids("n2")["mount"]
+    lab.kill("n2", "mount")
+    program.stdin.write("\n")
+    program.stdin.flush()
+    change = f"printf b | dd of={VOLUME}/read bs=1 seek=3M conv=notrunc status=none"
+    writer = lab.start_command("n1", "sh", "-c", change)
+    for _ in range(4):
+        wait_for(lambda before=before: lab.pids("n2").get("mount", before) != before, within_s=60)
+        before = lab.pids("n2").get("mount", before)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(before[0], signal.SIGSTOP)  # its parent kills it after 1.5 s
+    lab.finish(writer)
+    program.stdin.write("\n")
+    program.stdin.flush()
+    assert program.stdout.readline() == "b'a' b'a' b'b'\n", lab.logs()
+    assert program.wait(timeout=60) == 0 and lab.run("n2", "stat", "-c", "%d", VOLUME) == device
+    assert lab.run("n1", "tr", "-d", "m", input=lab.run("n1", "cat", f"{VOLUME}/written")) == b""

@@ -344,3 +344,28 @@ async def test_an_unnamed_file_that_a_dying_coordinator_made_and_the_next_droppe
     assert info.fh != lost[0]
     assert volume.inodes[info.fh].opens == 1
     assert volume.calls.count("make") == 2
+
+
+@pytest.mark.parametrize("way", ["create", "mkdir", "mknod", "symlink"])
+async def test_I11_what_the_process_before_made_and_another_node_has_removed_since_is_made_anew(
+    operations: VolumeOperations, volume: MemoryVolume, way: str
+) -> None:
+    """Its answer comes late: ENOENT would say that the directory is not there. On ESTALE the kernel begins anew."""
+    made = volume.call_make
+
+    def make_and_lose(**args: Any) -> Any:
+        reply = made(**args)
+        volume.call_unlink(parent=ROOT, name=b"f", directory=way == "mkdir")
+        return {**reply, "lease": 0, "history": True}
+
+    volume.call_make = make_and_lose  # type: ignore[method-assign,assignment]
+    volume.call_getattr = lambda ino: volume._entry(volume._inode(ino))  # type: ignore[attr-defined]
+    asks = {
+        "create": lambda: operations.create(ROOT, b"f", 0o644, os.O_RDWR | os.O_EXCL, CONTEXT),
+        "mkdir": lambda: operations.mkdir(ROOT, b"f", 0o755, CONTEXT),
+        "mknod": lambda: operations.mknod(ROOT, b"f", 0o644 | stat.S_IFIFO, 0, CONTEXT),
+        "symlink": lambda: operations.symlink(ROOT, b"f", b"target", CONTEXT),
+    }
+    with pytest.raises(FUSEError) as raised:
+        await asks[way]()
+    assert raised.value.errno == errno.ESTALE

@@ -190,7 +190,7 @@ def _reclaiming(heard: Heard) -> list[WhyRow]:
     if not nodes:
         return []
     on = f"{', '.join(map(str, nodes))}: to say which leases it holds, after a takeover"
-    return [_row("new leases", on, None, "who has not said so within reclaim_timeout_ms is evicted")]
+    return [_row("new leases", on, None, "who does not say so is evicted, after 1 to 15 times reclaim_timeout_ms")]
 
 
 def _maps(value: dict[str, Any], name: str) -> list[dict[str, Any]]:

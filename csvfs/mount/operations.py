@@ -226,7 +226,8 @@ class VolumeOperations(pyfuse3.Operations):
         # The directory got the time of what was made in it.
         made_ns = reply["attr"][CTIME]
         self._table.changed(parent, asked, made_ns, entries=True, links=int(stat.S_ISDIR(mode)))
-        return await self._entry(reply, asked, parent)
+        with stale_when_gone():  # made by the process before, and removed since: the kernel begins anew
+            return await self._entry(reply, asked, parent)
 
     @fuse_errors
     async def mknod(
@@ -260,7 +261,8 @@ class VolumeOperations(pyfuse3.Operations):
             # Another node was faster. After CREATE the kernel neither checks the mode of what it opens nor
             # truncates it; on ESTALE it looks the name up again and opens the file in the ordinary way.
             raise FUSEError(errno.EEXIST if flags & os.O_EXCL else errno.ESTALE)
-        await self._table.open(entry.st_ino, fuse_abi.may_write(flags))
+        with stale_when_gone():
+            await self._table.open(entry.st_ino, fuse_abi.may_write(flags))
         return FileInfo(fh=entry.st_ino), entry
 
     @fuse_errors

@@ -57,7 +57,7 @@ class Database:
 
     def bench(self, node: str, seconds: int) -> subprocess.Popen[bytes]:
         """pgbench, as a program that outlives its node, as it would on a machine of its own."""
-        command = self._shell(f"exec pgbench {self._connect} -c {CLIENTS} -j 2 -T {seconds} bench 2>&1")
+        command = self._shell(f"exec pgbench {self._connect} -n -c {CLIENTS} -j 2 -T {seconds} bench 2>&1")
         return self._lab.start_command(node, "env", "-i", *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def sums(self, node: str) -> Sums:

@@ -213,7 +213,8 @@ class Story:
         self.data[offset:end] = bytes(max(0, end - offset))
 
     def _copy(self) -> None:
-        """copy_file_range within the file; where both overlap it is refused, and left out."""
+        """copy_file_range within the file; where both overlap it is refused, and left out. Linux cuts it off at the end of
+        the file that this node knows, and does not ask whether another one has made it longer: so we ask before."""
         if not self.with_copies or not self.data:
             return
         offset, size = self._range(len(self.data), self.draw.choice((1, PAGE)))
@@ -221,6 +222,7 @@ class Story:
         size = min(size, len(self.data) - offset, self.size_max - target)
         if abs(target - offset) >= size > 0:
             self._put(target, bytes(self.data[offset : offset + size]))
+            self.add(("fsize", BUFFERED), lambda got: "")
             self.add(("copy_range", BUFFERED, offset, BUFFERED, target, size), equals(size))
 
     def _seek(self) -> None:
