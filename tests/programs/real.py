@@ -191,7 +191,7 @@ def postgres(site: Site) -> str:
 
 def _bench(site: Site, database: Database) -> int:
     """How many transactions; none may fail."""
-    output, _ = database.bench(site.here, site.seconds).communicate(timeout=site.seconds + 300)
+    output, _ = database.bench(site.seconds).communicate(timeout=site.seconds + 300)
     return _transactions(output.decode())
 
 
@@ -203,7 +203,7 @@ def _transactions(text: str) -> int:
 
 def _bench_while_the_coordinators_node_dies(site: Site, database: Database) -> int:
     seconds = max(30, site.seconds // 3)
-    running = database.bench(site.here, seconds)
+    running = database.bench(seconds)
     time.sleep(seconds / 4)
     owner = site.owner
     lab.lab_kill(site.directory, owner, "all")
@@ -215,7 +215,7 @@ def _bench_while_the_coordinators_node_dies(site: Site, database: Database) -> i
 
 def _move_by_power_cut(site: Site, database: Database, before: Sums) -> int:
     """The server's node loses its power under load; the database starts on another one. How many transactions were done."""
-    running = database.bench(site.here, 600)
+    running = database.bench(600)
     time.sleep(20)
     processes = database.processes(site.here)
     lab.lab_kill(site.directory, site.here, "all")
