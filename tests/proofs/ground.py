@@ -208,15 +208,15 @@ def job_text(job: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def proof_ground(
     say: Say, *, drives: int = 2, drive_size: int = 2 * GIB, directory: Path | None = None,
-    options: dict[str, int] | None = None,
+    options: dict[str, int] | None = None, tls: bool = True,
 ) -> Iterator[Ground]:  # fmt: skip
-    """A lab inside the `with`, taken down after it whatever happens."""
+    """A lab inside the `with`, taken down after it whatever happens. tls: else it needs a `directory`."""
     with contextlib.ExitStack() as stack:
         if directory is None:
             cluster = stack.enter_context(running_lab(nodes=3, drives=drives, drive_size=drive_size))
         else:
             stack.callback(lab.lab_down, directory, say=lambda line: None)
-            lab.lab_up(directory, nodes=3, drives=drives, drive_size=drive_size, say=lambda line: None)
+            lab.lab_up(directory, nodes=3, drives=drives, drive_size=drive_size, tls=tls, say=lambda line: None)
             cluster = LabCluster(directory)
         ground = Ground(cluster, say)
         if options:
