@@ -47,6 +47,9 @@ class FakeKernel:
             else:
                 await self.invalidate_pages(ino, offset, length)
 
+    async def prune(self, inos: list[int]) -> None:
+        self.log.append(("prune", *inos))
+
     def increment_epoch(self) -> None:
         self.log.append(("epoch",))
 

@@ -711,3 +711,26 @@ async def test_inodes_are_forgotten_when_the_kernel_lets_go_of_them(mount: Mount
     assert len(mount.volume.forgotten) == 50
     assert set(mount.relay.lookups) <= {1}
     assert list(mount.volume.inodes) == [1]
+
+
+async def test_the_kernel_forgets_inodes_that_it_is_asked_to_forget_but_those_in_use(mount: Mount, path: Path) -> None:
+    if mount.relay.minor < 45:
+        pytest.skip("needs FUSE_NOTIFY_PRUNE, Linux 6.18")
+
+    def make() -> int:
+        for number in range(300):
+            (path / f"f{number}").write_bytes(b"x" * 5000)
+        return os.open(path / "f7", os.O_RDONLY)
+
+    fd = await mount.do(make)
+    try:
+        known = list(mount.relay.lookups)
+        assert len(known) == 300
+        await mount.notifier.prune(known)
+        with trio.fail_after(60):
+            while len(mount.relay.lookups) > 1:
+                await trio.sleep(0.01)
+        assert await mount.do(lambda: os.fstat(fd).st_ino) in mount.relay.lookups
+        assert await mount.do(lambda: [(path / f"f{number}").read_bytes() for number in range(300)]) == [b"x" * 5000] * 300
+    finally:
+        await mount.do(lambda: os.close(fd))

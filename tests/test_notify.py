@@ -56,3 +56,21 @@ def test_attributes_that_cannot_be_taken_back_are_an_error_unless_the_inode_is_n
     kernel.error = errno.EINVAL
     with pytest.raises(OSError, match="Invalid"):
         kernel.notifier.invalidate_attr(5)
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP])
+async def test_a_kernel_that_cannot_be_asked_to_forget_is_asked_once_and_left_in_peace(
+    monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    kernel = Kernel(monkeypatch, error)
+    for _ in range(3):
+        await kernel.notifier.prune([1, 2, 3])
+    assert len(kernel.messages) == 1
+
+
+async def test_inodes_to_forget_are_told_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, 0)
+    await kernel.notifier.prune([7, 1 << 40])
+    (message,) = kernel.messages
+    assert len(message) == int.from_bytes(message[:4], "little") == 48
+    assert message[32:] == (7).to_bytes(8, "little") + (1 << 40).to_bytes(8, "little")

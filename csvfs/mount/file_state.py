@@ -153,6 +153,7 @@ class FileState:
         "times_dirty",
         "truncating",
         "truncations",
+        "used",
         "waiters",
         "waiting",
         "writable",
@@ -190,6 +191,7 @@ class FileState:
         self.moving = False  # blocks of it are being put elsewhere: no such call may begin
         self.tail_zero = -1  # the size for which the rest of its last block is known to be zeros
         self.allocated_upto = 0  # block: beyond the end of the file, up to here, blocks may hold old bytes
+        self.used = False  # opened, or something found in it, since that was set to false
         self.open_count = 0
         self.write_opens = 0  # of open_count, those that may write
         self.reads: dict[object, None] = {}

@@ -1,10 +1,10 @@
 """The file table: what stands between the FUSE channel and the coordinator and drives of the volume.
 
 Place      mount floor; gathers leases.py, read_path.py, write_path.py, truncation.py,
-           holes.py, cloning.py and recall.py.
+           holes.py, cloning.py, recall.py and shedding.py.
 Tasks      `run_forever`: every second it reports times of files written to, gives back what nobody uses any
            more, and watches whether this node may serve. Recalls run in the session's nursery.
-Limits     INODES_MAX inodes that are not open are remembered; the longest known go first.
+Limits     those of shedding.py.
 
 Invariant  I8: fsync answers only after every member flushed what was acknowledged before. A flush that failed
            is reported to it, and to every fsync of the inode until it is closed: what the drive lost
@@ -40,14 +40,13 @@ from csvfs.mount.recall import KernelNotifier, Recaller
 from csvfs.mount.reports import Reports
 from csvfs.mount.request_journal import RequestJournal
 from csvfs.mount.set_id import SetId
+from csvfs.mount.shedding import INODES_MAX, KERNEL_INODES_MAX, Shedding
 from csvfs.mount.truncation import Truncation
 from csvfs.mount.write_path import WritePath
 from csvfs.volume.file_io import BlockBus, Data, WriteDone
 
 log = logging.getLogger(__name__)
 
-INODES_MAX = 65_536  # about 1 KiB each
-RELEASE_BATCH = 1024
 RECALL_FLUSH_S = 2.0  # below Options.recall_timeout_ms
 MAINTENANCE_S = 1.0
 GUARD_S = 0.05
@@ -71,6 +70,7 @@ class FileTable:
         io_timeout_s: float = 60.0,
         times_s: float = TIMES_S,
         inodes_max: int = INODES_MAX,
+        kernel_inodes_max: int = KERNEL_INODES_MAX,
         kept: KeptInodes | None = None,
         journal: RequestJournal | None = None,
         on_emptied: Callable[[bool], None] = lambda emptied: None,
@@ -83,9 +83,7 @@ class FileTable:
         self._guard = guard
         self._nursery = nursery
         self._times_s = times_s
-        self._inodes_max = inodes_max
         self._timed: dict[FileState, None] = {}
-        self._forgotten: dict[int, None] = {}
         self._io_timeout_s = io_timeout_s
         self.open_files = 0  # by programs here, each as often as it is open
         self.leases = Leases(coordinator, bus, kept)
@@ -97,6 +95,11 @@ class FileTable:
         self.barred = Barred(self.leases.kept)
         self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
         self._reports = Reports(self.leases, coordinator, self._timed)
+        self.shedding = Shedding(
+            self.leases, bus, self._reports, self._recaller, notifier, self._timed, inodes_max, kernel_inodes_max
+        )
+        self._forgotten = self.shedding.forgotten
+        self.release_unused = self.shedding.shed
         self._writes = WritePath(
             self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s, journal or RequestJournal(),
             self._give_up,
@@ -148,7 +151,8 @@ class FileTable:
     def granted_directory(self, ino: int, kind: int) -> None:
         """As granted, for a directory whose attributes the reply does not have."""
         self._forgotten.pop(ino, None)
-        self.leases.state(ino).directory = True
+        state = self.leases.state(ino)
+        state.directory = state.used = True
         self.leases.granted(ino, kind, None, 0)
 
     def set_parent(self, ino: int, parent: int) -> None:
@@ -281,6 +285,7 @@ class FileTable:
         """
         state = self.leases.state(ino)
         state.open_count += 1
+        state.used = True
         self.open_files += 1
         state.write_opens += writing
         state.regate()
@@ -395,14 +400,6 @@ class FileTable:
             return not error.retryable
         return True
 
-    async def _restored(self, state: FileState) -> bool:
-        try:
-            await self.leases.restore(state)
-        except CsvfsError as error:
-            log.info("inode %d, as the mount before left it: %s", state.ino, error)
-            return False
-        return True
-
     async def _settle_inherited(self) -> None:
         try:
             await self.inheritance.flush()
@@ -461,47 +458,3 @@ class FileTable:
             except CsvfsError as error:
                 log.info("time of inode %d not reported: %s", state.ino, error)
                 self._timed[state] = None
-
-    async def release_unused(self) -> None:
-        """Give back what the kernel has forgotten, and the longest known beyond inodes_max."""
-        states = self.leases.states
-        batch = [ino for ino in self._forgotten if ino in states][:RELEASE_BATCH]
-        gone = []
-        for ino in batch:
-            if ino in states and ino in self._forgotten and await self._let_go(states[ino], cached=False):
-                gone.append(ino)
-        surplus = len(states) - self._inodes_max
-        if surplus > 0:
-            unused = [state for state in states.values() if not state.is_busy()]
-            for state in unused[: min(surplus, RELEASE_BATCH)]:
-                if await self._let_go(state, cached=True):
-                    gone.append(state.ino)
-        if gone:
-            try:
-                await self.leases.release(gone)
-            except CsvfsError as error:
-                log.info("%d leases not given back, they will be recalled: %s", len(gone), error)
-
-    async def _let_go(self, state: FileState, cached: bool) -> bool:
-        """Forget one inode, if nothing is under way; True: the coordinator must be told."""
-        try:
-            await self._reports.commit_times(state)
-        except CsvfsError as error:
-            log.info("time of inode %d not reported: %s", state.ino, error)
-        if not await self._settle(state) or state.is_busy() or state.dirty_slabs:
-            return False
-        if not cached and state.ino not in self._forgotten:
-            return False  # looked up again meanwhile
-        if cached:
-            if not await self._restored(state):
-                return False
-            await self._recaller.take_back(state, LEASE_NONE)
-            if state.is_busy() or state.lease != LEASE_NONE:
-                return False
-        if self.leases.states.get(state.ino) is not state:
-            return False
-        held = state.lease > LEASE_NONE or cached
-        self._forgotten.pop(state.ino, None)
-        self.leases.drop(state)
-        self._timed.pop(state, None)
-        return held

@@ -128,8 +128,11 @@ LK_FLOCK = 1 << 0  # in lk_flags: by flock(2), of the whole file
 NOTIFY_INVAL_INODE = 2
 NOTIFY_RESEND = 7
 NOTIFY_INC_EPOCH = 8
+NOTIFY_PRUNE = 9  # Linux 6.18
 NOTIFY_INVAL_INODE_OUT = struct.Struct("=IiQQqq")  # header with unique 0; ino, off, len
 assert NOTIFY_INVAL_INODE_OUT.size == 40
+NOTIFY_PRUNE_OUT = struct.Struct("=IiQIIQ")  # header with unique 0; count, padding, spare; the inodes follow
+assert NOTIFY_PRUNE_OUT.size == 32
 
 IO_SIZE_MAX = MIB  # of one READ or WRITE
 # The kernel refuses to deliver into a smaller buffer than its largest WRITE.
@@ -248,6 +251,12 @@ def pack_inval_inode(ino: int, offset: int, length: int) -> bytes:
     """Offset negative: attributes only. Length 0 or less: to the end of the file."""
     size = NOTIFY_INVAL_INODE_OUT.size
     return NOTIFY_INVAL_INODE_OUT.pack(size, NOTIFY_INVAL_INODE, 0, ino, offset, length)
+
+
+def pack_prune(inos: list[int]) -> bytes:
+    """Have the kernel forget these inodes, but those in use: FORGETs follow."""
+    size = NOTIFY_PRUNE_OUT.size + 8 * len(inos)
+    return NOTIFY_PRUNE_OUT.pack(size, NOTIFY_PRUNE, 0, len(inos), 0, 0) + struct.pack(f"={len(inos)}Q", *inos)
 
 
 def pack_inc_epoch() -> bytes:

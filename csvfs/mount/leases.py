@@ -9,11 +9,12 @@ Attributes Replies may overtake each other at the coordinator, and not every rep
            attributes. What was asked before such a change does not count as showing it: the attributes stay
            marked as stale until an answer comes that was asked after it.
 Stamps     One counter; a recall moves it. "Recalled since" compares an inode's last recall with a stamp taken
-           before a request. The inodes remembered are bounded; the forgotten ones count as recalled at
-           `_floor`.
+           before a request. The inodes remembered are bounded; the longest not recalled are forgotten, and count as
+           recalled at `_floor`.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, Protocol
 
 import trio
@@ -97,7 +98,7 @@ class Leases:
         self.releasing: dict[int, trio.Event] = {}  # `release` sent, not answered
         self._stamp = 1
         self._floor = 0
-        self._stamps: dict[int, int] = {}
+        self._stamps: dict[int, int] = {}  # the longest not recalled first
 
     # -- stamps ----------------------------------------------------------------------------------
 
@@ -111,10 +112,12 @@ class Leases:
 
     def mark_recalled(self, ino: int) -> None:
         self._stamp += 1
-        if len(self._stamps) >= STAMPS_MAX:
-            self._stamps.clear()
-            self._floor = self._stamp
+        self._stamps.pop(ino, None)
         self._stamps[ino] = self._stamp
+        if len(self._stamps) > STAMPS_MAX:
+            # Half of them, not all: what is under way was asked for behind the last of these.
+            for old in list(islice(self._stamps, STAMPS_MAX // 2)):
+                self._floor = self._stamps.pop(old)
 
     def mark_all_recalled(self) -> None:
         self._stamp += 1

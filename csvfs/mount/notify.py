@@ -29,7 +29,7 @@ class KernelNotifier:
         # Our own descriptor: a thread that still waits in write(2) must not see the number used for another
         # file.
         self._fd = os.dup(device_fd)
-        self._has_epoch = True
+        self._has_epoch = self._has_prune = True
         self._threads = trio.CapacityLimiter(INVALIDATE_THREADS_MAX)
         self._passes = trio.CapacityLimiter(PASSES_MAX)
 
@@ -59,6 +59,25 @@ class KernelNotifier:
                 self._write(message)
 
         await trio.to_thread.run_sync(write_all, abandon_on_cancel=True, limiter=self._passes)
+
+    async def prune(self, inos: list[int]) -> None:
+        """Have the kernel forget these inodes, but those in use: some 10 us each. Before Linux 6.18 it does not know how.
+
+        In a thread, for an inode that goes waits for its pages as in invalidate_pages. Cancel: as there.
+        """
+        if self._has_prune:
+            message = abi.pack_prune(inos)
+            await trio.to_thread.run_sync(self._prune, message, abandon_on_cancel=True, limiter=self._threads)
+
+    def _prune(self, message: bytes) -> None:
+        try:
+            os.write(self._fd, message)
+        except OSError as error:
+            if error.errno not in (*_NOT_KNOWN, *_UNMOUNTED):
+                raise
+            if error.errno in _NOT_KNOWN and self._has_prune:
+                self._has_prune = False
+                log.info("this kernel cannot be asked to forget inodes (%s): it keeps what its memory has room for", error.strerror)
 
     def increment_epoch(self) -> None:
         """Have every cached name looked up again before its next use. Takes no lock, does not block.
