@@ -123,3 +123,52 @@ def test_knowledge_is_bounded_and_the_oldest_directory_goes_first(
     assert not known.is_absent(5, b"x") and known.is_absent(6, b"x")
     known.discard(6, b"one more")
     assert known.is_absent(6, b"one more") and known._count == 9
+
+
+def test_a_large_directory_is_known_by_a_filter_that_never_says_absent_of_a_name_that_is_there(
+    volume: MemoryVolume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_names, "EXACT_NAMES_MAX", 1000)
+    known = KnownNames(volume)
+    volume.granted_directory(5, 2)
+    known.made(5, 0)
+    for number in range(20_000):
+        known.add(5, b"%d" % number)
+    assert not any(known.is_absent(5, b"%d" % number) for number in range(20_000))
+    assert sum(known.is_absent(5, b"x%d" % number) for number in range(20_000)) > 19_900
+    assert known._count == 1  # the names are kept no more
+    known.discard(5, b"7")
+    assert not known.is_absent(5, b"7")  # it may be there, for all that is known
+
+
+def test_large_directories_are_bounded_too_and_one_with_too_many_names_is_asked_for(
+    volume: MemoryVolume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("EXACT_NAMES_MAX", 3), ("FILTERS_MAX", 2), ("FILTER_NAMES_MAX", 50)):
+        monkeypatch.setattr(known_names, name, value)
+    known = KnownNames(volume)
+    for directory in (5, 6, 7):
+        volume.granted_directory(directory, 2)
+        known.made(directory, 0)
+        for number in range(10):
+            known.add(directory, b"%d" % number)
+    assert [known.is_absent(directory, b"x") for directory in (5, 6, 7)] == [False, True, True]
+    for number in range(50):
+        known.add(7, b"more %d" % number)
+    assert not known.is_absent(7, b"x") and known._count == 1
+
+
+def test_a_directory_in_use_stays_known_while_very_many_other_inodes_are_recalled(volume: MemoryVolume) -> None:
+    """Of which the file table remembers the last ones only: what it has forgotten counts as recalled."""
+    known = KnownNames(volume)
+    volume.granted_directory(5, 2)
+    known.made(5, volume.stamp())
+    floor = 0
+    volume.recalled_since = lambda ino, stamp: stamp < floor  # type: ignore[method-assign]
+    stamps = iter(range(1, 100))
+    volume.stamp = lambda: next(stamps)  # type: ignore[method-assign]
+    for _ in range(10):
+        assert known.is_absent(5, b"x")
+        floor += 1
+    floor += 2
+    assert not known.is_absent(5, b"x")
