@@ -24,6 +24,7 @@ AHEAD_BLOCKS_MIN = BLOCKS_PER_CHUNK
 AHEAD_BLOCKS_MAX = 16 * MIB // BLOCK_SIZE
 PIECES_PER_CALL_MAX = 1024  # new extents of one `allocate`: bounds the transaction
 SEEK_EXTENTS_MAX = 4096  # looked at for one `seek`
+SEEK_EXTENTS_FIRST = 8  # most holes are near
 LAYOUT_EXTENTS_MAX = 16_384  # of one reply, which may have 1 MiB
 
 _NO_EXTENT_BEHIND = FILE_BLOCKS_MAX
@@ -94,15 +95,24 @@ class Extents:
         """The first block from `block` on that has space (hole: that has none), and True; or a block, and
         False: none before that one, look again from there. Raises NotFound, IsADirectory, Conflict."""
         self._inodes.file(ino)
-        extents = self._read(ino, block, FILE_BLOCKS_MAX, SEEK_EXTENTS_MAX if hole else 2)
-        extents = [extent for extent in extents if extent.end > block]
         if not hole:
+            extents = [extent for extent in self._read(ino, block, FILE_BLOCKS_MAX, 2) if extent.end > block]
             return (max(block, extents[0].block), True) if extents else (FILE_BLOCKS_MAX, True)
+        limit = SEEK_EXTENTS_FIRST
+        while True:
+            at, found = self._seek_hole(ino, block, limit)
+            if found or limit >= SEEK_EXTENTS_MAX:
+                return at, found
+            limit = min(8 * limit, SEEK_EXTENTS_MAX)
+
+    def _seek_hole(self, ino: int, block: int, limit: int) -> tuple[int, bool]:
+        """As `seek`, looking at so many extents."""
+        extents = self._read(ino, block, FILE_BLOCKS_MAX, limit)
         for extent in extents:
             if extent.block > block:
                 return block, True
-            block = extent.end
-        return block, len(extents) < SEEK_EXTENTS_MAX - 1  # one may have ended before `block`
+            block = max(block, extent.end)
+        return block, len(extents) < limit
 
     def allocate(self, ino: int, block: int, count: int, size: int, mtime_ns: int, now_ns: int) -> Allocation:
         """Fill the holes of a range of blocks, and raise the file's size to `size` bytes if that is larger.

@@ -25,6 +25,7 @@ NOTES_MAX = (
 )
 INODES_PER_CHANGE = 16
 DELAY_S = 0.05  # collects what belongs together
+LOOK_S = 30.0  # after which all orphans are looked at, and not only those of which somebody let go
 _BLOCKS, _SIZE = 7, 6  # in an attr; blocks are of 512 bytes
 
 
@@ -49,12 +50,13 @@ class Janitor:
         self._leases = leases
         self._wait_open = wait_open
         self._orphans: dict[InodeNo, None] = {}
+        self._free: dict[InodeNo, None] = {}  # of these, those that may be held by nobody now
         self._at_rest: dict[InodeNo, None] = {}
         self._wanted = trio.Event()
 
     def orphaned(self, ino: InodeNo) -> None:
         """Its last name is gone, or it was made without one."""
-        self._orphans[ino] = None
+        self._orphans[ino] = self._free[ino] = None
         self._wanted.set()
 
     def knows(self, ino: InodeNo) -> bool:
@@ -64,6 +66,7 @@ class Janitor:
     def lowered(self, ino: InodeNo) -> None:
         """A session holds less of it than before."""
         if ino in self._orphans:
+            self._free[ino] = None
             self._wanted.set()
         elif (
             len(self._at_rest) < NOTES_MAX and not self._leases.holds_data(ino) and self._has_space_ahead(ino)
@@ -74,6 +77,7 @@ class Janitor:
     def look(self) -> None:
         """What was held by nobody but a departed session may be held by nobody now."""
         if self._orphans:
+            self._free.update(self._orphans)
             self._wanted.set()
 
     def _is_held(self, ino: InodeNo) -> bool:
@@ -94,13 +98,17 @@ class Janitor:
     async def run_forever(self) -> None:
         """Raises what ends the batches."""
         await self._wait_open()
+        look_s = trio.current_time() + LOOK_S
         while True:
-            await self._wanted.wait()
+            with trio.move_on_at(look_s):
+                await self._wanted.wait()
+            if trio.current_time() >= look_s:
+                self.look()
+                look_s = trio.current_time() + LOOK_S
             self._wanted = trio.Event()
             await trio.sleep(DELAY_S)
-            await self._each(
-                [ino for ino in self._orphans if not self._is_held(ino)], self._drop
-            )
+            free, self._free = self._free, {}
+            await self._each([ino for ino in free if ino in self._orphans and not self._is_held(ino)], self._drop)
             await self._each(list(self._at_rest), self._shorten)
 
     async def _each(self, inos: list[InodeNo], change: Callable[[InodeNo], None]) -> None:
@@ -130,6 +138,7 @@ class Janitor:
         if done:
             self._orphans.pop(ino, None)
         else:
+            self._free[ino] = None
             self._wanted.set()
 
     def _shorten(self, ino: InodeNo) -> None:

@@ -317,3 +317,40 @@ def test_a_damaged_bitmap_dooms_the_batch_that_met_it(volume):
     with pytest.raises(Corrupt, match="slab 1"):
         volume.metadata.commit()
     assert volume.metadata.lookup(1, b"file") is None
+
+
+def test_holes_and_data_are_found_however_many_extents_lie_before_them(volume, monkeypatch):
+    """A hole is most often near: few extents are looked at first, and never more than a question may take."""
+    monkeypatch.setattr("coordinator.extents.SEEK_EXTENTS_FIRST", 2)
+    monkeypatch.setattr("coordinator.extents.SEEK_EXTENTS_MAX", 16)
+    with volume.batch() as metadata:
+        ino = make(metadata)
+        metadata.setattr(ino, size=1 << 30, now_ns=1)
+        for chunk in reversed(range(60)):  # so that no two extents are one
+            if chunk % 23:
+                metadata.allocate(ino, 16 * chunk, 16, 0, 0, 1)
+    assert len(metadata.layout(ino, 0, 1000)) > 50
+    taken = {e.block + i for e in metadata.layout(ino, 0, 2000) for i in range(e.count)}
+    for block in range(980):
+        hole, turns = False, 0
+        at = block
+        while not hole:
+            at, hole = metadata.seek(ino, at, hole=True)
+            turns += 1
+        assert at == min(b for b in range(block, 2000) if b not in taken)
+        assert turns <= 1 + 60 // 14
+        data = min((b for b in taken if b >= block), default=None)
+        assert metadata.seek(ino, block, hole=False) == ((1 << 32) if data is None else data, True)
+
+
+def test_a_question_for_a_hole_that_is_near_reads_few_of_very_many_extents(volume, monkeypatch):
+    with volume.batch() as metadata:
+        ino = make(metadata)
+        metadata.setattr(ino, size=1 << 30, now_ns=1)
+        for chunk in range(0, 120, 2):
+            metadata.allocate(ino, 16 * chunk, 1, 0, 0, 1)
+    limits = []
+    read = metadata.extents._read
+    monkeypatch.setattr(metadata.extents, "_read", lambda ino, block, end, limit: limits.append(limit) or read(ino, block, end, limit))
+    assert metadata.seek(ino, 64, hole=True) == (80, True)
+    assert max(limits) < 60
