@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import islice
+from types import MappingProxyType
 
 from csvfs.errors import Unavailable
 from csvfs.ids import Incarnation, InodeNo, NodeName
@@ -36,7 +37,7 @@ NONE, OPEN, READ, WRITE = range(4)
 SessionKey = tuple[NodeName, Incarnation]
 
 TICKETS_MAX = 65_536  # requests waiting or being carried out; more are refused
-LEASES_PER_SESSION_MAX = 262_144  # about 60 MB of table per session; the longest held are recalled beyond it
+LEASES_PER_SESSION_MAX = 262_144  # about 150 MB of table per session; the longest held are recalled beyond it
 
 
 class Need(Enum):
@@ -86,12 +87,25 @@ class _Held:
     write_grant: int = 0  # of the last time it became a write lease
 
 
+_NO_RECALLS: Mapping[SessionKey, Recall] = MappingProxyType({})
+
+
 @dataclass(slots=True)
 class _Inode:
+    """All but `holders` are replaced and not changed: most of them are empty, and take nothing."""
+
     holders: dict[SessionKey, _Held] = field(default_factory=dict)
-    recalls: dict[SessionKey, Recall] = field(default_factory=dict)
-    opened: set[SessionKey] = field(default_factory=set)  # got OPEN while a recall was unanswered
-    tickets: list[Ticket] = field(default_factory=list)  # eldest first, granted and waiting
+    recalls: Mapping[SessionKey, Recall] = field(default_factory=lambda: _NO_RECALLS)
+    opened: frozenset[SessionKey] = frozenset()  # got OPEN while a recall was unanswered
+    tickets: tuple[Ticket, ...] = ()  # eldest first, granted and waiting
+
+    def no_recall(self, session: SessionKey) -> None:
+        if session in self.recalls:
+            self.recalls = {key: recall for key, recall in self.recalls.items() if key != session} or _NO_RECALLS
+
+    def no_open(self, session: SessionKey) -> None:
+        if session in self.opened:
+            self.opened -= {session}
 
 
 class LeaseTable:
@@ -117,7 +131,8 @@ class LeaseTable:
         ticket = Ticket(session, needs)
         self._ticket_count += 1
         for ino in needs:
-            self._inodes.setdefault(ino, _Inode()).tickets.append(ticket)
+            inode = self._inode(ino)
+            inode.tickets = (*inode.tickets, ticket)
         actions: list[Action] = []
         self._try_grant(ticket, actions, announce=False)
         return ticket, actions
@@ -129,7 +144,8 @@ class LeaseTable:
         ticket.finished = True
         self._ticket_count -= 1
         for ino in ticket.needs:
-            self._inodes[ino].tickets.remove(ticket)
+            inode = self._inodes[ino]
+            inode.tickets = tuple(other for other in inode.tickets if other is not ticket)
         actions: list[Action] = []
         for ino in ticket.needs:
             self._pump(ino, actions)
@@ -138,10 +154,8 @@ class LeaseTable:
     def try_read(self, session: SessionKey, ino: InodeNo) -> int | None:
         """A read lease at once, if nobody has to be asked and nobody waits for the inode; its serial or
         None."""
-        inode = self._inodes.get(ino)
-        if inode is None:
-            inode = self._inodes[ino] = _Inode()
-        elif (
+        inode = self._inode(ino)
+        if (
             session in inode.recalls
             or any(
                 ticket.session != session and _exclude(Need.READ, ticket.needs[ino])
@@ -154,7 +168,7 @@ class LeaseTable:
 
     def reclaim(self, session: SessionKey, ino: InodeNo, kind: int) -> bool:
         """After a takeover: a session says what it holds. False: another session's claim excludes it."""
-        inode = self._inodes.setdefault(ino, _Inode())
+        inode = self._inode(ino)
         others = max((held.kind for other, held in inode.holders.items() if other != session), default=NONE)
         if (kind == WRITE and others >= READ) or (kind == READ and others == WRITE):
             return False
@@ -169,7 +183,8 @@ class LeaseTable:
         inode = self._inodes.get(ino)
         if inode is None or session not in inode.recalls:
             return []
-        recall = inode.recalls.pop(session)
+        recall = inode.recalls[session]
+        inode.no_recall(session)
         if recall.attr:
             kept = recall.to_kind  # T4: only attributes were asked for
         elif recall.to_kind == READ:
@@ -177,7 +192,7 @@ class LeaseTable:
         else:
             kept = min(kept, OPEN)
         if session in inode.opened:  # the answer may be older than the open
-            inode.opened.discard(session)
+            inode.no_open(session)
             kept = max(kept, OPEN)
         self._lower_to(session, ino, inode, kept)
         if session in inode.holders:
@@ -193,7 +208,7 @@ class LeaseTable:
         inode = self._inodes.get(ino)
         if inode is None or session not in inode.holders:
             return []
-        inode.opened.discard(session)
+        inode.no_open(session)
         self._lower_to(session, ino, inode, kind)
         actions: list[Action] = []
         self._pump(ino, actions)
@@ -210,8 +225,8 @@ class LeaseTable:
         for ino in touched:
             inode = self._inodes[ino]
             inode.holders.pop(session, None)
-            inode.recalls.pop(session, None)
-            inode.opened.discard(session)
+            inode.no_recall(session)
+            inode.no_open(session)
         actions: list[Action] = []
         tickets = dict.fromkeys(ticket for ino in touched for ticket in self._inodes[ino].tickets)
         waiting = [ticket for ticket in tickets if ticket.session == session and not ticket.granted]
@@ -230,11 +245,11 @@ class LeaseTable:
             if old in inode.holders:
                 inode.holders[new] = inode.holders.pop(old)
             if old in inode.recalls:
-                recall = inode.recalls.pop(old)
-                inode.recalls[new] = Recall(new, recall.ino, recall.to_kind, recall.attr)
+                recall = inode.recalls[old]
+                inode.no_recall(old)
+                inode.recalls = {**inode.recalls, new: Recall(new, recall.ino, recall.to_kind, recall.attr)}
             if old in inode.opened:
-                inode.opened.remove(old)
-                inode.opened.add(new)
+                inode.opened = inode.opened - {old} | {new}
             for ticket in inode.tickets:
                 ticket.asked = {(ino, new if asked == old else asked) for ino, asked in ticket.asked}
                 if ticket.session == old:
@@ -322,6 +337,12 @@ class LeaseTable:
     def lease_counts(self) -> dict[SessionKey, int]:
         return {session: len(inos) for session, inos in self._sessions.items()}
 
+    def _inode(self, ino: InodeNo) -> _Inode:
+        inode = self._inodes.get(ino)
+        if inode is None:
+            inode = self._inodes[ino] = _Inode()
+        return inode
+
     # -- the machine -----------------------------------------------------------------------------
 
     def _try_grant(self, ticket: Ticket, actions: list[Action], *, announce: bool = True) -> None:
@@ -345,7 +366,7 @@ class LeaseTable:
             kind = _GIVES[need]
             if kind > NONE:
                 if ticket.session in inode.recalls:
-                    inode.opened.add(ticket.session)
+                    inode.opened |= {ticket.session}
                 self._raise_to(ticket.session, ino, inode, kind)
         if announce:
             actions.append(Grant(ticket))
@@ -374,7 +395,7 @@ class LeaseTable:
         return waiting
 
     def _send(self, recall: Recall, inode: _Inode, actions: list[Action]) -> None:
-        inode.recalls[recall.session] = recall
+        inode.recalls = {**inode.recalls, recall.session: recall}
         self._serial += 1
         inode.holders[recall.session].serial = self._serial
         actions.append(recall)
@@ -383,7 +404,7 @@ class LeaseTable:
         inode = self._inodes.get(ino)
         if inode is None:
             return
-        for ticket in list(inode.tickets):
+        for ticket in inode.tickets:
             if not (ticket.granted or ticket.finished):
                 self._try_grant(ticket, actions)
         if not (inode.holders or inode.recalls or inode.tickets):
