@@ -75,6 +75,8 @@ class ClientFaults(Faults):
             self.plan = [(rng.choice(wanted), kinds) for _ in self.plan]
         elif not EMPHASIS and rng.random() < 0.15:
             self.plan.insert(rng.randrange(len(self.plan) + 1), (rng.choice(sorted(late)), kinds))
+        if any(name == "isolate" for name, _ in self.plan):
+            self._clients.looks_direct = 0.0  # who watches there shall not wait for the coordinator
 
     def _later(self, undo: Callable[[], None], *durations: float) -> None:
         # Leases last 3 s, a mount that is not heard is evicted after 5 to 10 s.
@@ -147,11 +149,19 @@ class ClientFaults(Faults):
         self._cut_from_store(host.node)
 
     def _isolate(self) -> None:
-        """A node that reaches the store and no other node, for longer than its mount is waited for: its lease goes on."""
-        alone = self._machine().name
-        pairs = [pair for name in self._world.machines if name != alone for pair in ((alone, name), (name, alone))]
+        """A node that reaches the store and no other node, for longer than its mount is waited for (5 s for a recall, and
+        as long for its fence): its lease goes on. Not at once: it shall hold something by then."""
+        self._world.events_queue.after(self._rng.choice((0.5, 3.0, 5.0)), self._cut_alone)
+
+    def _cut_alone(self) -> None:
+        if self._world.calm:
+            return
+        owner = self._world.owner_node()
+        alone = self._rng.choice([name for name in self._world.machines if name != owner])  # alone it evicts nobody
+        others = [name for name in self._world.machines if name != alone]
+        pairs = [pair for name in others for pair in ((alone, name), (name, alone))]
         self._world.cut(pairs)
-        self._later(lambda: self._world.heal(pairs), 7.0, 9.0, 12.0)
+        self._later(lambda: self._world.heal(pairs), 12.0, 15.0)
 
     def _orphan(self) -> None:
         """The coordinator is killed while it writes, and what it sent is under way longer than its successor takes to

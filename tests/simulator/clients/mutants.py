@@ -38,6 +38,17 @@ def _I5_mount_serves_when_cut_off() -> list[Patch]:
     return [(Guard, "serving", serving)]
 
 
+def _I5_contact_not_asked() -> list[Patch]:
+    """A mount answers from what it holds while its node has a lease, whether its coordinator has heard of it or not."""
+
+    def serving(self: Guard) -> bool:
+        if not self.lapsed and not self._may_serve():
+            self.lapsed = True
+        return not self.lapsed
+
+    return [(Guard, "serving", serving)]
+
+
 def _I5_caches_outlive_lapse() -> list[Patch]:
     """What the kernel has cached stays when its mount may not serve any more."""
 
@@ -162,6 +173,7 @@ def _K1_cached_without_lease() -> list[Patch]:
 
 MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I5 a mount that is cut off goes on serving": _I5_mount_serves_when_cut_off,
+    "I5 a mount goes on serving without its coordinator": _I5_contact_not_asked,
     "I5 the kernel's caches outlive the lapse": _I5_caches_outlive_lapse,
     "I5 a recall leaves pages": _I5_recall_leaves_pages,
     "I5 a coordinator that is cut off goes on serving": _I5_coordinator_serves_when_cut_off,
@@ -176,6 +188,7 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
 _CUTS = ("partition", "store cut")
 EMPHASIS = {
     "I5 a mount that is cut off goes on serving": _CUTS,
+    "I5 a mount goes on serving without its coordinator": ("isolate",),
     "I5 the kernel's caches outlive the lapse": _CUTS,
     "I5 a coordinator that is cut off goes on serving": _CUTS,
     "I6 leases pass on before the fence": ("hold mount",),
@@ -188,6 +201,7 @@ EMPHASIS = {
 
 # Tried first.
 CATCHING_SEEDS = {
+    "I5 a mount goes on serving without its coordinator": (2,),
     "I6 leases pass on before the fence": (18,),
     "I6 a fence is answered before it is in force": (17,),
     "I5 a mount that is cut off goes on serving": (3,),

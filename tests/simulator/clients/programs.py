@@ -288,7 +288,7 @@ class Watcher(Program):
         self._close()
 
     async def _watch(self, connection: Connection) -> None:
-        if self.rng.random() < 0.25:
+        if self.rng.random() < self.world.looks_direct:
             ino, direct = await self._opened(connection, os.O_RDONLY | os.O_DIRECT)
             await self._read_page(connection, ino, self.rng.randrange(PAGES_MAX - 1), direct=direct)
             return

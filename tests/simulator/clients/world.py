@@ -55,6 +55,7 @@ class ClientsWorld(World):
     """All that exists in a run."""
 
     freezes = True
+    looks_direct = 0.25  # of the looks of watchers: past the cache, so they may have to wait for the coordinator
 
     def __init__(self, seed: int, operations: int, *, verbose: bool = False) -> None:
         self.devices = Devices()
