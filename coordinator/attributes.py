@@ -18,6 +18,7 @@ from csvfs.errors import (
     NameTooLong,
     NoAttribute,
     NoSpace,
+    NotFound,
     ResultTooLarge,
 )
 from csvfs.units import BLOCK_SIZE, KIB
@@ -98,6 +99,23 @@ class Attributes:
         inode.mtime = inode.mtime if mtime_ns is None else mtime_ns
         inode.atime = inode.atime if atime_ns is None else atime_ns
         self._inodes.changed(inode)
+
+    def accessed(self, ino: int, atime_ns: int) -> bool:
+        """When a session has read it, as it tells later: of what is gone, or was read later by another, nothing changes.
+
+        Returns  whether it changed, and is no directory. Raises BadRequest.
+        """
+        if not 0 < atime_ns <= TIME_MAX:
+            raise BadRequest(f"access time {atime_ns} ns of inode {ino}")
+        try:
+            inode = self._inodes.get(ino)
+        except NotFound:
+            return False
+        if atime_ns <= inode.atime:
+            return False
+        inode.atime = atime_ns
+        self._inodes.changed(inode)
+        return not stat.S_ISDIR(inode.mode)
 
     def _resize(self, inode: Inode, size: int, now_ns: int) -> None:
         # A growing file keeps blocks granted ahead: whoever has its write lease may be writing them now.

@@ -26,6 +26,7 @@ from csvfs.errors import BadRequest, Conflict, CsvfsError, Fenced, NotFound
 from csvfs.ids import Incarnation, InodeNo
 
 RELEASE_ITEMS_MAX = 65_536
+ACCESSED_ITEMS_MAX = 4096
 ALLOCATE_BLOCKS_MAX = 1 << 20  # 4 GiB in one call
 LAYOUT_EXTENTS_MAX = 16_384
 UNSHARE_BLOCKS_MAX = 1024
@@ -327,6 +328,23 @@ class Dispatch:
     async def make_space(self, blocks: int) -> None:
         """After NeedsSpaceError, before the allocation begins anew. Raises NoSpace."""
         await self._slabs.ensure_free(blocks)
+
+    async def accessed(self, session: Session, args: Args) -> Reply:
+        """When inodes were read under leases that are still held; of others it is void."""
+        rows = arguments.rows(args, "items", 2, ACCESSED_ITEMS_MAX)
+        if any(not isinstance(number, int) or number <= 0 for row in rows for number in row):
+            raise BadRequest("items must be [ino, atime_ns]")
+
+        def apply() -> list[InodeNo]:
+            return [
+                InodeNo(ino)
+                for ino, atime_ns in rows
+                if self._leases.table.held(session.key, InodeNo(ino)) >= READ and self._metadata.accessed(ino, atime_ns)
+            ]
+
+        for ino in await self._batches.run(apply):
+            self._leases.outdated(session.key, ino)
+        return Reply({}, position=self._log.position)
 
     def release(self, session: Session, args: Args) -> Reply:
         for ino, kind in arguments.rows(args, "items", 2, RELEASE_ITEMS_MAX):

@@ -313,6 +313,11 @@ class LeaseTable:
                     return session
         return None
 
+    def readers(self, ino: InodeNo) -> list[SessionKey]:
+        """Those who hold READ."""
+        inode = self._inodes.get(ino)
+        return [] if inode is None else [session for session, held in inode.holders.items() if held.kind == READ]
+
     def highest(self, ino: InodeNo) -> int:
         """The highest lease that any session holds on `ino`, or may be about to hold."""
         inode = self._inodes.get(ino)

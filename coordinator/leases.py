@@ -41,6 +41,8 @@ WAIT_S_MAX = 60.0  # for a lease; recalls are shorter, so only a long queue of t
 QUERY_TIMEOUT_S = 1.0
 TRIM_INTERVAL_S = 1.0
 ABSENT_TIMES_MAX = 3  # recall_timeout
+OUTDATED_MAX = 16_384  # more are not told
+OUTDATED_AT_ONCE = 64
 BUSY_S_MAX = 120.0  # for one recall; the io_timeout is 60 s unless somebody has changed it
 
 
@@ -49,6 +51,7 @@ class Leases:
 
     report   what a writer told when it gave its lease back: (ino, size or 0, mtime_ns or None, atime_ns or None);
              it is in the metadata when the call returns
+    accessed  as report, of an access time alone: on its way to the metadata, ahead of what is submitted next
     evict    ends a session that does not answer: returns when it is fenced and its leases have passed on
     lowered  an inode is held by fewer now: `open` leases of deleted files, space granted ahead
     """
@@ -59,6 +62,7 @@ class Leases:
         *,
         recall_timeout_s: float,
         report: Callable[[InodeNo, int, int | None, int | None], Awaitable[None]],
+        accessed: Callable[[InodeNo, int], None],
         evict: Callable[[Session, str], Awaitable[None]],
         lowered: Callable[[InodeNo], None],
         is_alive: Callable[[NodeName], bool],
@@ -68,12 +72,15 @@ class Leases:
         self._sessions = sessions
         self._recall_timeout_s = recall_timeout_s
         self._report = report
+        self._accessed = accessed
         self._evict = evict
         self._lowered = lowered
         self._is_alive = is_alive
         self._granted: dict[Ticket, trio.Event] = {}
         self._since_s: dict[Ticket, float] = {}  # of those in _granted
         self._under_way: dict[Recall, float] = {}  # until when an answer is waited for
+        self._outdated: dict[tuple[SessionKey, InodeNo], None] = {}
+        self._outdated_due = trio.Event()
         self._recalls, self._recalls_due = trio.open_memory_channel[Recall](float("inf"))
 
     # -- requests --------------------------------------------------------------------------------
@@ -177,6 +184,7 @@ class Leases:
         """Send recalls until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._trim_forever)
+            nursery.start_soon(self._tell_outdated_forever)
             async for recall in self._recalls_due:
                 self._under_way[recall] = trio.current_time() + self._recall_timeout_s
                 nursery.start_soon(self._recall_noted, recall)
@@ -245,15 +253,55 @@ class Leases:
         kind = fields.get("kind")
         kind = kind if isinstance(kind, int) and NONE <= kind <= WRITE else recall.to_kind
         mtime_ns, atime_ns = _int(fields, "mtime_ns"), _int(fields, "atime_ns")
-        if (mtime_ns or atime_ns) and self.table.held(session.key, recall.ino) == WRITE:
+        held = self.table.held(session.key, recall.ino)
+        if atime_ns and held >= READ:
+            self._accessed(recall.ino, atime_ns)  # not worth waiting for
+        if mtime_ns and held == WRITE:
             # Before the lease passes on: whoever gets it must see the times of what was written under it. Sizes are
             # committed already, each before its write was answered; and the one that is told here may be that of
             # before a truncation which has been carried out meanwhile.
-            await self._report(recall.ino, 0, mtime_ns, atime_ns)
+            await self._report(recall.ino, 0, mtime_ns, None)
             if session.ended:
                 return
         self.perform(self.table.answer(session.key, recall.ino, kind))
         self._lowered(recall.ino)
+
+    # -- attributes of before --------------------------------------------------------------------
+
+    def outdated(self, session: SessionKey, ino: InodeNo) -> None:
+        """An access time was changed by `session`: who else caches attributes of the inode is to ask anew. Nobody waits for
+        it, and nobody is evicted for not answering: that is not worth it."""
+        for other in self.table.readers(ino):
+            if other != session and len(self._outdated) < OUTDATED_MAX:
+                self._outdated[other, ino] = None
+                self._outdated_due.set()
+
+    async def _tell_outdated_forever(self) -> None:
+        while True:
+            await self._outdated_due.wait()
+            self._outdated_due = trio.Event()
+            while self._outdated:
+                batch = list(self._outdated)[:OUTDATED_AT_ONCE]
+                async with trio.open_nursery() as nursery:
+                    for key, ino in batch:
+                        del self._outdated[key, ino]
+                        nursery.start_soon(self._tell_outdated, key, ino)
+
+    async def _tell_outdated(self, key: SessionKey, ino: InodeNo) -> None:
+        session = self._sessions.get(key)
+        if session is None or session.ended or self.table.held(key, ino) != READ:
+            return
+        try:
+            answer = await session.call("recall", {"ino": ino, "kind": WRITE, "attr": True}, timeout_s=QUERY_TIMEOUT_S)
+        except CsvfsError as error:
+            log.info("%s was told that inode %d was read: %s", session.writer, ino, error)
+            return
+        fields = answer if isinstance(answer, dict) else {}
+        atime_ns, mtime_ns = _int(fields, "atime_ns"), _int(fields, "mtime_ns")
+        if atime_ns and self.table.held(key, ino) >= READ:
+            self._accessed(ino, atime_ns)
+        if mtime_ns and self.table.held(key, ino) == WRITE:  # it has got that lease meanwhile
+            await self._report(ino, 0, mtime_ns, None)
 
     # -- questions -------------------------------------------------------------------------------
 

@@ -75,6 +75,7 @@ class Metadata:
         self.getattr = attributes.getattr
         self.setattr = attributes.setattr
         self.commit_file = attributes.commit_file
+        self.accessed = attributes.accessed
         self.getxattr = attributes.getxattr
         self.listxattr = attributes.listxattr
         self.setxattr = attributes.setxattr

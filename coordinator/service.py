@@ -157,6 +157,7 @@ class Service:
             self.desk.sessions,
             recall_timeout_s=setup.recall_timeout_s,
             report=self.desk.report,
+            accessed=self.desk.accessed,
             evict=self.desk.evict,
             lowered=self._lowered,
             is_alive=facts.is_alive,
@@ -198,6 +199,7 @@ class Service:
     def _register_calls(self) -> None:
         self._async_calls: dict[str, Callable[[Session, Args], Awaitable[Reply]]] = {
             "reclaim": self._reclaim,
+            "accessed": self.dispatch.accessed,
             "statfs": self._statfs_later,
             "slab_failed": self._slab_failed,
             "fsync": self._fsync,

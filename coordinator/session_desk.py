@@ -342,6 +342,15 @@ class SessionDesk:
 
     # -- what they tell --------------------------------------------------------------------------
 
+    def accessed(self, ino: InodeNo, atime_ns: int) -> None:
+        """An access time that came with the answer to a recall; nobody waits for it."""
+
+        def done(value: object, error: CsvfsError | None) -> None:
+            if error is not None:
+                log.info("the access time of inode %d is not kept: %s", ino, error)
+
+        self._batches.submit(lambda: self._metadata.accessed(ino, atime_ns), None, done)
+
     async def report(self, ino: InodeNo, size: int, mtime_ns: int | None, atime_ns: int | None) -> None:
         """Size and times of a file that was being written under a lease. A file that is gone is no error."""
         try:

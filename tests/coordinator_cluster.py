@@ -309,6 +309,7 @@ class Mount:
         self.claims_all = True  # else it has more to say, and never does
         self.hello: dict[str, Any] = {}
         self.size_reported: int | None = None
+        self.accessed_ns: int | None = None  # told with the answers to recalls
         self._scope = trio.CancelScope()
         self._connecting = trio.Lock()
         self.bus: Bus | None = None
@@ -417,7 +418,7 @@ class Mount:
             held = self.held[args["ino"]] = min(held, args["kind"])
         link.reply(
             frame.request_id,
-            {"kind": held, "size": self.size_reported, "mtime_ns": None, "atime_ns": None},
+            {"kind": held, "size": self.size_reported, "mtime_ns": None, "atime_ns": self.accessed_ns},
         )
 
     async def call(self, call_name: str, /, **args: Any) -> Any:

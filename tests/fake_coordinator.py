@@ -31,11 +31,11 @@ class File:
         self.ino = ino
         self.mode = mode
         self.size = 0
-        self.mtime = self.ctime = 1000
+        self.atime = self.mtime = self.ctime = 1000
         self.blocks: dict[int, tuple[int, int]] = {}  # file block -> (slab, slab block)
 
     def attr(self) -> list:
-        times = [1000, self.mtime, self.ctime]
+        times = [self.atime, self.mtime, self.ctime]
         return [self.ino, self.mode, 1, 0, 0, 0, self.size, 8 * len(self.blocks), *times, 1, 0]
 
 
@@ -101,6 +101,8 @@ class FakeCoordinator:
         if file is not None and wrote and isinstance(answer["size"], int):
             file.size = max(file.size, answer["size"])
             file.mtime = answer["mtime_ns"] or file.mtime
+        if file is not None and self.table.held(recall.session, recall.ino) >= READ:
+            file.atime = max(file.atime, answer["atime_ns"] or 0)
         await self._pass_time()
         self.perform(self.table.answer(recall.session, recall.ino, answer["kind"]))
 
@@ -166,6 +168,7 @@ class FakeCoordinator:
             told = self.holders[writer].query(ino)
             if told is not None:
                 attr[6], attr[9] = told["size"], told["mtime_ns"] or attr[9]
+                attr[8] = told["atime_ns"] or attr[8]
         return {"attr": attr, "lease": self.table.lease_at_send(session, InodeNo(ino), serial)}
 
     def _check_writer(self, session: SessionKey, ino: int) -> None:
@@ -196,6 +199,12 @@ class FakeCoordinator:
         file.size = max(file.size, size)
         file.mtime = mtime_ns or file.mtime
         self._changed(file)
+        return {}
+
+    async def _accessed(self, session: SessionKey, items: list[list[int]]) -> dict:
+        for ino, atime_ns in items:
+            if self.table.held(session, InodeNo(ino)) >= READ and ino in self.files:
+                self.files[ino].atime = max(self.files[ino].atime, atime_ns)
         return {}
 
     async def _punch(self, session: SessionKey, ino: int, block: int, count: int) -> dict:

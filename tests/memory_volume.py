@@ -17,6 +17,7 @@ from csvfs.errors import (
     NotFound,
     NotSupported,
 )
+from csvfs.mount.access_times import AccessTimes
 from csvfs.mount.channel import WRITE_APPEND
 from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from csvfs.mount.set_id import mode_after_write
@@ -62,6 +63,7 @@ class MemoryVolume:
 
     def __init__(self) -> None:
         self.locks = MemoryLocks()
+        self.access = AccessTimes(self, {})  # knows no inode: notes nothing
         self.inodes = {ROOT: Inode(ROOT, stat.S_IFDIR | 0o755, 0, 0, nlink=2)}
         self.next_ino = 2
         self.next_cookie = 16

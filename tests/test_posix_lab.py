@@ -17,7 +17,7 @@ VOLUME = "/clusterstorage/Volume1"
 
 # Carries out the statements of each line of its input, and says what `result` is afterwards. Its names stay.
 AGENT = """
-import ctypes, errno, json, os, stat, struct, sys
+import ctypes, errno, json, mmap, os, stat, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
 NO_ID = 0xFFFFFFFF
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
@@ -194,6 +194,33 @@ def test_a_rename_with_a_whiteout_leaves_a_device_that_the_other_node_sees(agent
         assert whiteout == [0o020000, 0]
     assert n1.get(f"trying(rename, '{VOLUME}/upper/b', '{VOLUME}/upper/a', 5)") == "EEXIST"
     assert n1.get(f"trying(rename, '{VOLUME}/upper/b', '{VOLUME}/upper/a', 6)") == "EINVAL"
+
+
+def test_a_read_sets_the_access_time_as_relatime_does_and_the_other_node_sees_it(agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    path = f"{VOLUME}/read"
+    read = f"fd = os.open('{path}', os.O_RDONLY | os.O_DIRECT); os.preadv(fd, [mmap.mmap(-1, 4096)], 0); os.close(fd)"
+    atime = f"os.stat('{path}').st_atime_ns"
+    n1.do(f"open('{path}', 'w').write('x' * 5000); os.symlink('read', '{VOLUME}/read.link'); os.mkdir('{path}.d')")
+    made = n1.get(atime)
+    n2.do(read)
+    first = n2.get(atime)
+    assert first > made
+    wait_for(lambda: n1.get(atime) == first)
+    n2.do(read)
+    assert n2.get(atime) == first  # it was read since it was written
+    n1.do(f"open('{path}', 'a').write('y')")
+    n1.do(read)  # under the write lease
+    assert n2.get(atime) == n1.get(atime) > first
+    n1.do(f"os.utime('{path}', ns=(5, 6))")
+    assert [node.get(atime) for node in (n1, n2)] == [5, 5]
+    n2.do(read)
+    n1.do(f"os.utime('{path}', ns=(7, 6))")  # what was noted there before does not come after it
+    assert [node.get(atime) for node in (n1, n2)] == [7, 7]
+    for name, look in ((f"{path}.d", "os.listdir"), (f"{VOLUME}/read.link", "os.readlink")):
+        before = n2.get(f"os.lstat('{name}').st_atime_ns")
+        n2.do(f"{look}('{name}')")
+        assert n2.get(f"os.lstat('{name}').st_atime_ns") > before
 
 
 def test_what_stays_in_a_directory_is_listed_once_whatever_another_node_does_meanwhile(agents: dict[str, Agent]) -> None:

@@ -112,6 +112,8 @@ class FileState:
         "_locks",
         "allocated_upto",
         "asking",
+        "atime_ns",
+        "atime_seen",
         "attr",
         "buffered",
         "changed_at",
@@ -182,6 +184,8 @@ class FileState:
         self.size = 0
         self.committed = 0  # size the coordinator knows
         self.mtime_ns = 0
+        self.atime_ns = 0  # when it was read, as long as the coordinator has not heard of it; 0: nothing to tell
+        self.atime_seen = False  # a read has nothing to do about the access time (access_times.py)
         self.times_dirty = False  # mtime_ns is newer than what the coordinator knows
         self.extents = ExtentMap()
         self.starts = self.extents.starts  # the same lists, for the hot path
@@ -252,6 +256,8 @@ class FileState:
             if self.times_dirty:
                 attr[MTIME] = self.mtime_ns
             attr[CTIME] = max(attr[CTIME], self.mtime_ns)
+        if self.atime_ns:
+            attr[ATIME] = self.atime_ns
         return attr
 
     def is_claimed(self, first: int, end: int) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 from csvfs.errors import CsvfsError, Fenced
+from csvfs.mount.access_times import AccessTimes
 from csvfs.mount.barred import Barred
 from csvfs.mount.cloning import Cloning
 from csvfs.mount.file_state import (
@@ -93,11 +94,14 @@ class FileTable:
         self._lapse = Lapse(self.leases, notifier, nursery, guard.serving, on_emptied)
         self.serves_again = self._lapse.over
         self.barred = Barred(self.leases.kept)
-        self._reads = ReadPath(self.leases, bus, guard, io_timeout_s)
+        self.access = AccessTimes(coordinator, self.leases.states)
+        self._recaller.settled = self.access.answered
+        self._reads = ReadPath(self.leases, bus, guard, io_timeout_s, self.access)
         self._reports = Reports(self.leases, coordinator, self._timed)
         self.shedding = Shedding(
             self.leases, bus, self._reports, self._recaller, notifier, self._timed, inodes_max, kernel_inodes_max
         )
+        self.shedding.report_accesses = self.access.report
         self._forgotten = self.shedding.forgotten
         self.release_unused = self.shedding.shed
         self._writes = WritePath(
@@ -312,6 +316,7 @@ class FileTable:
         state.regate()
         if not state.open_count:
             state.failure = None
+            self.access.closed(state)
             if state.lease <= LEASE_OPEN:
                 self._forgotten[ino] = None  # nothing is cached under it
 
@@ -413,6 +418,7 @@ class FileTable:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_guard_forever)
             nursery.start_soon(self._report_times_forever)
+            nursery.start_soon(self.access.run_forever, self._times_s)
             while True:
                 await trio.sleep(MAINTENANCE_S)
                 await self.release_unused()
@@ -447,7 +453,8 @@ class FileTable:
             await self.report_times()
 
     async def report_times(self) -> None:
-        """Tell the coordinator the times of the last writes that it does not know yet."""
+        """Tell the coordinator the times of the last writes and reads that it does not know yet."""
+        await self.access.report()
         states = list(self._timed)
         self._timed.clear()
         for state in states:

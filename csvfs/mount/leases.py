@@ -190,6 +190,7 @@ class Leases:
         elif max(kind, state.lease) >= LEASE_READ:
             state.size = state.committed = attr[SIZE]
         state.attr = list(attr)
+        state.atime_seen = False
         return True
 
     def changed(
@@ -217,6 +218,7 @@ class Leases:
             known[NLINK] += links
             if entries:
                 known[MTIME] = max(known[MTIME], time_ns)
+        state.atime_seen = False
         self._stamp += 1
         state.changed_at = self._stamp
 
@@ -381,6 +383,7 @@ class Leases:
         state.attr = None
         state.metadata_dirty = True
         state.times_dirty = False
+        state.atime_ns = 0
         state.extents.clear()
         state.tail_zero = -1
         state.regate()

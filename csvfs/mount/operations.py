@@ -22,6 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from csvfs.errors import Exists, NoAttribute, NotFound
 from csvfs.mount import fuse_abi
+from csvfs.mount.access_times import AccessTimes
 from csvfs.mount.errno_border import fuse_errors, stale_when_gone
 from csvfs.mount.file_state import CTIME, MODE
 from csvfs.mount.known_names import KnownNames
@@ -42,6 +43,8 @@ Attr = list  # [ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_
 
 class Table(Protocol):
     """What the operations need of the file table."""
+
+    access: AccessTimes
 
     def stamp(self) -> int: ...
     def recalled_since(self, ino: int, stamp: int) -> bool: ...
@@ -138,7 +141,7 @@ class VolumeOperations(pyfuse3.Operations):
                 self._table.set_parent(ino, directory)
             self._table.granted_directory(directory, reply["dir_lease"])
             name_leased = reply["dir_lease"] >= LEASE_READ
-        if self._table.holds(ino) == LEASE_WRITE:
+        if self._table.holds(ino) == LEASE_WRITE or self._table.access.is_noted(ino):
             return entry_attributes(*await self._own_attributes(ino), name_leased)
         return entry_attributes(attr, reply["lease"] >= LEASE_READ, name_leased)
 
@@ -194,6 +197,13 @@ class VolumeOperations(pyfuse3.Operations):
     @fuse_errors
     async def change_attributes(self, inode: int, changes: dict[str, Any]) -> EntryAttributes:
         """`changes`: the arguments of `setattr` in PROTOCOL.md, None for what stays."""
+        if changes["atime_ns"] is None:
+            return await self._change_attributes(inode, changes)
+        with self._table.access.explicit(inode):
+            await self._table.access.answered(inode)
+            return await self._change_attributes(inode, changes)
+
+    async def _change_attributes(self, inode: int, changes: dict[str, Any]) -> EntryAttributes:
         if changes["size"] is not None:
             if changes["mtime_ns"] is None:
                 changes["mtime_ns"] = time.time_ns()
@@ -354,6 +364,7 @@ class VolumeOperations(pyfuse3.Operations):
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         with stale_when_gone():
             target: bytes = (await self._session.call("readlink", {"ino": inode}))["target"]
+        self._table.access.accessed_inode(inode)
         return target
 
     # ---- open files
@@ -382,6 +393,7 @@ class VolumeOperations(pyfuse3.Operations):
         after = 0 if start_id <= COOKIE_OF_PARENT else start_id  # the coordinator's cookie
         if start_id == 0 or outdated or after not in directory.positions:
             await self._fetch_page(directory, after)
+            self._table.access.accessed_inode(directory.ino)
         dots = [(1, b".", directory.ino), (COOKIE_OF_PARENT, b"..", self._table.parent(directory.ino))]
         for cookie, name, ino in dots[start_id:]:
             if not pyfuse3.readdir_reply(token, name, directory_entry(ino), cookie):

@@ -11,6 +11,7 @@ from bisect import bisect_right
 import trio
 
 from csvfs.errors import Fenced, InputOutputError, TimedOut, Unavailable
+from csvfs.mount.access_times import AccessTimes
 from csvfs.mount.file_state import FileState
 from csvfs.mount.guard import Guard
 from csvfs.mount.leases import Leases
@@ -26,11 +27,14 @@ _BLOCK_MASK = BLOCK_SIZE - 1
 
 
 class ReadPath:
-    def __init__(self, leases: Leases, bus: BlockBus, guard: Guard, io_timeout_s: float) -> None:
+    def __init__(
+        self, leases: Leases, bus: BlockBus, guard: Guard, io_timeout_s: float, access: AccessTimes
+    ) -> None:
         self._leases = leases
         self._states = leases.states
         self._bus = bus
         self._read_local = bus.read_local
+        self._accessed = access.accessed
         self._guard = guard
         self._serving = guard.serving
         self._io_timeout_s = io_timeout_s
@@ -40,6 +44,8 @@ class ReadPath:
         state = self._states.get(ino)
         if state is None or not state.readable or not self._serving():
             return None
+        if not state.atime_seen:
+            self._accessed(state)
         if offset + size > state.size:
             size = state.size - offset
             if size <= 0:
@@ -131,6 +137,8 @@ class ReadPath:
         await trio.sleep(RETRY_S)
 
     async def _read_leased(self, state: FileState, offset: int, size: int, pieces: list[Piece]) -> list[Data]:
+        if not state.atime_seen:
+            self._accessed(state)
         token = object()
         state.reads[token] = None
         try:

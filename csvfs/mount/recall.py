@@ -91,6 +91,7 @@ class Recaller:
         self.is_given: Callable[[int], bool] = lambda ino: False  # whether the kernel was told of it, and has not forgotten
         # Until a recall may be answered; see inheritance.py.
         self.ready: Callable[[FileState], Awaitable[None]] | None = None
+        self.settled: Callable[[int], Awaitable[None]] | None = None  # see AccessTimes.answered
 
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]:
         """Lower the lease on `ino` to `kind`; with `attr` forget its attributes. Returns the reply."""
@@ -106,12 +107,14 @@ class Recaller:
         if state.inherited or state.replays:
             assert self.ready is not None
             await self.ready(state)
+        if self.settled is not None:
+            await self.settled(ino)
         if state.lease > kind:
             await self.take_back(state, kind)
         elif attr:
             report = _report(state)
             self._forget_attributes(state)
-            if state.lease == LEASE_WRITE:
+            if state.lease == LEASE_WRITE or report["atime_ns"]:
                 if self._unheard:
                     await self._wait_heard(ino)
                 return {"kind": state.lease, **report}
@@ -258,6 +261,10 @@ class Recaller:
             state.report = _report(state)
             state.attr = state.attributes() if state.attr is not None else None
             state.times_dirty = False
+        elif state.atime_ns:
+            state.report = _report(state)
+            state.attr = state.attributes() if state.attr is not None else None
+        state.atime_ns = 0
         kept = LEASE_OPEN if state.open_count else LEASE_NONE
         state.lease = min(state.lease, kind if kind == LEASE_READ else kept)
         if state.lease < LEASE_READ:
@@ -278,6 +285,7 @@ class Recaller:
         answer, and from then on that there counts.
         """
         state.attr = None
+        state.atime_ns = 0
         if state.lease == LEASE_WRITE:
             state.times_dirty = False
             state.mtime_ns = 0
@@ -367,8 +375,9 @@ async def _either(first: trio.Event, second: trio.Event) -> None:
 
 
 def _report(state: FileState) -> dict[str, Any]:
+    size = state.size if state.lease == LEASE_WRITE else None
     mtime_ns = state.mtime_ns if state.times_dirty else None
-    return {"size": state.size, "mtime_ns": mtime_ns, "atime_ns": None}
+    return {"size": size, "mtime_ns": mtime_ns, "atime_ns": state.atime_ns or None}
 
 
 def _merged(ranges: list[Range]) -> list[Range]:

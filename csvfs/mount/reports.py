@@ -22,6 +22,7 @@ class Reports:
     def set_time(self, state: FileState, mtime_ns: int) -> None:
         """The file was written to just now; reported some time."""
         state.mtime_ns = mtime_ns
+        state.atime_seen = False
         if not state.times_dirty:
             state.times_dirty = True
             self._timed[state] = None

@@ -11,7 +11,7 @@ Limits     both may be exceeded by what is open, and for a second or two by what
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
 from typing import Protocol
 
@@ -69,6 +69,7 @@ class Shedding:
         self._kernel_inodes_max = kernel_inodes_max
         self.forgotten: dict[int, None] = {}
         self.lookups: Callable[[], dict[int, int]] = dict
+        self.report_accesses: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
     async def shed(self) -> None:
         """Come down to the limits, as far as that is possible now. To be called again and again. Cancel safe."""
@@ -122,6 +123,8 @@ class Shedding:
 
     async def _settle(self, states: list[FileState]) -> None:
         """Times that the coordinator does not know yet, and data that is not on the media: one flush for all."""
+        if any(state.atime_ns for state in states):
+            await self.report_accesses()
         for state in states:
             if state.times_dirty:
                 try:

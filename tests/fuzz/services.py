@@ -139,7 +139,7 @@ COORDINATOR_CALLS = {
     "readdir": ("ino", "cookie", "limit"), "getxattr": ("ino", "name"), "listxattr": ("ino",),
     "setxattr": ("ino", "name", "value", "flags", "op", "op_done"), "removexattr": ("ino", "name", "op", "op_done"),
     "acquire": ("ino", "kind", "block", "count"), "allocate": ("ino", "block", "count", "size", "mtime_ns", "op", "op_done"),
-    "commit": ("ino", "size", "mtime_ns", "atime_ns", "op", "op_done"), "release": ("items",),
+    "commit": ("ino", "size", "mtime_ns", "atime_ns", "op", "op_done"), "release": ("items",), "accessed": ("items",),
     # Without `wait`: a lock that waits takes as long as it likes.
     "lock": ("ino", "owner", "flock", "exclusive", "first", "last", "pid", "opened"),
     "unlock": ("ino", "owner", "flock", "exclusive", "first", "last", "handle"),
