@@ -1,6 +1,8 @@
 """What POSIX asks of a file system beyond the ordinary, on a lab of two nodes: what one node did the other one sees."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -253,6 +255,142 @@ def test_what_stays_in_a_directory_is_listed_once_whatever_another_node_does_mea
     assert len(again) == len(set(again))
     assert stayed - set(seen[:place]) <= set(again)
     assert not set(seen[:place]) & stayed & set(again)
+
+
+# Makes everything that has a name, first with one that is too long: its errors, and whether 255 bytes were taken.
+MAKE_NAMED = """
+def make_named(top):
+    os.mkdir(top); os.chdir(top)
+    errors, names = [], []
+    makers = [os.mkdir, lambda name: os.close(os.open(name, os.O_CREAT)), lambda name: os.symlink("x", name),
+              lambda name: os.mkfifo(name), lambda name: os.link("file", name), lambda name: os.rename("file", name)]
+    open("file", "w").close()
+    for number, make in enumerate(makers):
+        names.append(bytes([128 + number]) * 255)
+        errors.append(trying(make, b"n" * 256))
+        make(names[-1])
+    return errors, sorted(os.listdir(b".")) == sorted(names)
+"""
+
+# Directories below each other, until the path of a file in the last one has `size` bytes.
+MAKE_DEEP = """
+def make_deep(top, size):
+    fd, path = os.open(top, os.O_RDONLY), top
+    while size - len(path) > 300:
+        name = "d" * 200
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd, path = below, f"{path}/{name}"
+    name = "f" * (size - len(path) - 1)
+    os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+    os.close(os.open(name + "1", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+    os.close(fd)
+    return f"{path}/{name}"
+"""
+
+
+def test_names_paths_and_symlinks_are_as_long_as_linux_lets_them_be(agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    n1.do(MAKE_NAMED)
+    assert n1.get(f"make_named('{VOLUME}/names')") == [["ENAMETOOLONG"] * 6, True]
+    assert n2.get(f"sorted(len(name) for name in os.listdir(b'{VOLUME}/names'))") == [255] * 6
+    assert n2.get(f"trying(os.stat, '{VOLUME}/names/' + 'n' * 256)") == "ENAMETOOLONG"
+    n1.do(MAKE_DEEP)
+    deepest = n1.get(f"make_deep('{VOLUME}/names', 4095)")
+    assert len(deepest) == 4095
+    assert n2.get(f"os.stat('{deepest}').st_size") == 0
+    assert n2.get(f"trying(os.stat, '{deepest}1')") == "ENAMETOOLONG"  # it is there, and has no path
+    directory, name = deepest.rsplit("/", 1)
+    assert n2.do(f"os.chdir('{directory}'); result = os.stat('{name}1').st_size; os.chdir('/')") == 0
+    for size, error in ((4095, None), (4096, "ENAMETOOLONG"), (0, "ENOENT")):
+        assert n1.get(f"trying(os.symlink, 't' * {size}, '{VOLUME}/names/to{size}')") == error
+    assert n2.get(f"os.readlink('{VOLUME}/names/to4095') == 't' * 4095")
+
+
+def test_a_sparse_file_ends_at_16_tib(agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    end = 1 << 44
+    n1.do(f"fd = os.open('{VOLUME}/sparse', os.O_CREAT | os.O_RDWR); os.truncate(fd, {end})")
+    assert n1.get(f"os.pwrite(fd, b'end', {end - 3})") == 3
+    for refused in (
+        f"os.truncate, fd, {end + 1}",
+        f"os.pwrite, fd, b'x', {end}",
+        f"os.posix_fallocate, fd, {end - 4096}, 4097",
+    ):
+        assert n1.get(f"trying({refused})") == "EFBIG"
+    n2.do(f"fd = os.open('{VOLUME}/sparse', os.O_RDONLY)")
+    assert n2.get("[os.fstat(fd).st_size, os.fstat(fd).st_blocks < 4096]") == [end, True]
+    assert n2.get(f"[os.pread(fd, 10, {end - 5}).hex(), os.pread(fd, 10, {end}).hex()]") == ["0000" + b"end".hex(), ""]
+    assert n2.get(f"[os.lseek(fd, 0, os.SEEK_DATA) >= {end - 65536}, os.lseek(fd, 0, os.SEEK_HOLE)]") == [True, 0]
+    for agent in (n1, n2):
+        agent.do("os.close(fd)")
+
+
+def test_devices_are_kept_and_open_nothing_and_fifos_connect_the_programs_of_a_node(agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    n1.do(f"os.mkdir('{VOLUME}/special'); os.mkfifo('{VOLUME}/special/fifo')")
+    for name, kind, major in (("char", "S_IFCHR", 1), ("block", "S_IFBLK", 259), ("socket", "S_IFSOCK", 0)):
+        n1.do(f"os.mknod('{VOLUME}/special/{name}', stat.{kind} | 0o666, os.makedev({major}, 3 if {major} else 0))")
+        found = n2.do(f"found = os.stat('{VOLUME}/special/{name}'); result = [stat.S_IFMT(found.st_mode), found.st_rdev]")
+        assert found == [getattr(stat, kind), os.makedev(major, 3) if major else 0]
+        opened = n2.get(f"trying(os.open, '{VOLUME}/special/{name}', os.O_RDONLY)")
+        assert opened == ("ENXIO" if kind == "S_IFSOCK" else "EACCES")
+    assert n2.get(f"trying(os.open, '{VOLUME}/special/fifo', os.O_WRONLY | os.O_NONBLOCK)") == "ENXIO"
+    n2.do(f"source = os.open('{VOLUME}/special/fifo', os.O_RDONLY | os.O_NONBLOCK)")
+    n2.do(f"target = os.open('{VOLUME}/special/fifo', os.O_WRONLY)")
+    assert n2.do("os.write(target, b'through'); result = os.read(source, 10).decode()") == "through"
+    n2.do("os.close(source); os.close(target)")
+    assert n1.get(f"trying(os.open, '{VOLUME}/special/fifo', os.O_WRONLY | os.O_NONBLOCK)") == "ENXIO"
+
+
+def test_sticky_and_set_gid_directories_made_on_one_node_hold_on_the_other(agents: dict[str, Agent]) -> None:
+    n2, user = agents["n2"], agents["user"]
+    n2.do(f"os.umask(0o022); os.mkdir('{VOLUME}/sticky'); os.chmod('{VOLUME}/sticky', 0o1777)")
+    n2.do(f"open('{VOLUME}/sticky/roots', 'w').close()")
+    assert user.get(f"trying(os.unlink, '{VOLUME}/sticky/roots')") == "EPERM"
+    assert user.get(f"trying(os.rename, '{VOLUME}/sticky/roots', '{VOLUME}/sticky/mine')") == "EPERM"
+    user.do(f"open('{VOLUME}/sticky/own', 'w').close(); os.rename('{VOLUME}/sticky/own', '{VOLUME}/sticky/mine')")
+    assert n2.get(f"sorted(os.listdir('{VOLUME}/sticky'))") == ["mine", "roots"]
+    assert user.get(f"trying(os.unlink, '{VOLUME}/sticky/mine')") is None
+    n2.do(f"os.mkdir('{VOLUME}/group'); os.chown('{VOLUME}/group', -1, 77); os.chmod('{VOLUME}/group', 0o2777)")
+    user.do(f"os.mkdir('{VOLUME}/group/below'); open('{VOLUME}/group/file', 'w').close()")
+    shown = f"[[os.stat(f'{VOLUME}/group/{{name}}').st_gid, os.stat(f'{VOLUME}/group/{{name}}').st_mode & stat.S_ISGID]"
+    assert n2.get(f"{shown} for name in ('below', 'file')]") == [[77, stat.S_ISGID], [77, 0]]
+
+
+def test_two_nodes_append_to_one_file_and_no_record_is_lost_or_torn(lab: LabCluster, agents: dict[str, Agent]) -> None:
+    append = f"import os; fd = os.open('{VOLUME}/log', os.O_APPEND | os.O_CREAT | os.O_WRONLY)\n"
+    append += "for number in range(100): os.write(fd, f'NODE {number:04d} '.encode().ljust(99, b'.') + b'\\n')"
+    running = [lab.start_command(n, sys.executable, "-c", append.replace("NODE", n)) for n in ("n1", "n2")]
+    for process in running:
+        lab.finish(process)
+    lines = agents["n1"].get(f"open('{VOLUME}/log').read().splitlines()")
+    for node in ("n1", "n2"):
+        own = [line for line in lines if line.startswith(node)]
+        assert own == [f"{node} {number:04d} ".ljust(99, ".") for number in range(100)]
+    assert len(lines) == 200 and agents["n2"].get(f"open('{VOLUME}/log').read().splitlines()") == lines
+
+
+def test_extended_attributes_have_linuxs_limits_each_with_its_errno(agents: dict[str, Agent]) -> None:
+    n1, n2 = agents["n1"], agents["n2"]
+    path = f"{VOLUME}/attributes"
+    n1.do(f"open('{path}', 'w').close(); longest = 'user.' + 'n' * 250; value = os.urandom(65536)")
+    assert n1.get(f"trying(os.setxattr, '{path}', longest + 'n', b'')") == "ERANGE"
+    assert n1.get(f"trying(os.setxattr, '{path}', longest, value + b'x')") == "E2BIG"
+    n1.do(f"os.setxattr('{path}', longest, value)")
+    assert n2.get(f"os.getxattr('{path}', 'user.' + 'n' * 250).hex()") == n1.get("value.hex()")
+    assert n2.get(f"trying(os.setxattr, '{path}', 'user.' + 'n' * 250, b'', os.XATTR_CREATE)") == "EEXIST"
+    assert n2.get(f"trying(os.setxattr, '{path}', 'user.other', b'', os.XATTR_REPLACE)") == "ENODATA"
+    assert n2.get(f"trying(os.getxattr, '{path}', 'user.other')") == "ENODATA"
+    assert n2.get(f"trying(os.setxattr, '{path}', 'user.', b'')") == "EINVAL"
+    assert n2.get(f"trying(os.setxattr, '{path}', 'other.name', b'')") == "ENOTSUP"
+    # All names of a file have 65,536 bytes, with a NUL each.
+    n1.do(f"for number in range(255): os.setxattr('{path}', f'user.{{number:0250d}}', b'')")
+    assert n1.get(f"trying(os.setxattr, '{path}', 'user.1', b'')") == "ENOSPC"
+    assert n2.get(f"[len(os.listxattr('{path}')), trying(os.setxattr, '{path}', 'user.1', b'')]") == [256, "ENOSPC"]
+    n2.do(f"os.removexattr('{path}', 'user.' + 'n' * 250)")
+    assert n1.get(f"trying(os.setxattr, '{path}', 'user.1', b'')") is None
 
 
 def test_a_volume_in_use_is_checked_from_any_node_without_a_false_alarm(lab: LabCluster, agents: dict[str, Agent]) -> None:
