@@ -146,6 +146,10 @@ async def test_a_time_set_by_hand_wins_over_reads_from_before_and_during_it():
         Clock(node)
         access = node.table.access
         await node.read(FILE, 0, 10)
+        with access.explicit(FILE):
+            assert not access.is_noted(FILE)
+        node.table.leases.states[FILE].atime_seen = False
+        await node.read(FILE, 0, 10)
         c.coordinator.delay = 30
         c.nursery.start_soon(access.report)
         while not access._sent:
@@ -163,18 +167,34 @@ async def test_a_time_set_by_hand_wins_over_reads_from_before_and_during_it():
         assert c.coordinator.files[FILE].atime == 5 and not access._explicit
 
 
-async def test_a_time_set_by_another_node_wins_over_reads_from_before():
+async def test_a_time_set_by_another_node_waits_for_what_is_on_its_way_and_wins_over_reads_from_before():
     async with cluster() as c:
         c.coordinator.add_file(FILE).size = BLOCK_SIZE
         reader, other = c.node("n1"), c.node("n2")
         Clock(reader)
+        arrives, is_set = trio.Event(), trio.Event()
+        accessed = c.coordinator._accessed
+
+        async def accessed_late(session, items):
+            await arrives.wait()
+            return await accessed(session, items)
+
+        async def set_time():
+            await other.session.call("setattr", {"ino": FILE, "mode": 0o600})
+            c.coordinator.files[FILE].atime = 5  # as the setattr would have
+            is_set.set()
+
+        c.coordinator._accessed = accessed_late
         await reader.read(FILE, 0, 10)
-        c.coordinator.delay = 30
-        c.nursery.start_soon(reader.table.access.report)  # on its way while the attributes are recalled
+        c.nursery.start_soon(reader.table.access.report)
         while not reader.table.access._sent:
             await trio.sleep(0)
-        await other.session.call("setattr", {"ino": FILE, "mode": 0o600})
-        c.coordinator.files[FILE].atime = 5  # as the setattr would have
+        c.nursery.start_soon(set_time)
+        for _ in range(200):
+            await trio.lowlevel.checkpoint()
+        assert not is_set.is_set()
+        arrives.set()
+        await is_set.wait()
         await reader.read(FILE, 0, 10)
         await reader.table.access.report()
         assert c.coordinator.files[FILE].atime == 5
