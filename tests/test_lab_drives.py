@@ -105,7 +105,14 @@ def rot_everywhere(cluster: LabCluster, block: bytes) -> int:
         if not os.path.getsize(path):
             continue  # truncated by a test before this one
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-            at = content.find(block)
+            at = end = -1
+            while at < 0:
+                try:
+                    start = os.lseek(file.fileno(), max(end, 0), os.SEEK_DATA)
+                except OSError:
+                    break  # only a hole is left
+                end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                at = content.find(block, start, end)
             if at >= 0:
                 content[at] ^= 1
                 count += 1
