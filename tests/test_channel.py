@@ -1,10 +1,12 @@
 """Channel and relay between a kernel and a pyfuse3 that are both played by the test, over sockets."""
 
 import errno
+import fcntl
 import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +16,7 @@ from csvfs.mount import channel as channel_module
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount import request_journal
 from csvfs.mount.channel import WRITE_APPEND, Channel
+from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.relay import CACHE_VALID_S, Relay
 from csvfs.mount.request_journal import UNIQUE_RESENT, RequestJournal, current_request
 from csvfs.net.engine import Engine
@@ -792,6 +795,37 @@ async def test_where_nothing_was_unanswered_nobody_waits_for_it(setting: Setting
     replays = Replays()
     setting.channel.take_over(nursery, replays)
     assert replays.all_resent
+
+
+class Locker:
+    """A coordinator with whom another program has the lock: who asks waits until that is broken off."""
+
+    def __init__(self) -> None:
+        self.asked, self.cancelled = trio.Event(), trio.Event()
+
+    async def call(self, name: str, args: dict[str, Any]) -> Any:
+        if name == "lock_cancel":
+            self.cancelled.set()
+        else:
+            self.asked.set()
+            await self.cancelled.wait()
+        return {"granted": False}
+
+
+async def test_a_program_that_waits_for_a_lock_is_interrupted_by_a_signal_also_where_the_mount_was_taken_over(
+    setting: Setting, nursery: trio.Nursery
+) -> None:
+    setting.engine.unregister(setting.channel._fd)
+    locker = Locker()
+    setting.channel._locks = FileLocks(locker)
+    setting.channel._handlers.update(setting.channel._lock_handlers())
+    setting.channel.take_over(nursery, Replays())
+    assert await setting.receive() == abi.pack_resend()
+    setting.send(abi.SETLKW, 20, FILE, abi.LK_IN.pack(1, 2, 0, 9, fcntl.F_WRLCK, 42, 0, 0))
+    await locker.asked.wait()
+    setting.send(abi.INTERRUPT, 21, 0, abi.INTERRUPT_IN.pack(20))
+    with trio.fail_after(60):
+        assert await setting.receive_error() == (20, errno.EINTR)
 
 
 async def test_I11_a_name_that_is_made_again_for_the_next_process_is_a_call_of_the_same_number(

@@ -180,6 +180,8 @@ class Channel:
         """As start, of a session that an earlier process has served: what it has not answered the kernel asks anew, ahead
         of everything else. Raises Unavailable: the kernel does not; nothing was begun."""
         self._nursery, self._replays = nursery, replays
+        if self._locks is not None:
+            self._locks.start(nursery)
         try:
             os.write(self._fd, abi.pack_resend())
         except OSError as error:
