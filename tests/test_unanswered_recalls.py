@@ -54,7 +54,7 @@ class World:
         self.evicted_s: list[float] = []
         self.sessions = Sessions()
         self.leases = Leases(
-            self.sessions, recall_timeout_s=TIMEOUT_S, report=self._nothing, evict=self._evict,
+            self.sessions, recall_timeout_s=TIMEOUT_S, report=self._nothing, accessed=lambda ino, atime_ns: None, evict=self._evict,
             lowered=lambda ino: None, is_alive=lambda node: self.alive,
         )  # fmt: skip
         self.holder, self.asking = (
