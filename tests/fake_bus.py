@@ -59,6 +59,7 @@ class FakeBus:
         self.held = False
         self.fail_next: list[CsvfsError] = []  # errors of the next writes
         self.flush_errors: list[CsvfsError] = []
+        self.trim_errors: list[CsvfsError] = []
         self.flushed: list[set[int]] = []
         self.trimmed: list[tuple[int, int, int]] = []
         self.writes: list[tuple[int, int, int]] = []  # slab, block, count, as sent
@@ -131,6 +132,8 @@ class FakeBus:
     async def trim(self, items: list[tuple[int, int, int]]) -> None:
         for _ in range(self.delay):
             await trio.lowlevel.checkpoint()
+        if self.trim_errors:
+            raise self.trim_errors.pop(0)
         for item in items:
             self.drives.trim(*item)
         self.trimmed += items

@@ -436,8 +436,25 @@ class WritePath:
         if state.extents.is_shared(end, last - end):
             # None is behind the end of a file, as its coordinator knows it: here it is not known what that is.
             raise InputOutputError(f"inode {state.ino}: blocks behind its end are shared; its size is asked for anew")
-        if pieces:
+        if not pieces:
+            return
+        try:
             await self._bus.trim([(slab, block, count) for _, count, slab, block in pieces])
+        except CsvfsError as error:
+            if not error.retryable:
+                raise
+            # A drive server that has just started, or one that has died. A write knows how to wait for both.
+            await self._write_zeros(state, pieces)
+
+    async def _write_zeros(self, state: FileState, pieces: list[Piece]) -> None:
+        for block, count, slab, slab_block in pieces:
+            for at in range(0, count, BLOCK_COUNT_MAX):
+                size = min(BLOCK_COUNT_MAX, count - at)
+                zeros = memoryview(file_io.ZEROS)[: size * BLOCK_SIZE]
+                error = await Delivery(self._bus, [(block + at, size, slab, slab_block + at)], zeros).wait()
+                state.dirty_slabs[slab] = None
+                if error is not None:
+                    raise error
 
 
 def _pieces(state: FileState, block: int, count: int) -> list[Piece]:
