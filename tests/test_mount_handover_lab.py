@@ -102,26 +102,27 @@ def test_a_mount_and_its_coordinator_are_killed_together_and_programs_notice_not
 
 def test_I5_a_mount_that_is_followed_late_costs_its_programs_no_error_though_they_wait_for_pages(lab: LabCluster) -> None:
     """Longer than others wait for its leases: pages must be gone by then, but some are locked, and some are dirty."""
+    wait_for(lambda: is_mounted(lab, "n3"), within_s=60)  # a node of its own: five deaths in 30 s end a session
     lab.run("n1", "sh", "-euc", f"cd {VOLUME}; head -c 4M /dev/zero | tr '\\0' a >read; truncate -s 1M written")
     program = lab.start_command(
-        "n2", sys.executable, "-c", LATE, VOLUME, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        "n3", sys.executable, "-c", LATE, VOLUME, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert program.stdin is not None and program.stdout is not None
     assert program.stdout.readline() == "ready\n"
-    device, before = lab.run("n2", "stat", "-c", "%d", VOLUME), lab.pids("n2")["mount"]
-    lab.kill("n2", "mount")
+    device, before = lab.run("n3", "stat", "-c", "%d", VOLUME), lab.pids("n3")["mount"]
+    lab.kill("n3", "mount")
     program.stdin.write("\n")
     program.stdin.flush()
     change = f"printf b | dd of={VOLUME}/read bs=1 seek=3M conv=notrunc status=none"
     writer = lab.start_command("n1", "sh", "-c", change)
     for _ in range(4):
-        wait_for(lambda before=before: lab.pids("n2").get("mount", before) != before, within_s=60)
-        before = lab.pids("n2").get("mount", before)
+        wait_for(lambda before=before: lab.pids("n3").get("mount", before) != before, within_s=60)
+        before = lab.pids("n3").get("mount", before)
         with contextlib.suppress(ProcessLookupError):
             os.kill(before[0], signal.SIGSTOP)  # its parent kills it after 1.5 s
     lab.finish(writer)
     program.stdin.write("\n")
     program.stdin.flush()
     assert program.stdout.readline() == "b'a' b'a' b'b'\n", lab.logs()
-    assert program.wait(timeout=60) == 0 and lab.run("n2", "stat", "-c", "%d", VOLUME) == device
+    assert program.wait(timeout=60) == 0 and lab.run("n3", "stat", "-c", "%d", VOLUME) == device
     assert lab.run("n1", "tr", "-d", "m", input=lab.run("n1", "cat", f"{VOLUME}/written")) == b""
