@@ -82,6 +82,9 @@ class Machine:
         assert result.returncode == 0, f"{self.name}: {argv}: {result.stderr.decode()}{self.logs()}"
         return result.stdout.decode()
 
+    def has_mounted(self, path: str) -> bool:
+        return self._run(("mountpoint", "--quiet", path), b"").returncode == 0
+
     def refused(self, *argv: str) -> str:
         """The line that a command ends with that is to fail."""
         result = self._run(argv, b"")

@@ -79,6 +79,8 @@ def test_three_machines_become_a_cluster_by_the_steps_of_the_readme(machines: li
     for machine in machines[:3]:
         machine.run("csvfs", "drive", "add", machine.drive)
     others[1].run("csvfs", "volume", "create", "Volume1", "--resiliency", "mirror", "--copies", "3")
+    for machine in machines[:3]:  # it is there on the node that asked for it, and on the others soon
+        wait_for(lambda machine=machine: machine.has_mounted("/clusterstorage/Volume1"), f"the volume on {machine.name}")
     first.run("dd", "of=/clusterstorage/Volume1/guest", "conv=fsync", "status=none", input=b"written on n1" * 1000)
     assert others[0].run("cat", "/clusterstorage/Volume1/guest") == "written on n1" * 1000
 
