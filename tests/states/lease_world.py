@@ -8,7 +8,7 @@ Checked    T1: no two mounts believe in leases that exclude each other. T4: the 
            In the end (no messages under way) every request has been granted.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -149,11 +149,11 @@ class _Names:
             return value
         if isinstance(value, LeaseTable):
             return self._freeze((value._inodes, value._sessions))
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return tuple((key, self._freeze(item)) for key, item in sorted(value.items()))
         if isinstance(value, list | tuple):
             return tuple(self._freeze(item) for item in value)
-        if isinstance(value, set):
+        if isinstance(value, set | frozenset):
             return tuple(sorted(value))
         if hasattr(value, "__dataclass_fields__"):
             row = ((f.name, getattr(value, f.name)) for f in fields(value))

@@ -7,7 +7,7 @@ Left out   Time: sleeping is a step that may happen at any moment. Tasks of one 
 """
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType
 from typing import Any
@@ -116,7 +116,7 @@ def freeze(value: Any) -> Hashable:
         return "time"
     if isinstance(value, tuple | list):
         return tuple(freeze(item) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return tuple(sorted(((repr(freeze(k)), freeze(v)) for k, v in value.items()), key=lambda row: row[0]))
     if isinstance(value, set | frozenset):
         return tuple(sorted(repr(freeze(item)) for item in value))
