@@ -26,14 +26,14 @@ from coordinator.batches import Batches
 from coordinator.check_desk import CheckDesk
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.copy_verify import CopyVerifier
-from coordinator.departures import Departed, Departures
+from coordinator.departures import Departures
 from coordinator.dispatch import Acquisition, Change, Dispatch, NeedsChangedError, NeedsSpaceError
 from coordinator.drive_control import DriveControl
 from coordinator.eviction import Eviction
 from coordinator.file_integrity import FileIntegrity
 from coordinator.file_map import file_map
 from coordinator.healing import Healing
-from coordinator.health import HEALTHY, Health
+from coordinator.health import Health
 from coordinator.janitor import Janitor
 from coordinator.job_record import JobRecord
 from coordinator.leases import Leases
@@ -48,19 +48,20 @@ from coordinator.metadata_space import MetadataSpace
 from coordinator.questions import Reply
 from coordinator.quota_desk import QuotaDesk
 from coordinator.scrub import Scrub
+from coordinator.session_calls import SessionCalls
 from coordinator.session_desk import SessionDesk
-from coordinator.sessions import BUSY_S, Session
+from coordinator.sessions import Session
 from coordinator.settling import Settling
 from coordinator.slab_book import DataBook, MetadataBook, SlabBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
 from coordinator.volume_control import VolumeControl
 from coordinator.volume_facts import DESCRIPTION, description_of, pack_description
+from coordinator.volume_figures import VolumeFigures
 from coordinator.volume_settings import VolumeSettings
-from coordinator.waits import describe_waits
 from csvfs.block.bus import Bus
 from csvfs.errors import BadRequest, CsvfsError, Fenced, LeaseLost, NotCoordinator
-from csvfs.ids import DriveId, Epoch, Incarnation, InodeNo, NodeName, SlabId, Term, VolumeId
+from csvfs.ids import Incarnation, InodeNo, NodeName, Term, VolumeId
 from csvfs.net.calls import field
 from csvfs.net.link import Link
 from csvfs.units import BLOCK_SIZE
@@ -70,8 +71,6 @@ from csvfs.wire.frames import Frame, Kind
 log = logging.getLogger(__name__)
 
 CALLS_MAX = 4_096  # of all sessions being worked on
-SLABS_ASKED_MAX = 65_536
-MODE_WORDS_MAX = 300
 _ADD_DESCRIPTION = "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)"
 # Served before all sessions have reclaimed: they need no lease that is not held already.
 _EARLY_CALLS = frozenset(
@@ -134,23 +133,49 @@ class Service:
         self._metadata = metadata
         self._facts = facts
         self._may_serve = may_serve
+        self._settings = settings
+        self._nursery: trio.Nursery | None = None
+        self._call_count = 0
         self.log = MetadataLog(bus, metadata.image, book.slabs, setup.slab_blocks)
         self.batches = Batches(metadata, self.log, may_serve, soon)
-        data_book = DataBook(metadata, self.batches.run, self._wait_durable)
-        self.changes = SlabChanges(data_book, control)
+        self._data_book = DataBook(metadata, self.batches.run, self._wait_durable)
+        self.changes = SlabChanges(self._data_book, control)
+        self._put_together_slabs(control, metadata_changes, record, rng)
+        self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus, metadata_changes)
+        self._put_together_sessions(control)
+        self.members = MembershipReactions(
+            setup.volume, control, facts, [metadata_changes, self.changes], self.resync, self.slabs, self.desk
+        )
+        self._put_together_verification(control, book, metadata_changes, record)
+        settings.on_change = self._follow_settings
+        self._follow_settings()
+        self.control = VolumeControl(settings, metadata, self.changes, self.slabs, facts, setup.slab_size)
+        self._put_together_figures([book, self._data_book])
+        self._calls = SessionCalls(
+            metadata, self.log, self.desk, self._adoption, self.dispatch, self.changes, self.slabs, self.members, self.lost,
+            self.quotas, self.figures,
+        )  # fmt: skip
+
+    def _put_together_slabs(
+        self, control: DriveControl, metadata_changes: SlabChanges, record: JobRecord, rng: Random
+    ) -> None:
+        setup, copies = self.setup, self._settings.facts.copies
         self.slabs = SlabManager(
-            metadata, self.batches, self.log, self.changes, control, facts,
-            copies=settings.facts.copies, slab_blocks=setup.slab_blocks, rng=rng,
+            self._metadata, self.batches, self.log, self.changes, control, self._facts,
+            copies=copies, slab_blocks=setup.slab_blocks, rng=rng,
         )  # fmt: skip
         self.healing = Healing(
-            setup.name, [metadata_changes, self.changes], control, facts, self.slabs, record,
-            copies=settings.facts.copies, slab_size=setup.slab_size, drive_retire_s=setup.drive_retire_s, rng=rng,
+            setup.name, [metadata_changes, self.changes], control, self._facts, self.slabs, record,
+            copies=copies, slab_size=setup.slab_size, drive_retire_s=setup.drive_retire_s, rng=rng,
         )  # fmt: skip
         self.resync = self.healing.resync
-        self._metadata_space = MetadataSpace(metadata, self.log, book, self.slabs, bus, metadata_changes)
-        self.departures = Departures(metadata, self.batches, setup.remember_s, facts.is_evicted)
+
+    def _put_together_sessions(self, control: DriveControl) -> None:
+        """What sessions hold and change, and who tidies up behind them."""
+        setup, metadata, batches, facts = self.setup, self._metadata, self.batches, self._facts
+        self.departures = Departures(metadata, batches, setup.remember_s, facts.is_evicted)
         self.desk = SessionDesk(
-            metadata, self.batches, Eviction(setup.volume, self.changes, control, facts), facts, self.departures,
+            metadata, batches, Eviction(setup.volume, self.changes, control, facts), facts, self.departures,
             reclaim_timeout_s=setup.reclaim_timeout_s,
         )  # fmt: skip
         self.leases = Leases(
@@ -165,16 +190,19 @@ class Service:
         self.desk.leases = self.leases
         self.leases.table.on_write = self.departures.wrote
         self._adoption = Adoption(metadata, self.leases)
-        self._janitor = Janitor(metadata, self.batches, self.leases, self.desk.wait_open, self.departures.holds)
+        self._janitor = Janitor(metadata, batches, self.leases, self.desk.wait_open, self.departures.holds)
         self.departures.on_forgotten = self._janitor.look
-        self.locks = LockDesk(metadata, self.batches, self.departures)
-        self._settling = Settling(metadata.shared, self.batches, self.log)
-        self.check_desk = CheckDesk(metadata, self.batches, self.leases, self._janitor)
-        self.quotas = QuotaDesk(metadata, self.batches)
-        self.dispatch = Dispatch(metadata, self.batches, self.log, self.leases, self.slabs, self._janitor.orphaned)
-        self.members = MembershipReactions(
-            setup.volume, control, facts, [metadata_changes, self.changes], self.resync, self.slabs, self.desk
-        )
+        self.locks = LockDesk(metadata, batches, self.departures)
+        self._settling = Settling(metadata.shared, batches, self.log)
+        self.check_desk = CheckDesk(metadata, batches, self.leases, self._janitor)
+        self.quotas = QuotaDesk(metadata, batches)
+        self.dispatch = Dispatch(metadata, batches, self.log, self.leases, self.slabs, self._janitor.orphaned)
+
+    def _put_together_verification(
+        self, control: DriveControl, book: MetadataBook, metadata_changes: SlabChanges, record: JobRecord
+    ) -> None:
+        """What looks at copies, and says what is lost."""
+        setup, metadata, facts = self.setup, self._metadata, self._facts
         self.lost_blocks = LostBlocks(metadata, self.batches)
         verifier = CopyVerifier(control, self.lost_blocks, self.members.look_into)
         self.scrub = Scrub(
@@ -184,33 +212,19 @@ class Service:
         self.lost = LostSlabs(
             setup.name, setup.volume, metadata, self.changes, control, facts, book.store, self.lost_blocks, verifier
         )
-        self.integrity = FileIntegrity(metadata, self.changes, control, self.lost, self.lost_blocks, verifier)
         self.lost.on_accepted = self.members.look_into
-        self._books: list[SlabBook] = [book, data_book]
-        self._health = Health(self._books, self.healing.wanted, facts.domain_of)
-        self._settings = settings
-        settings.on_change = self._follow_settings
-        self._follow_settings()
-        self.control = VolumeControl(settings, metadata, self.changes, self.slabs, facts, setup.slab_size)
-        self._nursery: trio.Nursery | None = None
-        self._call_count = 0
-        self._register_calls()
+        self.integrity = FileIntegrity(metadata, self.changes, control, self.lost, self.lost_blocks, verifier)
 
-    def _register_calls(self) -> None:
-        self._async_calls: dict[str, Callable[[Session, Args], Awaitable[Reply]]] = {
-            "reclaim": self._reclaim,
-            "accessed": self.dispatch.accessed,
-            "statfs": self._statfs_later,
-            "slab_failed": self._slab_failed,
-            "fsync": self._fsync,
-            "goodbye": self._goodbye,
-        }
-        self._plain_calls: dict[str, Callable[[Session, Args], Reply]] = {
-            "release": self.dispatch.release,
-            "slabs": self._slabs,
-            "statfs": self._statfs,
-            "volume_status": self._status,
-        }
+    def _put_together_figures(self, books: list[SlabBook]) -> None:
+        self._health = Health(books, self.healing.wanted, self._facts.domain_of)
+        self.figures = VolumeFigures(
+            self.setup.term, self._metadata, self.slabs, books, self._health, self.healing, self.desk, self.leases,
+            self.lost, self.lost_blocks, self.scrub, self.batches,
+        )  # fmt: skip
+        self.statfs = self.figures.statfs
+        self.is_whole = self.figures.is_whole
+        self.waits = self.figures.waits
+        self.volume_status = self.figures.status
 
     def _lowered(self, ino: InodeNo) -> None:
         self._janitor.lowered(ino)
@@ -333,7 +347,7 @@ class Service:
         if name in self.dispatch.takers:
             self.dispatch.takers[name](session, args, partial(self._allocated, caller, args))
             return True
-        if name in self._async_calls and (name != "statfs" or not self.slabs.spaces_known):
+        if self._calls.has_to_wait(name):
             return False
         if name == "acquire":
             wanted = self.dispatch.begin_acquisition(session, args)
@@ -342,7 +356,7 @@ class Service:
                 return True
             reply: Reply | None = self.dispatch.acquired(wanted)
         else:
-            plain = self._plain_calls.get(name)
+            plain = self._calls.plain.get(name)
             reply = plain(session, args) if plain is not None else self.dispatch.question(session, name, args)
         if reply is None:
             raise BadRequest(f"call {name!r} is not served here")
@@ -381,7 +395,7 @@ class Service:
             await self.desk.wait_open()
         self._check_session(caller.session, caller.name)
         if not self._serve_now(caller, args):
-            await self._complete(caller, await self._async_calls[caller.name](caller.session, args))
+            await self._complete(caller, await self._calls.later[caller.name](caller.session, args))
 
     async def _complete(self, caller: Caller, reply: Reply) -> None:
         try:
@@ -481,90 +495,7 @@ class Service:
         if self.batches.has_failed:
             raise NotCoordinator(f"volume {self.setup.name} is given up by node {self.setup.node}")
 
-    # -- calls that are not of one file ----------------------------------------------------------
-
-    async def _reclaim(self, session: Session, args: Args) -> Reply:
-        if session.departed is not None:
-            return await self._adopt(session, session.departed, args)
-        refused, reports = self.dispatch.reclaim(session, args)
-        self.desk.claiming(session)
-        for ino, size, mtime_ns in reports:
-            await self.desk.report(ino, size, mtime_ns, None)
-            self.desk.claiming(session)
-        if arguments.flag(args, "last"):
-            self.desk.claimed(session)
-        return Reply({"refused": refused}, position=self.log.position)
-
-    async def _adopt(self, session: Session, departed: Departed, args: Args) -> Reply:
-        await self.desk.wait_open()  # others must have said what they hold
-        refused = await self._adoption.reclaim(session, departed, args)
-        self.desk.claiming(session)
-        if arguments.flag(args, "last"):
-            await self.desk.settle(session)
-            self.desk.claimed(session)
-        return Reply({"refused": refused}, position=self.log.position)
-
-    async def _slab_failed(self, session: Session, args: Args) -> Reply:
-        slab, epoch = SlabId(arguments.number(args, "slab")), Epoch(arguments.number_or_zero(args, "epoch"))
-        drives = [DriveId(drive) for drive in field(args, "drives", list) if isinstance(drive, bytes)]
-        reason = f"{session.writer}: {args.get('reason')}"[:500]
-        torn = args.get("torn")
-        if torn:
-            await self.changes.equalize({slab: arguments.chunk_numbers(torn, self.setup.slab_blocks)})
-        self.lost.check(self.changes.book.current(slab))
-        descriptor = await self.changes.failed(slab, epoch, drives, reason)
-        if drives:
-            self.members.look_into(drives)
-        return Reply(descriptor.to_wire(), position=self.log.position)
-
-    def _slabs(self, session: Session, args: Args) -> Reply:
-        """Without ids it asks whether we are there, which must not depend on the log going on."""
-        ids = field(args, "ids", list)
-        if len(ids) > SLABS_ASKED_MAX:
-            raise BadRequest(f"{len(ids)} slabs asked for at once; at most {SLABS_ASKED_MAX}")
-        if not all(isinstance(slab, int) and 0 <= slab <= arguments.I64_MAX for slab in ids):
-            raise BadRequest("slab ids are whole numbers")
-        open_files = arguments.optional_number(args, "open")
-        session.open_files = session.open_files if open_files is None else open_files
-        if isinstance(args.get("mode"), str):
-            session.mode, session.why = args["mode"][:MODE_WORDS_MAX], str(args.get("why") or "")[:MODE_WORDS_MAX]
-            session.busy_until = trio.current_time() + BUSY_S if args.get("busy") is True else 0.0
-        descriptors = [self._metadata.slab(int(slab)).to_wire() for slab in ids]
-        return Reply(descriptors, position=self.log.position if ids else 0)
-
-    async def _fsync(self, session: Session, args: Args) -> Reply:
-        return await self.dispatch.flush()
-
-    async def _goodbye(self, session: Session, args: Args) -> Reply:
-        await self.desk.dismiss(session)
-        return Reply({}, position=self.log.position)
-
-    def _statfs(self, session: Session, args: Args) -> Reply:
-        ino, figures = arguments.optional_number(args, "ino", 1), self.statfs()
-        return Reply(figures if ino is None else self.quotas.statfs(ino, figures), position=self.log.position)
-
-    async def _statfs_later(self, session: Session, args: Args) -> Reply:
-        await self.slabs.wait_spaces()
-        return self._statfs(session, args)
-
-    def _status(self, session: Session, args: Args) -> Reply:
-        """Figures for people, who need them most when the log does not go on."""
-        return Reply(self.volume_status())
-
-    def statfs(self) -> dict[str, int]:
-        """Sizes in bytes of one copy."""
-        statistics = self._metadata.statfs()
-        blocks = statistics.slab_blocks + self.slabs.free_slabs_in_pool() * self.setup.slab_blocks
-        limit = self._metadata.space.limit_blocks
-        if limit:
-            blocks = min(blocks, limit)
-        return {
-            "size": blocks * BLOCK_SIZE,
-            "free": max(0, blocks - statistics.used_blocks) * BLOCK_SIZE,
-            "files": statistics.files + statistics.files_free,
-            "files_free": statistics.files_free,
-            "name_max": statistics.name_size_max,
-        }
+    # -- calls of people ---------------------------------------------------------------------------
 
     def file_map(self, args: Args) -> dict[str, Any]:
         """The call `file_map`, for people."""
@@ -575,35 +506,3 @@ class Service:
         self.members.look_into(())
         await self.healing.look_now()
         return self.volume_status()
-
-    def is_whole(self) -> bool:
-        """Whether all slabs have all their copies, and all mounts of before the takeover have come or gone: then
-        another coordinator takes over in a moment, and nothing that is under way begins anew."""
-        return self.desk.is_open and self._health.to_status()["health"] == HEALTHY
-
-    def waits(self) -> dict[str, Any]:
-        """What waits here, and on what: for people."""
-        return describe_waits(self.desk, self.leases, self._books, self.lost)
-
-    def volume_status(self) -> dict[str, Any]:
-        sessions = [
-            {
-                "node": session.node,
-                "incarnation": session.incarnation,
-                "connected": session.link is not None,
-                "leases": self.leases.table.lease_counts().get(session.key, 0),
-                "open_files": session.open_files,
-                "mode": session.mode,
-                "why": session.why,
-            }
-            for session in self.desk.sessions
-        ]
-        return {
-            **self._health.to_status(),
-            "jobs": [*self.healing.to_status(), *self.scrub.job_rows()],
-            "scrub": {**self.scrub.to_status(), "lost_blocks": self.lost_blocks.count},
-            "sessions": sessions,
-            "term": self.setup.term,
-            "batches": self.batches.batch_count,
-            "changes": self.batches.change_count,
-        }

@@ -2,7 +2,8 @@
 
 Place      mount floor. Runs in the engine's task; slow requests get a trio task each.
 Hot        READ and WRITE that the file table can answer or take without waiting cost no task and no await.
-Here too   what pyfuse3 lacks or needs an inode for: FSYNC, FLUSH, STATFS, RELEASE, FORGET, SETXATTR ...
+Here too   what pyfuse3 lacks or needs an inode for: FSYNC, FLUSH, STATFS, RELEASE, FORGET; extended attributes and space in
+           attribute_requests.py and space_requests.py.
 Limits     REQUESTS_WAITING_MAX tasks; then the kernel's queue waits. LARGE_BUFFERS_MAX buffers handed out
            with large writes; then their data is copied.
 """
@@ -20,14 +21,16 @@ import trio
 from csvfs.errors import Fenced, Unavailable
 from csvfs.mount import barred
 from csvfs.mount import fuse_abi as abi
+from csvfs.mount.answers import Answers, Buffer, Handler
+from csvfs.mount.attribute_requests import AttributeRequests, Attributes, Setter
 from csvfs.mount.barred import Barred
 from csvfs.mount.direct import Direct
 from csvfs.mount.errno_border import errno_of
 from csvfs.mount.file_locks import FileLocks
-from csvfs.mount.file_state import XATTRS
 from csvfs.mount.leases import NothingKept
 from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
 from csvfs.mount.request_journal import UNIQUE_MASK, UNIQUE_RESENT, RequestJournal, current_request
+from csvfs.mount.space_requests import Space, SpaceRequests
 from csvfs.net.engine import Engine
 from csvfs.units import KIB
 
@@ -44,7 +47,6 @@ WRITE_APPEND = 1 << 31
 _CHANGES_OF_DATA = (abi.WRITE, abi.FALLOCATE, abi.COPY_FILE_RANGE)
 _OUT_OF_TURN = (abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT)  # the kernel has queues of their own for these
 
-Buffer = bytes | bytearray | memoryview
 Buffers = Buffer | list[Buffer] | list[bytes] | list[bytes | memoryview]
 Done = Callable[[Exception | None], None]
 
@@ -53,7 +55,7 @@ class Ending(Protocol):
     def ended(self) -> None: ...
 
 
-class Files(Leases, Protocol):
+class Files(Leases, Attributes, Space, Protocol):
     """What the channel needs of the file table (csvfs/mount/file_table.py)."""
 
     def read_nowait(self, ino: int, offset: int, size: int) -> Buffers | None: ...
@@ -61,16 +63,12 @@ class Files(Leases, Protocol):
     def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: Done) -> bool: ...
     async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None: ...
     def buffered_write(self, ino: int, offset: int, size: int) -> "Ending": ...
-    def getattr_nowait(self, ino: int) -> list[int] | None: ...
     async def fsync(self, ino: int) -> None: ...
     async def flush(self, ino: int) -> None: ...
     def flush_is_due(self, ino: int) -> bool: ...
     def closed(self, ino: int, writing: bool) -> None: ...
     def forget(self, ino: int) -> None: ...
     async def statfs(self, ino: int) -> dict[str, int]: ...
-    async def fallocate(self, ino: int, offset: int, length: int, mode: int) -> None: ...
-    async def seek(self, ino: int, offset: int, whence: int) -> int | None: ...
-    async def copy_range(self, ino: int, offset: int, target: int, target_offset: int, length: int) -> int: ...
     def set_id_is_due(self, ino: int) -> bool: ...
     async def clear_set_id(self, ino: int) -> None: ...
 
@@ -90,18 +88,12 @@ class Opened(Protocol):
     def opened(self, ino: int, writing: bool, count: int = 1) -> None: ...
 
 
-class Names(Protocol):
+class Names(Setter, Protocol):
     """What the channel needs of the operations (csvfs/mount/operations.py) besides what pyfuse3 calls."""
 
     def is_absent(self, parent: int, name: bytes) -> bool: ...
     async def fsync_directory(self) -> None: ...
-    async def set_attribute(
-        self, ino: int, name: bytes, value: bytes, flags: int, drops_set_gid: bool = False
-    ) -> None: ...
     def close_directory(self, fh: int) -> None: ...
-
-
-Handler = Callable[[int, int, memoryview], None]  # unique, node, body of the request
 
 
 class _Write:
@@ -295,8 +287,11 @@ class Channel:
         """By opcode; what is not here goes to pyfuse3."""
         refuse = self._refuse
         direct = {} if self._direct is None else self._direct.by_opcode
+        answers = Answers(self._reply, self._reply_errno, self._start, self._forward)
         return {
             **self._lock_handlers(),
+            **AttributeRequests(answers, self._files, self._names, self._relay).handlers(),
+            **SpaceRequests(answers, self._files).handlers(),
             abi.READ: self._on_read,  # one that comes again
             abi.WRITE: self._on_write,
             abi.GETATTR: self._on_getattr,
@@ -311,13 +306,7 @@ class Channel:
                 unique, self._then_ok, self._names.fsync_directory
             ),
             abi.STATFS: lambda unique, node, _: self._start(unique, self._statfs, node),
-            abi.SETXATTR: self._on_setxattr,
-            abi.GETXATTR: self._on_getxattr,
-            abi.LISTXATTR: self._on_listxattr,
             abi.DESTROY: lambda unique, _n, _: self._reply_errno(unique, 0),
-            abi.FALLOCATE: self._on_fallocate,
-            abi.LSEEK: self._on_lseek,
-            abi.COPY_FILE_RANGE: self._on_copy,
             abi.IOCTL: refuse(errno.ENOTTY),
             abi.NOTIFY_REPLY: lambda _u, _n, _: None,  # expects no answer, and we never ask
             # ENOSYS: the kernel does it in its own way from then on, without asking again.
@@ -552,65 +541,6 @@ class Channel:
     def _on_release_directory(self, unique: int, _node: int, body: memoryview) -> None:
         self._names.close_directory(abi.RELEASE_IN.unpack_from(body)[0])
         self._reply_errno(unique, 0)
-
-    def _on_fallocate(self, unique: int, node: int, body: memoryview) -> None:
-        _, offset, length, mode, _ = abi.FALLOCATE_IN.unpack_from(body)
-        self._start(unique, self._then_ok, self._files.fallocate, node, offset, length, mode)
-
-    def _on_lseek(self, unique: int, node: int, body: memoryview) -> None:
-        _, offset, whence, _ = abi.LSEEK_IN.unpack_from(body)
-        self._start(unique, self._seek, node, offset, whence)
-
-    def _on_copy(self, unique: int, node: int, body: memoryview) -> None:
-        _, offset, target, _, target_offset, length, flags = abi.COPY_FILE_RANGE_IN.unpack_from(body)
-        if flags or max(offset, target_offset, length) >= 1 << 63:
-            self._reply_errno(unique, errno.EINVAL)
-            return
-        self._start(unique, self._copy, node, offset, target, target_offset, min(length, abi.COPY_SIZE_MAX))
-
-    async def _copy(self, unique: int, *args: int) -> None:
-        self._reply(unique, (abi.pack_write_reply(unique, await self._files.copy_range(*args)),))
-
-    async def _seek(self, unique: int, node: int, offset: int, whence: int) -> None:
-        found = await self._files.seek(node, offset, whence)
-        if found is None:
-            self._reply_errno(unique, errno.ENXIO)
-        else:
-            self._reply(unique, (abi.pack_lseek_reply(unique, found),))
-
-    def _on_setxattr(self, unique: int, node: int, body: memoryview) -> None:
-        # pyfuse3 makes XATTR_CREATE and XATTR_REPLACE of two calls, which another node may come between.
-        head = abi.SETXATTR_EXT_IN if self._relay.flags & abi.FLAG_SETXATTR_EXT else abi.SETXATTR_IN
-        size, flags, *further = head.unpack_from(body)
-        drops_set_gid = bool(further and further[0] & abi.SETXATTR_ACL_KILL_SGID)
-        name, separator, rest = bytes(body[head.size :]).partition(b"\0")
-        if not separator or not name or len(rest) < size:
-            self._reply_errno(unique, errno.EINVAL)
-            return
-        set_attribute = self._names.set_attribute
-        self._start(unique, self._then_ok, set_attribute, node, name, rest[:size], flags, drops_set_gid)
-
-    def _on_getxattr(self, unique: int, node: int, body: memoryview) -> None:
-        name = bytes(body[abi.GETXATTR_IN.size :]).partition(b"\0")[0]
-        if name == b"security.capability":
-            # The kernel asks before every buffered write, whether there is one to remove: there never is.
-            self._reply_errno(unique, errno.ENODATA)
-        elif self._has_no_attributes(node):
-            self._reply_errno(unique, errno.ENODATA)
-        else:
-            self._forward(abi.GETXATTR, unique, node, body)
-
-    def _on_listxattr(self, unique: int, node: int, body: memoryview) -> None:
-        if self._has_no_attributes(node):
-            self._reply(unique, (abi.pack_no_names_reply(unique, abi.GETXATTR_IN.unpack_from(body)[0]),))
-        else:
-            self._forward(abi.LISTXATTR, unique, node, body)
-
-    def _has_no_attributes(self, node: int) -> bool:
-        """Known under the lease: the kernel asks for an ACL of every inode that somebody else than its owner uses. That
-        there is none it remembers until its attributes are taken back, as a recall does before somebody sets one."""
-        attr = self._files.getattr_nowait(node)
-        return attr is not None and attr[XATTRS] == 0
 
     # ---- replies
 

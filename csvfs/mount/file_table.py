@@ -117,7 +117,10 @@ class FileTable:
             self.leases, bus, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
         )
         set_id = SetId(self.leases, coordinator, notifier, self.getattr)
-        # Bound once: the channel calls them for every request.
+        self._bind(cloning, set_id)
+
+    def _bind(self, cloning: Cloning, set_id: SetId) -> None:
+        """Once: the channel calls them for every request."""
         self.read_nowait = self._reads.read_nowait
         self.write_nowait = self._writes.write_nowait
         self.read = self._reads.read
