@@ -1,5 +1,6 @@
 """Brings a lab up for tests and takes it away after them. Every lab here has a directory of its own."""
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -33,6 +34,17 @@ def lab_missing() -> str:
         return "needs /dev/fuse"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     return f"needs {missing[0]}" if missing else ""
+
+
+def lab_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Those of the command line of a program that works on labs of its own. Exits where there can be none."""
+    parser.add_argument("--dir", type=Path, help="where the lab lies (a short path); by default below /var/tmp")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    missing = lab_missing()
+    if missing:
+        parser.error(f"a lab {missing}")
+    return arguments
 
 
 needs_lab = pytest.mark.skipif(bool(lab_missing()), reason=f"the lab {lab_missing()}")

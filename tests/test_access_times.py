@@ -214,15 +214,22 @@ async def test_a_lease_that_was_lost_takes_along_what_was_noted_under_it():
 # The coordinator
 
 
+async def served(tmp_path, nursery, recall_timeout_ms=None):
+    """A cluster whose volume is served on n1, and that service."""
+    cluster = await TestCluster(tmp_path, nursery).start()
+    if recall_timeout_ms is not None:
+        cluster.recall_timeout_ms = recall_timeout_ms
+    await cluster.create_volume()
+    await cluster.start_host("n1")
+    return cluster, await cluster.wait_serving()
+
+
 async def atime(service, ino):
     return service._metadata.getattr(ino)[ATIME]
 
 
 async def test_only_who_holds_a_lease_may_tell_and_a_time_only_grows(tmp_path, nursery):
-    cluster = await TestCluster(tmp_path, nursery).start()
-    await cluster.create_volume()
-    await cluster.start_host("n1")
-    service = await cluster.wait_serving()
+    cluster, service = await served(tmp_path, nursery)
     mount, other = await cluster.mount("n2"), await cluster.mount("n3")
     ino, second = await mount.make(b"file"), await mount.make(b"second")
     before = service._metadata.getattr(ino)
@@ -239,11 +246,7 @@ async def test_only_who_holds_a_lease_may_tell_and_a_time_only_grows(tmp_path, n
 
 
 async def test_others_who_cache_its_attributes_are_to_ask_anew_and_nobody_waits_for_them(tmp_path, nursery):
-    cluster = await TestCluster(tmp_path, nursery).start()
-    cluster.recall_timeout_ms = 60_000
-    await cluster.create_volume()
-    await cluster.start_host("n1")
-    service = await cluster.wait_serving()
+    cluster, service = await served(tmp_path, nursery, recall_timeout_ms=60_000)
     mounts = [await cluster.mount(node) for node in ("n1", "n2", "n3")]
     ino = await mounts[0].make(b"file")
     for mount in mounts:
@@ -260,10 +263,7 @@ async def test_others_who_cache_its_attributes_are_to_ask_anew_and_nobody_waits_
 
 
 async def test_an_access_time_that_comes_with_a_recall_is_there_for_who_gets_the_lease(tmp_path, nursery):
-    cluster = await TestCluster(tmp_path, nursery).start()
-    await cluster.create_volume()
-    await cluster.start_host("n1")
-    service = await cluster.wait_serving()
+    cluster, service = await served(tmp_path, nursery)
     reader, writer = await cluster.mount("n2"), await cluster.mount("n3")
     ino = await reader.make(b"file")
     await reader.acquire(ino, 2)

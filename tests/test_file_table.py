@@ -2,6 +2,7 @@
 
 import stat
 import time
+from typing import Any
 
 import pytest
 import trio
@@ -230,6 +231,32 @@ async def test_blocks_of_a_failed_extension_read_as_zeros_when_a_later_write_lea
         node.bus.trim_errors = trim_errors
         await node.write(FILE, 7 * BLOCK, b"c" * BLOCK)
         assert await node.read(FILE, 5 * BLOCK, 3 * BLOCK) == bytes(2 * BLOCK) + b"c" * BLOCK
+
+
+async def test_a_gap_is_not_written_over_once_the_lease_was_lost_while_it_was_to_be_trimmed() -> None:
+    """Its blocks may be another file's by then."""
+    async with cluster() as c:
+        node = await prepared(c)
+        c.coordinator.ahead = 16
+        await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
+        c.coordinator.faults["commit"] = [Unavailable("no log")]
+        with pytest.raises(Unavailable):
+            await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+        trim, write, written = node.bus.trim, node.bus.write, []
+
+        async def lose(items: list[tuple[int, int, int]]) -> None:
+            node.bus.trim = trim  # type: ignore[method-assign]
+            node.table.refused([FILE])
+            raise Unavailable("it has just started")
+
+        def note(*args: Any) -> None:
+            written.append(node.table.holds(FILE))
+            write(*args)
+
+        node.bus.trim, node.bus.write = lose, note  # type: ignore[method-assign,assignment]
+        await node.write(FILE, 7 * BLOCK, b"c" * BLOCK)
+        assert await node.read(FILE, 5 * BLOCK, 3 * BLOCK) == bytes(2 * BLOCK) + b"c" * BLOCK
+        assert written and set(written) == {3}
 
 
 async def test_when_the_data_of_an_extension_fails_the_committed_size_is_shown() -> None:

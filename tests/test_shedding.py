@@ -68,6 +68,35 @@ async def test_a_file_that_is_opened_while_its_pages_are_taken_back_keeps_its_le
         assert not node.table.leases.states and held(c, node) == []
 
 
+async def test_a_symbolic_link_that_is_being_read_does_not_keep_others_from_being_given_back() -> None:
+    """The kernel keeps the page of where it leads to locked until READLINK is answered."""
+    async with cluster() as c:
+        node = c.node("n1", inodes_max=0)
+        link, file = await looked_at(c, node, 2)
+        node.table.leases.states[link].symlink = True
+        await node.table.release_unused()
+        assert not node.table.leases.states and held(c, node) == []
+        assert [ino for what, ino, *_ in (row for row in node.kernel.log if row[0] == "pages")] == [file]
+
+
+async def test_I8_a_file_that_is_written_back_while_it_is_given_back_stays_until_that_is_on_the_media() -> None:
+    async with cluster() as c:
+        node = c.node("n1", inodes_max=0)
+        (ino,) = await looked_at(c, node, 1)
+        await node.write(ino, 0, b"x")
+        await node.table.fsync(ino)
+
+        async def write_back(ino: int, offset: int, length: int) -> None:
+            await node.write(ino, 0, b"y", flags=1)
+
+        node.kernel.during.append(write_back)
+        flushed = len(node.bus.flushed)
+        await node.table.shedding._shed_surplus()
+        assert node.table.holds(ino) == LEASE_WRITE and len(node.bus.flushed) == flushed
+        await node.table.release_unused()
+        assert not node.table.leases.states and len(node.bus.flushed) == flushed + 1
+
+
 async def test_a_recall_that_comes_while_a_file_is_given_back_is_answered_behind_it() -> None:
     async with cluster() as c:
         node, other = c.node("n1", inodes_max=0), c.node("n2")

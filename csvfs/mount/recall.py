@@ -169,13 +169,14 @@ class Recaller:
             state.recall, state.used = Recall(), False
         lowered = []
         try:
-            await self._notifier.invalidate_all([(s.ino, *WHOLE_FILE) for s in states if not s.directory])
+            await self._notifier.invalidate_all([(s.ino, *WHOLE_FILE) for s in states if s.has_pages])
         finally:
             for state in states:
                 state.recall = None
                 state.notify()
         for state in states:
-            if not (state.used or state.is_busy() or state.reads or state.writers):
+            # Dirty: written back just now, and not on the media: whoever gets the lease next speaks for it (I8).
+            if not (state.used or state.is_busy() or state.dirty_slabs or state.reads or state.writers):
                 lowered.append(state)
         if any(state.directory for state in lowered):
             self._notifier.increment_epoch()

@@ -438,11 +438,14 @@ class WritePath:
             raise InputOutputError(f"inode {state.ino}: blocks behind its end are shared; its size is asked for anew")
         if not pieces:
             return
+        losses = state.losses
         try:
             await self._bus.trim([(slab, block, count) for _, count, slab, block in pieces])
         except CsvfsError as error:
             if not error.retryable:
                 raise
+            if state.losses != losses:  # these blocks may be another file's by now
+                raise LeaseLost(f"the write lease of inode {state.ino} was lost while a gap was cleared") from None
             # A drive server that has just started, or one that has died. A write knows how to wait for both.
             await self._write_zeros(state, pieces)
 

@@ -34,7 +34,7 @@ from csvfs.errors import CsvfsError
 from csvfs.store.interface import ClusterStore
 from csvfs.units import GIB, MIB, TIB
 from csvfs.wire.control import pack_value
-from tests.lab_cluster import lab_missing, wait_for
+from tests.lab_cluster import lab_arguments, wait_for
 from tests.programs.coherence import owner_of
 from tests.programs.filler import Filler
 from tests.programs.scale_figures import HEAD, Step, Usage, progress, rows_of, summary_of
@@ -306,12 +306,7 @@ def main() -> int:
     parser.add_argument("--takeover", action="store_true", help="kill the coordinator while all that is cached")
     parser.add_argument("--jobs", type=int, default=4, help="processes of steps that are not one after the other")
     parser.add_argument("--drive-gib", type=int, default=12, help="one drive per node, sparse")
-    parser.add_argument("--dir", type=Path, help="where the lab lies (a short path); by default below /var/tmp")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    missing = lab_missing()
-    if missing:
-        parser.error(f"a lab {missing}")
+    arguments = lab_arguments(parser)
 
     def say(text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

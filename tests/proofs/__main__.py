@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from csvfs.admin.render import print_table
-from tests.lab_cluster import lab_missing
+from tests.lab_cluster import lab_arguments
 from tests.proofs.ground import proof_ground
 from tests.proofs.stories import STORIES, Story
 
@@ -72,12 +72,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", action="append", choices=STORIES, help="may be repeated")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1, help="of the first round")
-    parser.add_argument("--dir", type=Path, help="where the labs lie (a short path); by default below /var/tmp")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    missing = lab_missing()
-    if missing:
-        parser.error(f"a lab {missing}")
+    arguments = lab_arguments(parser)
     rows = []
     for number in range(arguments.rounds):
         for name in arguments.only or STORIES:

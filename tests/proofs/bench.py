@@ -14,14 +14,13 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 from csvfs.admin.render import print_table
 from csvfs.errors import CsvfsError
 from csvfs.units import GIB, MIB
-from tests.lab_cluster import lab_missing
+from tests.lab_cluster import lab_arguments
 from tests.proofs.ground import VOLUME, Ground, proof_ground
 
 GOAL_MIB_S, GOAL_RATIO = 300.0, 2.0
@@ -160,12 +159,7 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=1024, help="of data, in three copies")
     parser.add_argument("--seconds", type=int, default=20, help="of each of the three runs of fio")
     parser.add_argument("--rounds", type=int, default=3, help="of rebuilding with nobody at work; the best counts")
-    parser.add_argument("--dir", type=Path, help="where the lab lies (a short path); by default below /var/tmp")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    missing = lab_missing()
-    if missing:
-        parser.error(f"a lab {missing}")
+    arguments = lab_arguments(parser)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
