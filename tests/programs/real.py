@@ -56,6 +56,9 @@ class Site:
         self.here, self.there = [node for node in nodes if node != self.owner][:2]
         self.folder = f"/clusterstorage/{volume}/programs-{time.time_ns()}"
         self.seconds = 300
+        self.repository = TOP
+        self.sources: Path | None = None  # a repository of a C project
+        self.make_arguments = ""
         self.say: Say = lambda text: None
 
     def sh(self, script: str, node: str | None = None) -> str:
@@ -78,7 +81,7 @@ def need(*programs: str) -> None:
 
 def git(site: Site) -> str:
     need("git")
-    site.sh(f"git clone -q --no-local file://{TOP} repo && cd repo && git fsck --strict --full 2>&1")
+    site.sh(f"git clone -q --no-local file://{site.repository} repo && cd repo && git fsck --strict --full 2>&1")
     site.sh("cd repo && git repack -adq && git checkout -q -b other && git gc -q --prune=now && git fsck --full 2>&1")
     site.sh("cd repo && git fsck --strict --full 2>&1 && git status --porcelain && git diff --exit-code HEAD", site.there)
     return f"{site.sh('cd repo && git rev-list --count HEAD').strip()} commits; repacked; fsck clean on both nodes"
@@ -101,7 +104,18 @@ def build(site: Site) -> str:
     site.sh(C_MAKE)
     result = site.same_everywhere("c/program")
     assert "up to date" in site.sh("make -C c program", site.there), "make on another node would build again"
-    return f"301 C files, make -j4; prints {result.strip()} on both nodes; nothing to do for make on the other one"
+    said = f"301 C files, make -j4; prints {result.strip()} on both nodes; nothing to do for make on the other one"
+    return said if site.sources is None else f"{said}; {_build_project(site, site.sources)}"
+
+
+def _build_project(site: Site, sources: Path) -> str:
+    """What a C project's own Makefile makes with -j4: the same bytes on both nodes, and up to date for make on the other."""
+    site.sh(f"mkdir project && git -C {sources} archive HEAD | tar -xC project")
+    site.sh(f"make -s -j4 -C project {site.make_arguments} >make.log 2>&1")
+    files = site.same_everywhere("find project -type f -exec sha256sum {} + | sort").splitlines()
+    site.sh(f"make -q -C project {site.make_arguments}", site.there)
+    objects = sum(line.endswith(".o") for line in files)
+    return f"{sources.name}: make -j4 made {objects} object files, {len(files)} files equal on both nodes, up to date"
 
 
 SQLITE = """
@@ -323,10 +337,14 @@ def main() -> int:
     parser.add_argument("--volume", default="Volume1")
     parser.add_argument("--only", action="append", choices=PROGRAMS, help="may be repeated")
     parser.add_argument("--seconds", type=int, default=300, help="of pgbench without faults")
+    parser.add_argument("--repository", type=Path, default=TOP, help="what git clones; by default this one")
+    parser.add_argument("--sources", type=Path, help="a repository of a C project, that make builds, too")
+    parser.add_argument("--make-arguments", default="", help="for it")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     site = Site(arguments.dir, arguments.volume, tuple(arguments.nodes.split(",")))
-    site.seconds = arguments.seconds
+    site.seconds, site.repository = arguments.seconds, arguments.repository
+    site.sources, site.make_arguments = arguments.sources, arguments.make_arguments
     rows = run(site, arguments.only or list(PROGRAMS), lambda text: print(text, file=sys.stderr, flush=True))
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
