@@ -22,6 +22,8 @@ from csvfs.wire.block_messages import Member, SlabDescriptor
 
 log = logging.getLogger(__name__)
 
+TRIES_MAX = 3  # while copies of the slab come and go
+
 
 @dataclass(slots=True)
 class CopyResult:
@@ -54,7 +56,20 @@ class CopyVerifier:
 
         Raises  NotFound: there is no such slab any more. Fenced. What ends the batches. Cancel safe.
         """
-        descriptor = changes.book.current(slab)
+        results: list[CopyResult] = []
+        for _ in range(TRIES_MAX):
+            descriptor = changes.book.current(slab)
+            before, results = results, await self._verify_once(changes, descriptor, block, count, rate_mib_s)
+            _carry_over(before, results)
+            if changes.book.current(slab).epoch == descriptor.epoch or any(result.damaged for result in results):
+                break
+            # Copies came or went meanwhile: what all of these lack, another one may have.
+        await self._note_lost(changes, descriptor, results, block, count)
+        return results
+
+    async def _verify_once(
+        self, changes: SlabChanges, descriptor: SlabDescriptor, block: int, count: int, rate_mib_s: int
+    ) -> list[CopyResult]:
         results = [CopyResult(member) for member in descriptor.in_sync]
         fenced: list[Fenced] = []
 
@@ -69,7 +84,6 @@ class CopyVerifier:
                 nursery.start_soon(look, result)
         if fenced:
             raise fenced[0]
-        await self._note_lost(changes, descriptor, results, block, count)
         return results
 
     async def _note_lost(
@@ -149,3 +163,12 @@ class CopyVerifier:
         result.left = left
         if left:
             log.error("scrub: slab %d on node %s: no copy has blocks %s", descriptor.slab, member.node, left[:16])
+
+
+def _carry_over(before: list[CopyResult], results: list[CopyResult]) -> None:
+    """What was healed in the try before counts, too."""
+    healed = {result.member.drive: result.healed for result in before}
+    for result in results:
+        already = healed.get(result.member.drive, 0)
+        result.found += already
+        result.healed += already

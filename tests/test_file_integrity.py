@@ -267,3 +267,29 @@ def test_answers_of_a_coordinator_add_up_and_nonsense_is_told_from_them():
     progress = Progress(done=256, total=1024, took_s=2.0)
     assert (progress.rate, progress.eta_s) == (MIB / 2, 6.0)
     assert Progress(0, 10, 0.0).eta_s is None
+
+
+async def test_blocks_that_no_copy_has_are_named_also_when_a_copy_goes_while_they_are_looked_for(
+    tmp_path, nursery, monkeypatch
+):
+    cluster, service, mount = await cluster_with(tmp_path, nursery)
+    ino, _ = await make_file(mount, 20)
+    await rot(cluster, mount, ino, 7)
+    await rot(cluster, mount, ino, 9, ["n2"])
+    slab, _ = await places(mount, ino, 0)
+    scrub, going = DriveControl.scrub, ["n3"]
+
+    async def scrub_while_a_copy_goes(self, *args):
+        found = await scrub(self, *args)
+        while going:
+            node = going.pop()
+            descriptor = service.changes.book.current(slab)
+            drives = [member.drive for member in descriptor.in_sync if member.node == node]
+            await service.changes.failed(slab, descriptor.epoch, drives, "its server does not answer")
+        return found
+
+    monkeypatch.setattr(DriveControl, "scrub", scrub_while_a_copy_goes)
+    report, _ = await verify(service, ino)
+    counts = {row.node: (row.found, row.healed, row.left) for row in report.verified}
+    assert (counts["n1"], counts["n2"]) == ((1, 0, 1), (2, 1, 1))
+    assert (await look(service, ino))[0].unreadable == [Unreadable(7 * BLOCK_SIZE, BLOCK_SIZE, "bad")]

@@ -105,13 +105,11 @@ def rot_everywhere(cluster: LabCluster, block: bytes) -> int:
         if not os.path.getsize(path):
             continue  # truncated by a test before this one
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-            count += any([rot(content, at) for at in places(file.fileno(), content, block)])
+            found = list(places(file.fileno(), content, block))
+            for at in found:
+                content[at] ^= 1
+            count += bool(found)
     return count
-
-
-def rot(content: mmap.mmap, at: int) -> bool:
-    content[at] ^= 1
-    return True
 
 
 def places(fd: int, content: mmap.mmap, block: bytes) -> Iterator[int]:
