@@ -128,7 +128,11 @@ def places(fd: int, content: mmap.mmap, block: bytes) -> Iterator[int]:
 
 @pytest.fixture
 def at_rest(lab: LabCluster) -> Iterator[None]:
-    """No slab is on its way to another drive while a test counts where its blocks lie: they would be read, and healed."""
+    """Every slab has three copies, also those that were on a drive which a test before has truncated, and none is on its way
+    to another drive while a test counts where its blocks lie."""
+    for row in drives(lab).values():
+        if row["state"] == "Failed media":
+            lab.run("n1", "csvfs", "drive", "retire", row["id"])  # it would be waited for, 15 minutes
     wait_for(lambda: not json.loads(lab.run("n1", "csvfs", "job", "list", "--json")), 180, lambda: explain(lab))
     lab.run("n1", "csvfs", "job", "pause", "Volume1")
     yield
@@ -143,8 +147,6 @@ def integrity(cluster: LabCluster, node: str, *options: str) -> dict:
 def test_a_block_that_no_copy_has_is_an_error_in_its_own_place_named_and_good_again_once_it_is_overwritten(lab, at_rest):
     data = os.urandom(64 * 4096)
     lab.run("n1", "sh", "-c", f"cat >{VOLUME}/precious && sync {VOLUME}/precious", input=data)
-    # Not until all is healthy: a drive that a test before this one has truncated stays so.
-    wait_for(lambda: all(slab["serving"] >= 3 for slab in integrity(lab, "n2")["slabs"]), 180, lambda: explain(lab))
     sound = integrity(lab, "n2", "--verify")
     assert (sound["sound"], sound["unreadable"], {row["found"] for row in sound["verified"]}) == (True, [], {0})
     assert all(slab["serving"] >= 3 for slab in sound["slabs"]) and len(sound["verified"]) >= 3
