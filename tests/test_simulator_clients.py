@@ -18,7 +18,7 @@ from tests.simulator.clients.kernel import PAGE, Connection
 from tests.test_simulator import TIMEOUT_S, check, simulate
 
 clients = partial(simulate, "--world", "clients")
-SEEDS = 60
+SEEDS = 2_000
 # Seeds that found something when they were first run, beyond those of the range.
 KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 21342, 21367, 22496, 23817, 24461, 25279)
 

@@ -15,7 +15,7 @@ from csvfs.units import GIB
 from tests.lab_cluster import needs_lab, running_lab, wait_for
 from tests.programs import fsx
 from tests.programs.hands import Hand, hands_on
-from tests.programs.stories import KINDS_TESTED, STEP_BYTES, Story, steps_of
+from tests.programs.stories import KINDS, STEP_BYTES, Story, steps_of
 from tests.test_first_cluster import is_mounted
 
 pytestmark = [pytest.mark.lab, needs_lab]
@@ -40,7 +40,7 @@ def play(hands: list[Hand], story_bytes: bytes) -> None:
     story = Story(hands, b"/clusterstorage/Volume1/%d" % next(folders))
     try:
         for step in steps_of(story_bytes):
-            story.play(step, KINDS_TESTED)
+            story.play(step, KINDS)
         story.end()
     except AssertionError:
         note("\n".join(story.told))

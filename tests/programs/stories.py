@@ -2,7 +2,7 @@
 
 Place      tests, over hands.py and model.py. A step is a tuple of small numbers, so that hypothesis can make a story
            smaller; step kind 0 does nothing, and is left out of what is told.
-By hand    `python -m tests.programs.stories LAB FOLDER STORIES SEED`: with extended attributes, too.
+By hand    `python -m tests.programs.stories LAB FOLDER STORIES SEED`.
 Looks      after half of the changes the other node looks at what was changed. At the end both nodes show everything.
 """
 
@@ -267,11 +267,6 @@ KINDS: tuple[str | None, ...] = (
     "_close", "_pwrite", "_pwrite", "_pwrite", "_pread", "_pread", "_pread", "_ftruncate", "_truncate", "_fallocate",
     "_seek", "_fstat", "_fsync",
 )  # fmt: skip
-
-
-# Those of the test command. Once, on a machine with twenty times too much to do, another node did not see an extended
-# attribute that had been set just before (RELIABILITY.md, "Open"): until that is understood they are for runs by hand.
-KINDS_TESTED = tuple(kind for kind in KINDS if kind is None or "xattr" not in kind)
 
 
 def facts(found: Any) -> Any:
