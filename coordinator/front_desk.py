@@ -72,7 +72,7 @@ class FrontDesk:
         except CsvfsError as error:
             link.reply_error(frame.request_id, error)
             return
-        self._nursery.start_soon(_answer, link, frame.request_id, question)
+        self._nursery.start_soon(_answer, service, link, frame.request_id, question)
 
     async def _hello(self, service: Service, link: Link, args: dict[str, Any]) -> Any:
         reply = await service.hello(link, args)
@@ -134,11 +134,14 @@ async def _now(answer: Callable[[], Any]) -> Any:
     return answer()
 
 
-async def _answer(link: Link, request_id: int, question: Question) -> None:
+async def _answer(service: Service, link: Link, request_id: int, question: Question) -> None:
     try:
         link.reply(request_id, await question())
     except CsvfsError as error:
         link.reply_error(request_id, error)
     except Exception:
+        if not service.is_running:  # its database has been closed meanwhile
+            link.reply_error(request_id, service.gone())
+            return
         log.exception("a question of %s failed in a way nobody planned for", link.peer)
         link.reply_error(request_id, CsvfsError("the question failed; the log of the coordinator says how"))

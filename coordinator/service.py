@@ -258,6 +258,7 @@ class Service:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                nursery.start_soon(self._take_calls_until_cancelled)
                 nursery.start_soon(self.log.run_forever)
                 nursery.start_soon(self.batches.run_forever)
                 nursery.start_soon(self.leases.run_forever)
@@ -277,13 +278,28 @@ class Service:
                 nursery.start_soon(self._settings.follow_forever)
                 task_status.started()
         finally:
-            self._nursery = None
-            error = NotCoordinator(f"volume {self.setup.name} is not coordinated here any more")
+            error = self.gone()
             self.batches.close(error)
             self.log.fail(error)
             for session in self.desk.sessions:
                 if session.link is not None:
                     session.link.close(error)
+
+    async def _take_calls_until_cancelled(self) -> None:
+        """A nursery whose tasks have all ended takes no more, and its owner hears of that a moment later: by then a call that
+        arrives is refused, since this is one of the tasks."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._nursery is not None
+
+    def gone(self) -> NotCoordinator:
+        """What callers hear who come, or are still there, when it has ended."""
+        return NotCoordinator(f"volume {self.setup.name} is not coordinated here any more")
 
     # -- calls -----------------------------------------------------------------------------------
 

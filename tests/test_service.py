@@ -3,6 +3,7 @@
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -10,12 +11,12 @@ import trio.testing
 
 from coordinator.janitor import DELAY_S
 from coordinator.slab_manager import SlabManager
-from csvfs.errors import Exists, Fenced, NotFound
+from csvfs.errors import Exists, Fenced, NotCoordinator, NotFound
 from csvfs.net.link import connect
 from csvfs.units import BLOCK_SIZE
 from csvfs.wire.block_messages import block_checksum, slab_seed
 from csvfs.wire.control import pack_call, pack_value
-from csvfs.wire.frames import Kind
+from csvfs.wire.frames import Frame, Kind
 from tests.coordinator_cluster import DRIVE_SIZE, NAME, VOLUME, TestCluster
 
 OPEN, READ, WRITE = 1, 2, 3
@@ -596,3 +597,46 @@ async def test_a_volume_whose_coordinator_fails_is_tried_at_growing_intervals(tm
         await cluster.wait(lambda: len(tries) == 6)
         pauses = [after - before for before, after in pairwise(tries)]
         assert all(pause >= least for pause, least in zip(pauses, (0.02, 0.04, 0.08, 0.1, 0.1), strict=True))
+
+
+async def test_a_call_that_arrives_when_all_has_ended_but_the_volume_is_not_given_up_yet_is_sent_elsewhere(tmp_path):
+    """For a moment a nursery takes no more tasks, and its owner has not heard of it: no call may fail for that."""
+    async with cluster_of(tmp_path) as cluster:
+        await cluster.mount("n1")
+        service = await cluster.wait_serving()
+        (session,) = service.desk.sessions
+        nursery, answers = service._nursery, []
+        link = SimpleNamespace(
+            peer="n1", closed=None, reply=lambda number, value: answers.append(value),
+            reply_error=lambda number, error: answers.append(error),
+        )  # fmt: skip
+        frame = Frame(Kind.CALL, 7, memoryview(pack_call("lock", {})), memoryview(b""))
+
+        class LateCaller(trio.abc.Instrument):
+            def task_exited(self, task):
+                if not nursery.child_tasks:
+                    service.on_frame(link, session, frame)
+
+        late = LateCaller()
+        trio.lowlevel.add_instrument(late)
+        owned = cluster.hosts["n1"].owned[NAME]
+        owned.scope.cancel()
+        await cluster.wait(lambda: owned.finished)
+        trio.lowlevel.remove_instrument(late)
+        assert answers
+        assert {type(answer) for answer in answers} == {NotCoordinator}
+
+
+async def test_a_question_whose_volume_moves_away_meanwhile_is_sent_elsewhere(tmp_path, monkeypatch):
+    async with cluster_of(tmp_path) as cluster:
+        service = await cluster.wait_serving()
+        owned = cluster.hosts["n1"].owned[NAME]
+
+        async def look_while_it_moves(node):
+            owned.scope.cancel()
+            await cluster.wait(lambda: owned.finished)
+            return service.volume_status()
+
+        monkeypatch.setattr(service.healing, "without_node", look_while_it_moves)
+        with pytest.raises(NotCoordinator):
+            await ask_without_hello(cluster, "n1", "without_node", volume=NAME, node="n2")
