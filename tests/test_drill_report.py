@@ -17,6 +17,7 @@ from csvfs.admin.drill_report import (
     COLUMNS,
     DrillReport,
     milliseconds_text,
+    round_line,
     summary,
     table_rows,
     what_went_wrong,
@@ -99,6 +100,7 @@ def test_what_went_wrong_is_said_with_the_place_of_the_logs():
     lines = what_went_wrong(report)
     assert not report.held and "7 violations" in summary(report)
     assert "coordinator (n2): lost: other/b1" in lines[0] and "6 more" in lines[1] and "/tmp/kept" in lines[1]
+    assert "7 VIOLATIONS, the first: lost: other/b1: verify saw 1" in round_line(bad)  # at once, not after all rounds
 
 
 def test_the_json_has_all_figures_and_can_be_read_again():

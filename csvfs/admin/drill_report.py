@@ -173,7 +173,7 @@ def summary(report: DrillReport) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}{'S' if what.isupper() else 's'}"
 
 
 def round_line(round_: Round) -> str:
@@ -182,5 +182,7 @@ def round_line(round_: Round) -> str:
     for where, groups in round_.pauses.items():
         figures = ", ".join(f"{group} {milliseconds_text(groups[group].longest)}" for group in MEASURED if group in groups)
         parts.append(f"{where}: {figures}")
-    verdict = "holds" if round_.held else round_.failure or f"{round_.violation_count} VIOLATIONS"
+    verdict = "holds" if round_.held else round_.failure or counted(round_.violation_count, "VIOLATION")
+    if round_.violations:
+        verdict += f", the first: {round_.violations[0]} (logs: {round_.logs})"
     return f"  {verdict}; {'; '.join(parts) or 'nothing was measured'}"
