@@ -205,14 +205,19 @@ async def test_a_reader_sees_the_new_size_only_when_data_and_size_are_both_done(
         assert await node.read(FILE, 5 * BLOCK, BLOCK) == b"b" * BLOCK
 
 
+async def extend_in_vain(c: Any, node: Any) -> None:
+    """A write whose size is not committed: its block holds bytes behind the end of the file."""
+    c.coordinator.ahead = 16
+    await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
+    c.coordinator.faults["commit"] = [Unavailable("no log")]
+    with pytest.raises(Unavailable):
+        await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+
+
 async def test_I2_an_extending_write_is_not_answered_before_its_size_is_committed() -> None:
     async with cluster() as c:
         node = await prepared(c)
-        c.coordinator.ahead = 16
-        await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
-        c.coordinator.faults["commit"] = [Unavailable("no log")]
-        with pytest.raises(Unavailable):
-            await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+        await extend_in_vain(c, node)
         assert await node.read(FILE, 5 * BLOCK, BLOCK) == b""
 
 
@@ -223,11 +228,7 @@ async def test_blocks_of_a_failed_extension_read_as_zeros_when_a_later_write_lea
     """Also where a drive server cannot trim now: programs see no error for that."""
     async with cluster() as c:
         node = await prepared(c)
-        c.coordinator.ahead = 16
-        await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
-        c.coordinator.faults["commit"] = [Unavailable("no log")]
-        with pytest.raises(Unavailable):
-            await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+        await extend_in_vain(c, node)
         node.bus.trim_errors = trim_errors
         await node.write(FILE, 7 * BLOCK, b"c" * BLOCK)
         assert await node.read(FILE, 5 * BLOCK, 3 * BLOCK) == bytes(2 * BLOCK) + b"c" * BLOCK
@@ -237,11 +238,7 @@ async def test_a_gap_is_not_written_over_once_the_lease_was_lost_while_it_was_to
     """Its blocks may be another file's by then."""
     async with cluster() as c:
         node = await prepared(c)
-        c.coordinator.ahead = 16
-        await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
-        c.coordinator.faults["commit"] = [Unavailable("no log")]
-        with pytest.raises(Unavailable):
-            await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+        await extend_in_vain(c, node)
         trim, write, written = node.bus.trim, node.bus.write, []
 
         async def lose(items: list[tuple[int, int, int]]) -> None:

@@ -51,13 +51,8 @@ class AttributeRequests:
         if not separator or not name or len(rest) < size:
             self._answers.errno(unique, errno.EINVAL)
             return
-        self._answers.start(unique, self._set, node, name, rest[:size], flags, drops_set_gid)
-
-    async def _set(
-        self, unique: int, node: int, name: bytes, value: bytes, flags: int, drops_set_gid: bool
-    ) -> None:
-        await self._names.set_attribute(node, name, value, flags, drops_set_gid)
-        self._answers.errno(unique, 0)
+        set_attribute = self._names.set_attribute
+        self._answers.start(unique, self._answers.then_ok, set_attribute, node, name, rest[:size], flags, drops_set_gid)
 
     def _on_get(self, unique: int, node: int, body: memoryview) -> None:
         name = bytes(body[abi.GETXATTR_IN.size :]).partition(b"\0")[0]

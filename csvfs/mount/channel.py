@@ -287,7 +287,7 @@ class Channel:
         """By opcode; what is not here goes to pyfuse3."""
         refuse = self._refuse
         direct = {} if self._direct is None else self._direct.by_opcode
-        answers = Answers(self._reply, self._reply_errno, self._start, self._forward)
+        answers = Answers(self._reply, self._reply_errno, self._start, self._then_ok, self._forward)
         return {
             **self._lock_handlers(),
             **AttributeRequests(answers, self._files, self._names, self._relay).handlers(),

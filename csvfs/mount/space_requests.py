@@ -32,11 +32,7 @@ class SpaceRequests:
 
     def _on_fallocate(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, length, mode, _ = abi.FALLOCATE_IN.unpack_from(body)
-        self._answers.start(unique, self._fallocate, node, offset, length, mode)
-
-    async def _fallocate(self, unique: int, *args: int) -> None:
-        await self._files.fallocate(*args)
-        self._answers.errno(unique, 0)
+        self._answers.start(unique, self._answers.then_ok, self._files.fallocate, node, offset, length, mode)
 
     def _on_lseek(self, unique: int, node: int, body: memoryview) -> None:
         _, offset, whence, _ = abi.LSEEK_IN.unpack_from(body)
