@@ -18,6 +18,7 @@ from csvfs.errors import (
     TimedOut,
     Unavailable,
 )
+from csvfs.mount import write_path
 from csvfs.mount.file_state import LEASE_NONE, LEASE_READ
 from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.write_path import FUSE_WRITE_CACHE, WRITE_APPEND
@@ -205,13 +206,13 @@ async def test_a_reader_sees_the_new_size_only_when_data_and_size_are_both_done(
         assert await node.read(FILE, 5 * BLOCK, BLOCK) == b"b" * BLOCK
 
 
-async def extend_in_vain(c: Any, node: Any) -> None:
-    """A write whose size is not committed: its block holds bytes behind the end of the file."""
+async def extend_in_vain(c: Any, node: Any, blocks: int = 1) -> None:
+    """A write whose size is not committed: its blocks hold bytes behind the end of the file."""
     c.coordinator.ahead = 16
     await node.write(FILE, 4 * BLOCK, b"a" * BLOCK)
     c.coordinator.faults["commit"] = [Unavailable("no log")]
     with pytest.raises(Unavailable):
-        await node.write(FILE, 5 * BLOCK, b"b" * BLOCK)
+        await node.write(FILE, 5 * BLOCK, b"b" * blocks * BLOCK)
 
 
 async def test_I2_an_extending_write_is_not_answered_before_its_size_is_committed() -> None:
@@ -254,6 +255,28 @@ async def test_a_gap_is_not_written_over_once_the_lease_was_lost_while_it_was_to
         await node.write(FILE, 7 * BLOCK, b"c" * BLOCK)
         assert await node.read(FILE, 5 * BLOCK, 3 * BLOCK) == bytes(2 * BLOCK) + b"c" * BLOCK
         assert written and set(written) == {3}
+
+
+async def test_of_a_gap_nothing_more_is_written_over_once_the_lease_was_lost_in_the_middle_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(write_path, "BLOCK_COUNT_MAX", 1)
+    async with cluster() as c:
+        node = await prepared(c)
+        await extend_in_vain(c, node, blocks=2)
+        node.bus.trim_errors = [Unavailable("it has just started")]
+        write, held = node.bus.write, []
+
+        def lose_behind_the_first(*args: Any) -> None:
+            held.append(node.table.holds(FILE))
+            write(*args)
+            if len(held) == 1:
+                node.table.refused([FILE])
+
+        node.bus.write = lose_behind_the_first  # type: ignore[method-assign]
+        await node.write(FILE, 8 * BLOCK, b"c" * BLOCK)
+        assert await node.read(FILE, 5 * BLOCK, 4 * BLOCK) == bytes(3 * BLOCK) + b"c" * BLOCK
+        assert set(held) == {3}
 
 
 async def test_when_the_data_of_an_extension_fails_the_committed_size_is_shown() -> None:

@@ -444,14 +444,15 @@ class WritePath:
         except CsvfsError as error:
             if not error.retryable:
                 raise
-            if state.losses != losses:  # these blocks may be another file's by now
-                raise LeaseLost(f"the write lease of inode {state.ino} was lost while a gap was cleared") from None
             # A drive server that has just started, or one that has died. A write knows how to wait for both.
-            await self._write_zeros(state, pieces)
+            await self._write_zeros(state, pieces, losses)
 
-    async def _write_zeros(self, state: FileState, pieces: list[Piece]) -> None:
+    async def _write_zeros(self, state: FileState, pieces: list[Piece], losses: int) -> None:
+        """losses: those of the inode when the pieces were its own."""
         for block, count, slab, slab_block in pieces:
             for at in range(0, count, BLOCK_COUNT_MAX):
+                if state.losses != losses:  # these blocks may be another file's by now
+                    raise LeaseLost(f"the write lease of inode {state.ino} was lost while a gap was cleared") from None
                 size = min(BLOCK_COUNT_MAX, count - at)
                 zeros = memoryview(file_io.ZEROS)[: size * BLOCK_SIZE]
                 error = await Delivery(self._bus, [(block + at, size, slab, slab_block + at)], zeros).wait()
