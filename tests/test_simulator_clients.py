@@ -15,12 +15,14 @@ import trio.testing
 
 from csvfs.mount import fuse_abi as abi
 from tests.simulator.clients.kernel import PAGE, Connection
+from tests.simulator.clients.models import DIRECTORY, PIECEMEAL
+from tests.simulator.clients.recorder import NAMES, Recorder, Violation, first_names
 from tests.test_simulator import TIMEOUT_S, check, simulate
 
 clients = partial(simulate, "--world", "clients")
 SEEDS = 2_000
 # Seeds that found something when they were first run, beyond those of the range.
-KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 21342, 21367, 22496, 23817, 24461, 25279)
+KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 21342, 21367, 22496, 23817, 24461, 25279, 50081)
 
 
 @pytest.mark.slow
@@ -72,3 +74,34 @@ async def test_the_model_of_the_kernel_lets_no_file_grow_by_an_empty_answer_to_a
             connection.take_reply(abi.OUT_HEADER.pack(abi.OUT_HEADER.size, 0, unique))
     assert found == {2: b"", 3: b""}
     assert inode.size == 2 * PAGE
+
+
+@pytest.mark.parametrize(
+    ("told", "of_before", "right"),
+    [
+        ([(b"f0", 3), (b"f1", 3)], False, True),  # f0 was told before the rename to f1, f1 after it
+        ([], False, True),
+        ([(b"f0", 3), (b"f1", 3)], True, False),  # all of it after the rename
+        ([], True, False),
+        ([(b"f0", 4)], False, False),  # no such inode
+    ],
+)
+def test_a_listing_in_pieces_may_see_both_names_of_a_file_that_is_renamed_meanwhile_only(
+    told: list[tuple[bytes, int]], of_before: bool, right: bool
+) -> None:
+    """POSIX leaves open what of a change in the middle of a listing is seen; `of_before`: the change is before it."""
+    record = Recorder(lambda text: None)
+    record.end(record.begin(NAMES, "n1.0", "make", DIRECTORY, b"f0", False), 3)
+    rename = record.begin(NAMES, "n1.0", "rename", DIRECTORY, b"f0", DIRECTORY, b"f1")
+    if of_before:
+        record.end(rename, 0)
+    listing = record.begin(NAMES, "n2.0", "list", DIRECTORY)
+    if not of_before:
+        record.end(rename, 0)
+    listing.name = PIECEMEAL
+    record.end(listing, told)
+    if right:
+        assert record.judge(first_names()) == 0
+    else:
+        with pytest.raises(Violation, match="not linearizable"):
+            record.judge(first_names())

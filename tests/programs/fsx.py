@@ -4,6 +4,7 @@ Place      tests, over hands.py. After the program of that name which file syste
 Oracle     the bytes of the file in memory. Every word of 4 bytes that is written is the number of the operation, so
            a wrong byte says who wrote it, and who should have.
 Nodes      each operation is made by one of the nodes, drawn by lot; each has files of its own open, and a mapping.
+           `--stay K`: lots are drawn before every K-th operation on the average, so that caches have something to lose.
 Files      a run is cut into files of 5,000 operations, each with a seed and a greatest size of its own: `--seed S
            --first-file K` replays from the K-th on.
 Failure    prints the last operations, and where the file differs on each node, buffered and direct; the file stays.
@@ -72,6 +73,7 @@ class Story:
     size_max: int
     number: int  # of the operation last drawn
     with_copies: bool = False
+    stay: int = 1  # operations on the average until lots are drawn for the node
     data: bytearray = field(default_factory=bytearray)
     batch: list[Expected] = field(default_factory=list)
     path: bytes = b""
@@ -84,7 +86,8 @@ class Story:
     def next(self) -> None:
         """Draw one operation and add its calls."""
         self.number += 1
-        self._node = self.draw.randrange(self.nodes)
+        if self.stay == 1 or self.draw.random() * self.stay < 1:
+            self._node = self.draw.randrange(self.nodes)
         kinds, weights = zip(*KINDS[self.mode].items(), strict=True)
         kind = self.draw.choices(kinds, weights)[0]
         getattr(self, "_" + kind)()
@@ -321,9 +324,11 @@ def explain(offset: int, wanted: bytes, got: Any) -> str:
 class Run:
     """All files of a run, one after the other."""
 
-    def __init__(self, hands: list[Hand], folder: bytes, mode: str, seed: int, *, with_copies: bool = False) -> None:
+    def __init__(
+        self, hands: list[Hand], folder: bytes, mode: str, seed: int, *, with_copies: bool = False, stay: int = 1
+    ) -> None:
         self._hands = hands
-        self._folder, self._mode, self._seed, self._with_copies = folder, mode, seed, with_copies
+        self._folder, self._mode, self._seed, self._with_copies, self._stay = folder, mode, seed, with_copies, stay
         self.done = 0
         self._told: deque[str] = deque(maxlen=TOLD)
 
@@ -332,7 +337,8 @@ class Run:
         draw = Random(f"{self._seed} {index}")
         path = self._folder + f"/fsx-{self._mode}-{self._seed}-{index}".encode()
         first = index * OPERATIONS_PER_FILE
-        story = Story(draw, self._mode, len(self._hands), draw.choice(SIZES_MAX), first, self._with_copies, path=path)
+        size_max = draw.choice(SIZES_MAX)
+        story = Story(draw, self._mode, len(self._hands), size_max, first, self._with_copies, self._stay, path=path)
         story.begin()
         for number in range(operations):
             story.next()
@@ -377,14 +383,15 @@ class Run:
                 looks.append(f"  {hand.name} {call}: {len(got)} bytes" if isinstance(got, bytes) else f"  {hand.name}: {got}")
         index = (number - 1) // OPERATIONS_PER_FILE
         replay = f"--mode {self._mode} --seed {self._seed} --first-file {index} --operations {OPERATIONS_PER_FILE}"
+        replay += f" --stay {self._stay}" if self._stay > 1 else ""
         return Wrong("\n".join([*self._told, *looks, problem, f"the file is {os.fsdecode(story.path)}; replay: {replay}"]))
 
 
 def run(hands: list[Hand], folder: bytes, mode: str, seed: int, operations: int, *, first_file: int = 0,
-        with_copies: bool = False, say: Callable[[str], None] = lambda text: None) -> float:  # fmt: skip
+        with_copies: bool = False, stay: int = 1, say: Callable[[str], None] = lambda text: None) -> float:  # fmt: skip
     """Returns operations per second. Raises Wrong."""
     began, told = time.monotonic(), time.monotonic()
-    one = Run(hands, folder, mode, seed, with_copies=with_copies)
+    one = Run(hands, folder, mode, seed, with_copies=with_copies, stay=stay)
     index = first_file
     while one.done < operations:
         one.file(index, min(OPERATIONS_PER_FILE, operations - one.done))
@@ -411,13 +418,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first-file", type=int, default=0, metavar="K")
     parser.add_argument("--copies", action="store_true", help="copy_file_range, too")
+    parser.add_argument("--stay", type=int, default=1, metavar="K", help="lots for the node every K operations or so")
     arguments = parser.parse_args()
     nodes = arguments.node or ["here" if arguments.local else "n2"]
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     with hands_on(None if arguments.local else arguments.dir, nodes) as hands:
         try:
             rate = run(hands, os.fsencode(arguments.folder), arguments.mode, arguments.seed, arguments.operations,
-                       first_file=arguments.first_file, with_copies=arguments.copies, say=say)  # fmt: skip
+                       first_file=arguments.first_file, with_copies=arguments.copies, stay=max(1, arguments.stay),
+                       say=say)  # fmt: skip
         except Wrong as wrong:
             print(wrong)
             return 1

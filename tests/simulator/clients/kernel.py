@@ -49,6 +49,14 @@ LINK_IN = struct.Struct("=Q")
 OnReply = Callable[[bytes], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """`at_once`: the names came in one reply, so that they were all there at one moment."""
+
+    names: list[tuple[bytes, int]]
+    at_once: bool
+
+
 @dataclass(slots=True)
 class Inode:
     """What the kernel knows of one. `version`: of the last thing that changed it here (attr_version)."""
@@ -61,7 +69,7 @@ class Inode:
     lock: trio.Lock = field(default_factory=trio.Lock)
     pages: dict[int, bytes] = field(default_factory=dict)
     locks: dict[int, trio.Lock] = field(default_factory=dict)
-    listing: list[tuple[bytes, int]] | None = None
+    listing: Listing | None = None
     changes: int = 0  # of a directory, made on this node (i_version)
     settled: trio.Event | None = None  # its links are being changed by a program of this node
     resized: trio.Event | None = None  # a program of this node changes its size
@@ -386,12 +394,12 @@ class Connection:
         async with self._changing({directory}, {ino}), self.inode(ino).lock:
             await self._ask(abi.LINK, directory, LINK_IN.pack(ino) + name + b"\0", take)
 
-    async def listing(self, ino: int) -> list[tuple[bytes, int]]:
+    async def listing(self, ino: int) -> Listing:
         """All names of a directory with their inodes, but `.` and `..`."""
         async with self.inode(ino).lock:
             return await self._listing(ino, self.inode(ino))
 
-    async def _listing(self, ino: int, inode: Inode) -> list[tuple[bytes, int]]:
+    async def _listing(self, ino: int, inode: Inode) -> Listing:
         opened = await self._ask(abi.OPENDIR, ino, abi.OPEN_IN.pack(0, 0))
         fh, flags, _ = abi.OPEN_OUT.unpack_from(opened)
         try:
@@ -401,25 +409,26 @@ class Connection:
                 self.cached_reads += 1
                 return inode.listing
             changes = inode.changes
-            names = await self._read_directory(ino, fh)
-            inode.listing = names if flags & abi.FOPEN_CACHE_DIR and inode.changes == changes else None
-            return names
+            found = await self._read_directory(ino, fh)
+            inode.listing = found if flags & abi.FOPEN_CACHE_DIR and inode.changes == changes else None
+            return found
         finally:
             if self.alive:
                 self._send(abi.RELEASEDIR, ino, abi.RELEASE_IN.pack(fh, 0, 0, 0))
 
-    async def _read_directory(self, ino: int, fh: int) -> list[tuple[bytes, int]]:
+    async def _read_directory(self, ino: int, fh: int) -> Listing:
         names: list[tuple[bytes, int]] = []
-        offset = 0
+        replies = offset = 0
         while body := await self._ask(abi.READDIR, ino, abi.READ_IN.pack(fh, offset, PAGE, 0, 0, 0, 0)):
-            at = 0
+            at, before = 0, len(names)
             while at < len(body):
                 number, offset, size, _ = abi.DIRENT.unpack_from(body, at)
                 name = bytes(body[at + abi.DIRENT.size : at + abi.DIRENT.size + size])
                 if name not in (b".", b".."):
                     names.append((name, number))
                 at += (abi.DIRENT.size + size + 7) // 8 * 8
-        return names
+            replies += len(names) > before
+        return Listing(names, replies < 2)
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from tests.simulator.clients.checker import Operation
 ROOT, DIRECTORY = 1, 2
 CELL = 2048
 CELLS_PER_PAGE = 2
+PIECEMEAL = "list in pieces"
 
 Names = frozenset[tuple[int, bytes, Any, bool]]
 Cells = tuple[int, ...]
@@ -180,6 +181,18 @@ def _grow(state: Cells, operation: Operation) -> Cells | None:
 
 
 _FILE = {"write": _write, "within": _within, "append": _append, "truncate": _truncate, "grow": _grow, "read": _read, "size": _size}
+
+
+def names_parts(operation: Operation, names: frozenset[bytes]) -> list[Operation]:
+    """A listing that came in several replies: each name was there at some moment of it, and each other of `names` was away
+    at one (readdir(3) of POSIX leaves open what of a change in the middle is seen)."""
+    if operation.name != PIECEMEAL or operation.unknown:
+        return [operation]
+    told = [*operation.answer, *((name, None) for name in sorted(names - {name for name, _ in operation.answer}))]
+    return [
+        Operation(operation.who, "lookup", (*operation.args, name), operation.begun, operation.ended, ino, reads=True)
+        for name, ino in told
+    ]
 
 
 def parts(operation: Operation) -> list[Operation]:

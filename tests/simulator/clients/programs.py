@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from tests.simulator.clients.kernel import PAGE, Connection
-from tests.simulator.clients.models import CELL, DIRECTORY, ROOT
+from tests.simulator.clients.models import CELL, DIRECTORY, PIECEMEAL, ROOT
 from tests.simulator.clients.recorder import NAMES, cell, cells_of
 
 if TYPE_CHECKING:
@@ -113,11 +113,12 @@ class Program:
         return found
 
     async def _listing(self, connection: Connection, directory: int) -> list[tuple[bytes, int]]:
-        async def call() -> list[tuple[bytes, int]]:
-            return sorted(await connection.listing(directory))
-
-        found: list[tuple[bytes, int]] = await self._call(NAMES, "list", (directory,), call())
-        return found
+        operation = self.record.begin(NAMES, self.who, "list", directory)
+        listing = await connection.listing(directory)
+        if not listing.at_once:
+            operation.name = PIECEMEAL
+        self.record.end(operation, sorted(listing.names))
+        return sorted(listing.names)
 
     async def _attributes(self, connection: Connection, ino: int) -> None:
         links = self.record.begin(NAMES, self.who, "links", ino)

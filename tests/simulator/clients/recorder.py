@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.simulator.clients.checker import Operation, Verdict, judge
-from tests.simulator.clients.models import CELL, DIRECTORY, ROOT, file_step, names_step, parts
+from tests.simulator.clients.models import CELL, DIRECTORY, ROOT, file_step, names_parts, names_step, parts
 from tests.simulator.history import Violation
 
 _TOKEN = struct.Struct("<QQ")
@@ -79,12 +79,13 @@ class Recorder:
         """How many objects are undecided. Args: names: those at the beginning. Raises Violation."""
         undecided = 0
         unanswered = self._unanswered()
+        told = frozenset(arg for operation in self.operations[NAMES] for arg in operation.args if isinstance(arg, bytes))
         for what, operations in self.operations.items():
             known = [
                 part
                 for operation in operations
                 if not (operation.reads and (operation.unknown or _is_early(operation, unanswered)))
-                for part in (parts(operation) if what != NAMES else [operation])
+                for part in (parts(operation) if what != NAMES else names_parts(operation, told))
             ]
             first: Any = names if what == NAMES else ()
             verdict = judge(known, first, names_step if what == NAMES else file_step)
