@@ -14,11 +14,12 @@ import trio
 from csvfs.errors import CsvfsError, Fenced, NoSpace
 from csvfs.mount import channel as channel_module
 from csvfs.mount import fuse_abi as abi
-from csvfs.mount import request_journal
-from csvfs.mount.channel import WRITE_APPEND, Channel
+from csvfs.mount import request_journal, write_requests
+from csvfs.mount.channel import Channel
 from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.relay import CACHE_VALID_S, Relay
 from csvfs.mount.request_journal import UNIQUE_RESENT, RequestJournal, current_request
+from csvfs.mount.write_requests import WRITE_APPEND
 from csvfs.net.engine import Engine
 from tests.memory_volume import READ_LEASE, MemoryVolume
 
@@ -213,7 +214,7 @@ async def test_data_of_waiting_large_writes_is_never_overwritten_by_later_reques
         return True
 
     setting.volume.write_nowait = hold  # type: ignore[method-assign,assignment]
-    monkeypatch.setattr(channel_module, "LARGE_BUFFERS_MAX", 2)
+    monkeypatch.setattr(write_requests, "LARGE_BUFFERS_MAX", 2)
     for round_number in range(2):
         for number in range(5):
             setting.send(abi.WRITE, number, FILE, write_body(0, bytes([number + 1]) * 300_000))
@@ -227,8 +228,8 @@ async def test_data_of_waiting_large_writes_is_never_overwritten_by_later_reques
             done(NoSpace("full") if round_number and number == 0 else None)
             await setting.receive()
         held.clear()
-    assert setting.channel._buffers_out == 0
-    assert len(setting.channel._spare_buffers) == 1
+    assert setting.channel._writes._buffers_out == 0
+    assert len(setting.channel._writes._spare_buffers) == 1
 
 
 @pytest.mark.parametrize("failing", ["write_nowait", "write", "write after done"])
@@ -248,7 +249,7 @@ async def test_a_lent_buffer_comes_back_however_its_write_ends(setting: Setting,
     for _ in range(3):
         error = await setting.ask(abi.WRITE, FILE, write_body(0, bytes(300_000)))
         assert error == (errno.ENOSPC if failing == "write after done" else errno.EIO)
-        assert setting.channel._buffers_out == 0
+        assert setting.channel._writes._buffers_out == 0
     with pytest.raises(BlockingIOError):
         setting.kernel.recv(100)  # one answer each
 
@@ -259,7 +260,7 @@ async def test_a_write_that_is_cancelled_is_not_answered_so_that_the_next_proces
     async with trio.open_nursery() as nursery:
         setting.channel._nursery = nursery
         setting.send(abi.WRITE, 1, FILE, write_body(0, bytes(300_000)))
-        while not setting.channel._buffers_out:
+        while not setting.channel._writes._buffers_out:
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
     setting.send(abi.IOCTL, 2, FILE, bytes(32))
@@ -818,7 +819,7 @@ async def test_a_program_that_waits_for_a_lock_is_interrupted_by_a_signal_also_w
     setting.engine.unregister(setting.channel._fd)
     locker = Locker()
     setting.channel._locks = FileLocks(locker)
-    setting.channel._handlers.update(setting.channel._lock_handlers())
+    setting.channel._handlers = setting.channel._make_handlers()
     setting.channel.take_over(nursery, Replays())
     assert await setting.receive() == abi.pack_resend()
     setting.send(abi.SETLKW, 20, FILE, abi.LK_IN.pack(1, 2, 0, 9, fcntl.F_WRLCK, 42, 0, 0))

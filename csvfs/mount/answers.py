@@ -21,6 +21,7 @@ class Answers:
 
     reply: Callable[[int, tuple[Buffer, ...]], None]  # unique, the reply's parts
     errno: Callable[[int, int], None]  # unique, errno; 0: done
+    failure: Callable[[int, BaseException], None]  # unique, what went wrong
     start: Start  # function(unique, *args) answers in a task of its own
     then_ok: Callable[..., Awaitable[None]]  # for `start`: unique, function, *args; once that has returned: done
     forward: Callable[[int, int, int, memoryview], None]  # opcode, unique, node, body: to pyfuse3

@@ -2,10 +2,9 @@
 
 Place      mount floor. Runs in the engine's task; slow requests get a trio task each.
 Hot        READ and WRITE that the file table can answer or take without waiting cost no task and no await.
-Here too   what pyfuse3 lacks or needs an inode for: FSYNC, FLUSH, STATFS, RELEASE, FORGET; extended attributes and space in
-           attribute_requests.py and space_requests.py.
-Limits     REQUESTS_WAITING_MAX tasks; then the kernel's queue waits. LARGE_BUFFERS_MAX buffers handed out
-           with large writes; then their data is copied.
+Parts      what pyfuse3 lacks, or does without an inode: write_requests.py, closing_requests.py, attribute_requests.py,
+           space_requests.py; locks and STATFS here.
+Limits     REQUESTS_WAITING_MAX tasks; then the kernel's queue waits.
 """
 
 import errno
@@ -24,6 +23,8 @@ from csvfs.mount import fuse_abi as abi
 from csvfs.mount.answers import Answers, Buffer, Handler
 from csvfs.mount.attribute_requests import AttributeRequests, Attributes, Setter
 from csvfs.mount.barred import Barred
+from csvfs.mount.closing_requests import ClosingRequests, Directories, Opened
+from csvfs.mount.closing_requests import Files as Closing
 from csvfs.mount.direct import Direct
 from csvfs.mount.errno_border import errno_of
 from csvfs.mount.file_locks import FileLocks
@@ -31,46 +32,26 @@ from csvfs.mount.leases import NothingKept
 from csvfs.mount.relay import CACHE_VALID_S, Leases, Relay
 from csvfs.mount.request_journal import UNIQUE_MASK, UNIQUE_RESENT, RequestJournal, current_request
 from csvfs.mount.space_requests import Space, SpaceRequests
+from csvfs.mount.write_requests import WriteRequests, Writes
 from csvfs.net.engine import Engine
-from csvfs.units import KIB
 
 log = logging.getLogger(__name__)
 
 REQUESTS_WAITING_MAX = 4096
 REQUESTS_PER_TURN = 64  # then other descriptors of the engine have their turn
-COPY_SIZE_MAX = 64 * KIB  # WRITE data up to here is copied; larger data keeps the request's buffer
-LARGE_BUFFERS_MAX = 32  # of 1 MiB each
-# Handed to the file table with the kernel's write flags: the file was opened with O_APPEND, and `offset` is
-# where the kernel believes its end to be. See FileTable.write.
-WRITE_APPEND = 1 << 31
 
 _CHANGES_OF_DATA = (abi.WRITE, abi.FALLOCATE, abi.COPY_FILE_RANGE)
 _OUT_OF_TURN = (abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT)  # the kernel has queues of their own for these
 
 Buffers = Buffer | list[Buffer] | list[bytes] | list[bytes | memoryview]
-Done = Callable[[Exception | None], None]
 
 
-class Ending(Protocol):
-    def ended(self) -> None: ...
-
-
-class Files(Leases, Attributes, Space, Protocol):
+class Files(Leases, Attributes, Space, Writes, Closing, Protocol):
     """What the channel needs of the file table (csvfs/mount/file_table.py)."""
 
     def read_nowait(self, ino: int, offset: int, size: int) -> Buffers | None: ...
     async def read(self, ino: int, offset: int, size: int) -> Buffers: ...
-    def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: Done) -> bool: ...
-    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None: ...
-    def buffered_write(self, ino: int, offset: int, size: int) -> "Ending": ...
-    async def fsync(self, ino: int) -> None: ...
-    async def flush(self, ino: int) -> None: ...
-    def flush_is_due(self, ino: int) -> bool: ...
-    def closed(self, ino: int, writing: bool) -> None: ...
-    def forget(self, ino: int) -> None: ...
     async def statfs(self, ino: int) -> dict[str, int]: ...
-    def set_id_is_due(self, ino: int) -> bool: ...
-    async def clear_set_id(self, ino: int) -> None: ...
 
 
 class Replays(Protocol):
@@ -82,38 +63,10 @@ class Replays(Protocol):
     def resent(self) -> None: ...
 
 
-class Opened(Protocol):
-    """See inode_rows.InodeRows."""
-
-    def opened(self, ino: int, writing: bool, count: int = 1) -> None: ...
-
-
-class Names(Setter, Protocol):
+class Names(Setter, Directories, Protocol):
     """What the channel needs of the operations (csvfs/mount/operations.py) besides what pyfuse3 calls."""
 
     def is_absent(self, parent: int, name: bytes) -> bool: ...
-    async def fsync_directory(self) -> None: ...
-    def close_directory(self, fh: int) -> None: ...
-
-
-class _Write:
-    """A WRITE under way; called with its outcome. Its first outcome counts."""
-
-    __slots__ = ("buffered", "channel", "lent", "size", "unique")
-
-    def __init__(
-        self, channel: "Channel", unique: int, size: int, lent: memoryview | None, buffered: Ending | None
-    ) -> None:
-        self.channel: Channel | None = channel
-        self.unique = unique
-        self.size = size
-        self.lent = lent
-        self.buffered = buffered
-
-    def __call__(self, error: Exception | None) -> None:
-        channel, self.channel = self.channel, None
-        if channel is not None:
-            channel.written(self, error)
 
 
 class Channel:
@@ -150,13 +103,17 @@ class Channel:
         self._barred_opens = self._barred.opens
         self._nursery: trio.Nursery | None = None
         self._waiting = 0
-        self._buffer = memoryview(bytearray(abi.REQUEST_SIZE_MAX))
-        self._spare_buffers: list[memoryview] = []
-        self._buffers_out = 0
         self.ended = trio.Event()
-        self.inline_count = 0  # READs and WRITEs answered or taken at once
+        self._inline_reads = 0
         self.waited_count = 0  # requests that needed a task
+        self._answers = Answers(self._reply, self._reply_errno, self._reply_failure, self._start, self._then_ok, self._forward)
+        self._writes = WriteRequests(self._answers, files, self._replayed)
         self._handlers = self._make_handlers()
+
+    @property
+    def inline_count(self) -> int:
+        """READs and WRITEs answered or taken at once."""
+        return self._inline_reads + self._writes.inline_count
 
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to read requests; slow ones run in `nursery`. Cancelling it leaves them to the unmount.
@@ -195,8 +152,9 @@ class Channel:
     def _on_readable(self, _events: int) -> None:
         readv, fd, header = os.readv, self._fd, abi.IN_HEADER
         read_nowait, read_in, barred_opens = self._files.read_nowait, abi.READ_IN, self._barred_opens
+        writes = self._writes
         for _ in range(REQUESTS_PER_TURN):
-            buffer = self._buffer
+            buffer = writes.buffer
             try:
                 size = readv(fd, (buffer,))
             except BlockingIOError:
@@ -216,7 +174,7 @@ class Channel:
                     if data is None:
                         self._start(unique, self._read, node, offset, want)
                     else:
-                        self.inline_count += 1
+                        self._inline_reads += 1
                         self._engine.hot()
                         self._reply_data(unique, data)
                 except Exception as error:
@@ -236,23 +194,24 @@ class Channel:
         """As _on_readable, until all that the kernel asks anew has been read: it comes before anything else."""
         while True:
             try:
-                size = os.readv(self._fd, (self._buffer,))
+                buffer = self._writes.buffer
+                size = os.readv(self._fd, (buffer,))
             except BlockingIOError:
                 break
             except OSError as error:
                 if self._goes_on_after(error):
                     continue
                 return
-            _, opcode, unique, node, _, _, _, _, _ = abi.IN_HEADER.unpack_from(self._buffer)
+            _, opcode, unique, node, _, _, _, _, _ = abi.IN_HEADER.unpack_from(buffer)
             is_resent = bool(unique & UNIQUE_RESENT)
             if is_resent and opcode in _CHANGES_OF_DATA and self._replays is not None:
-                changed = node if opcode != abi.COPY_FILE_RANGE else abi.copy_target(self._buffer)
+                changed = node if opcode != abi.COPY_FILE_RANGE else abi.copy_target(buffer)
                 if self._replays.refuses(changed):
                     self._reply_errno(unique, barred.ERRNO if changed in self._barred_opens else errno.EIO)
                     continue
                 self._replaying[unique] = changed
                 self._replays.replay_begins(changed)
-            self._dispatch(opcode, unique, node, self._buffer[:size])
+            self._dispatch(opcode, unique, node, buffer[:size])
             if not is_resent and opcode not in _OUT_OF_TURN:
                 break
         self._all_resent()
@@ -287,24 +246,17 @@ class Channel:
         """By opcode; what is not here goes to pyfuse3."""
         refuse = self._refuse
         direct = {} if self._direct is None else self._direct.by_opcode
-        answers = Answers(self._reply, self._reply_errno, self._start, self._then_ok, self._forward)
+        answers, files, names = self._answers, self._files, self._names
+        closing = ClosingRequests(answers, files, names, self._relay, self._barred, self._noted, self._locks)
         return {
             **self._lock_handlers(),
-            **AttributeRequests(answers, self._files, self._names, self._relay).handlers(),
-            **SpaceRequests(answers, self._files).handlers(),
+            **AttributeRequests(answers, files, names, self._relay).handlers(),
+            **SpaceRequests(answers, files).handlers(),
+            **self._writes.handlers(),
+            **closing.handlers(),
             abi.READ: self._on_read,  # one that comes again
-            abi.WRITE: self._on_write,
             abi.GETATTR: self._on_getattr,
             abi.LOOKUP: self._on_lookup,
-            abi.FORGET: self._on_forget,
-            abi.BATCH_FORGET: self._on_batch_forget,
-            abi.RELEASE: self._on_release,
-            abi.RELEASEDIR: self._on_release_directory,
-            abi.FLUSH: self._on_flush,
-            abi.FSYNC: lambda unique, node, _: self._start(unique, self._then_ok, self._files.fsync, node),
-            abi.FSYNCDIR: lambda unique, _n, _: self._start(
-                unique, self._then_ok, self._names.fsync_directory
-            ),
             abi.STATFS: lambda unique, node, _: self._start(unique, self._statfs, node),
             abi.DESTROY: lambda unique, _n, _: self._reply_errno(unique, 0),
             abi.IOCTL: refuse(errno.ENOTTY),
@@ -388,78 +340,6 @@ class Channel:
     async def _statfs(self, unique: int, node: int) -> None:
         self._reply(unique, (abi.pack_statfs_reply(unique, await self._files.statfs(node)),))
 
-    # ---- WRITE
-
-    def _on_write(self, unique: int, node: int, body: memoryview) -> None:
-        _, offset, size, write_flags, _, flags, _ = abi.WRITE_IN.unpack_from(body)
-        data = body[abi.WRITE_IN.size :]
-        if len(data) != size or size > abi.IO_SIZE_MAX:
-            self._reply_errno(unique, errno.EINVAL)
-            return
-        clears = write_flags & abi.WRITE_KILL_SUIDGID and self._files.set_id_is_due(node)
-        write_flags &= ~abi.WRITE_KILL_SUIDGID
-        if flags & os.O_APPEND:
-            write_flags |= WRITE_APPEND
-        keeps_buffer = size > COPY_SIZE_MAX and self._hand_out_buffer()
-        if not keeps_buffer:
-            data = memoryview(bytes(data))
-        buffered = None
-        if not (flags & os.O_DIRECT or write_flags & abi.WRITE_CACHE):
-            buffered = self._files.buffered_write(node, offset, size)
-        done = _Write(self, unique, size, data if keeps_buffer else None, buffered)
-        try:
-            taken = not clears and self._files.write_nowait(node, offset, data, write_flags, done)
-        except Exception as error:
-            done(error)
-            return
-        if taken:
-            self.inline_count += 1
-        else:
-            self._start(unique, self._write, node, offset, data, write_flags, done, clears)
-
-    async def _write(
-        self, unique: int, node: int, offset: int, data: memoryview, write_flags: int, done: Done, clears: bool
-    ) -> None:
-        # Cancelled: no answer. The next process is asked anew, or the unmount answers.
-        outcome: Exception | None = None
-        try:
-            if clears:
-                await self._files.clear_set_id(node)
-            await self._files.write(node, offset, data, write_flags)
-        except Fenced:
-            raise
-        except Exception as error:
-            outcome = error
-        done(outcome)
-
-    def written(self, write: "_Write", error: Exception | None) -> None:
-        """The end of a WRITE, once each: its buffer comes back and the kernel gets its answer."""
-        if isinstance(error, Fenced):
-            return  # no answer (errno_border.py): the kernel keeps its pages locked until the next process answers
-        if write.buffered is not None:
-            write.buffered.ended()
-        if self._replaying:
-            self._replayed(write.unique)
-        if write.lent is not None:
-            self._buffers_out -= 1
-        if error is not None:
-            # Whatever still holds on to the data of a failed write: its buffer is not used for another
-            # request.
-            self._reply_failure(write.unique, error)
-            return
-        if write.lent is not None:
-            self._spare_buffers.append(memoryview(write.lent.obj))
-        self._reply(write.unique, (abi.pack_write_reply(write.unique, write.size),))
-
-    def _hand_out_buffer(self) -> bool:
-        """Leave the current request's buffer to its WRITE and read on into another; False: all are out."""
-        if self._buffers_out >= LARGE_BUFFERS_MAX:
-            return False
-        self._buffers_out += 1
-        spare = self._spare_buffers
-        self._buffer = spare.pop() if spare else memoryview(bytearray(abi.REQUEST_SIZE_MAX))
-        return True
-
     # ---- small requests answered here
 
     def _on_getattr(self, unique: int, node: int, body: memoryview) -> None:
@@ -485,62 +365,6 @@ class Channel:
     def _forward(self, opcode: int, unique: int, node: int, body: memoryview) -> None:
         whole = memoryview(body.obj)[: abi.IN_HEADER.size + len(body)]
         self._relay.forward(opcode, unique, node, whole)
-
-    def _on_forget(self, _unique: int, node: int, body: memoryview) -> None:
-        self._forget(node, abi.FORGET_IN.unpack_from(body)[0])  # expects no answer
-
-    def _on_batch_forget(self, _unique: int, _node: int, body: memoryview) -> None:
-        count, _ = abi.BATCH_FORGET_IN.unpack_from(body)
-        rows = body[abi.BATCH_FORGET_IN.size :]
-        if len(rows) < count * abi.FORGET_ONE.size:
-            raise ValueError(f"BATCH_FORGET of {count} inodes in {len(rows)} bytes")
-        for node, lookups in abi.FORGET_ONE.iter_unpack(rows[: count * abi.FORGET_ONE.size]):
-            self._forget(node, lookups)
-
-    def _forget(self, node: int, lookups: int) -> None:
-        if self._relay.forget(node, lookups):
-            self._files.forget(node)
-
-    def _on_flush(self, unique: int, node: int, body: memoryview) -> None:
-        if self._locks is not None and self._locks.is_due(node, body):
-            self._start(unique, self._flush_with_locks, self._locks, node, abi.FLUSH_IN.unpack_from(body)[3])
-        elif self._files.flush_is_due(node):
-            self._start(unique, self._then_ok, self._files.flush, node)
-        else:
-            self._reply_errno(unique, 0)
-
-    async def _flush_with_locks(self, unique: int, locks: FileLocks, node: int, owner: int) -> None:
-        try:
-            await self._files.flush(node)
-        finally:
-            await locks.flush(node, owner)
-        self._reply_errno(unique, 0)
-
-    def _on_release(self, unique: int, node: int, body: memoryview) -> None:
-        handle, flags, _, _ = abi.RELEASE_IN.unpack_from(body)
-        # The flags are those of the open: fcntl(2) does not change the access mode.
-        closing = None if self._locks is None else self._locks.closing(node, handle)
-        if closing is None:
-            self._released(unique, node, handle, abi.may_write(flags))
-        else:
-            self._start(unique, self._release_with_locks, closing, node, handle, abi.may_write(flags))
-
-    async def _release_with_locks(
-        self, unique: int, closing: Callable[[], Awaitable[None]], node: int, handle: int, writing: bool
-    ) -> None:
-        await closing()
-        self._released(unique, node, handle, writing)
-
-    def _released(self, unique: int, node: int, handle: int, writing: bool) -> None:
-        self._reply_errno(unique, 0)  # first: one that is asked anew would count twice
-        self._barred.released(node, handle)
-        self._files.closed(node, writing)
-        if self._noted is not None:
-            self._noted.opened(node, writing, -1)
-
-    def _on_release_directory(self, unique: int, _node: int, body: memoryview) -> None:
-        self._names.close_directory(abi.RELEASE_IN.unpack_from(body)[0])
-        self._reply_errno(unique, 0)
 
     # ---- replies
 
