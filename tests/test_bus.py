@@ -252,7 +252,7 @@ async def test_I3_chunks_stay_active_until_complete_and_flushed(cluster, monkeyp
         assert all(server.service.marks.is_resting((copy, chunk)) for chunk in (0, 2))
         assert copy.active_chunks() == [0, 2]  # still resting
         monkeypatch.setattr(writer_marks, "REST_S", 0.0)
-        server.service.unmark_rested(server.service.drives.by_index(0))
+        server.service.flushes.unmark_rested(server.service.drives.by_index(0))
         assert copy.active_chunks() == []
 
 
@@ -265,7 +265,7 @@ async def test_I3_a_resting_chunk_that_is_written_again_is_not_unmarked_before_t
     await write(bus, 0, block_of(2))
     monkeypatch.setattr(writer_marks, "REST_S", 0.0)
     for server in cluster.servers:
-        server.service.unmark_rested(server.service.drives.by_index(0))
+        server.service.flushes.unmark_rested(server.service.drives.by_index(0))
         assert server.copy().active_chunks() == [0]
         assert not server.service.marks.is_resting((server.copy(), 0))
     await bus.flush([SLAB])
@@ -443,15 +443,17 @@ async def test_a_slow_flush_is_waited_for_as_long_as_the_server_answers_pings(cl
     bus = cluster.bus("mount/n2")
     cluster.nursery.start_soon(bus.links.watch_forever, 1_200)
     await write(bus, 0, block_of(1))
-    service = cluster.servers[1].service
-    flush = service.flush
+    flushes = cluster.servers[1].service.flushes
+    request, begun = flushes.request, []
 
-    async def slow(served):
+    async def begin_late(served, flushed):
         await trio.sleep(2.5)
-        await flush(served)
+        begun.append(served)
+        request(served, flushed)
 
-    service.flush = slow
+    flushes.request = lambda *args: cluster.nursery.start_soon(begin_late, *args)
     await bus.flush([SLAB])
+    assert len(begun) == 1
     assert len(cluster.owner.descriptors[SLAB].in_sync) == 3
 
 
@@ -508,7 +510,7 @@ async def test_a_slab_that_is_deleted_during_a_flush_does_not_end_the_drive_serv
     monkeypatch.setattr(drive, "flush", slow_flush)
     bus.links.tell_all("completed", {"below": 3})
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.service.flush, next(iter(server.service.drives)))
+        nursery.start_soon(server.service.flushes.flush, next(iter(server.service.drives)))
         await trio.sleep(0.05)
         args = {"drive": server.drive_id, "slab": SLAB, "term": 1}
         await cluster.owner.links.call("n1", "delete_slab", args, timeout_s=60)

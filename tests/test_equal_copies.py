@@ -79,10 +79,10 @@ async def test_I3_a_pulled_chunk_stays_active_until_it_is_known_to_be_on_all_mem
     assert returning.service is not None
     served = returning.service.drives.by_id(returning.drive_id)
     args = {"drive": returning.drive_id, "slab": SLAB, "epoch": returning.copy().epoch, "chunks": [2]}
-    await returning.service.flush(served)
+    await returning.service.flushes.flush(served)
     assert 2 in await active_on_returning(), "a flush does not make copies equal"
     await cluster.owner.links.call(returning.node, "equal", args, timeout_s=60)
-    await returning.service.flush(served)
+    await returning.service.flushes.flush(served)
     assert 2 not in await active_on_returning()
     assert other.copy().active_chunks() == [0, 1]
 

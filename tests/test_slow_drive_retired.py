@@ -60,7 +60,7 @@ async def slow_pool(tmp_path: Path, nursery: Any, monkeypatch: Any) -> Any:
         while True:
             served = list(server.service.drives)
             if len(served) == 3:
-                await server.service.flush(served[number])
+                await server.service.flushes.flush(served[number])
             await trio.sleep(0.05)
 
     for number in range(3):

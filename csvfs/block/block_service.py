@@ -14,7 +14,7 @@ Invariants
 import logging
 from collections.abc import Callable
 from time import perf_counter, perf_counter_ns
-from typing import Any, cast
+from typing import Any
 
 import trio
 from crc32c import crc32c
@@ -22,11 +22,11 @@ from crc32c import crc32c
 from csvfs.block import latency
 from csvfs.block.compression import shrink
 from csvfs.block.drive import Drive
-from csvfs.block.flusher import Flushed, Flusher
+from csvfs.block.flushes import Flushes
 from csvfs.block.pace import Foreground
 from csvfs.block.served_drives import ServedDrive, ServedDrives
 from csvfs.block.slab_copy import SlabCopy
-from csvfs.block.writer_marks import Chunk, MarkBook, WriterMarks
+from csvfs.block.writer_marks import MarkBook, WriterMarks
 from csvfs.errors import (
     BadRequest,
     Corrupt,
@@ -105,8 +105,8 @@ class BlockService:
         self._may_serve = may_serve
         self._fences: dict[tuple[VolumeId, str], Incarnation] = {}
         self._terms: dict[VolumeId, int] = {}
-        self._flushers: dict[int, Flusher] = {}
         self.drive_failed = trio.Event()  # replaced by drive_watch.py, which looks after the drives when it is set
+        self.flushes = Flushes(engine, self.marks, lambda: self.drive_failed.set())
 
     # -- links -----------------------------------------------------------------------------------
 
@@ -331,69 +331,6 @@ class BlockService:
 
     # -- flush -----------------------------------------------------------------------------------
 
-    def request_flush(self, served: ServedDrive, flushed: Flushed) -> None:
-        """Call `flushed(error)` when everything taken before is on the medium (I8). Raises DriveFailed."""
-        drive, measured = served.opened(), served.latency
-        flusher = self._flushers.get(served.index)
-        if flusher is None:
-            flusher = self._flushers[served.index] = Flusher(
-                self.engine,
-                served.path,
-                lambda: (self.marks.begin_flush(drive), measured.begin(latency.FLUSH, trio.current_time())),
-                drive.flush,
-                lambda began, error: self._after_flush(served, drive, cast(tuple[set[Chunk], int], began), error),
-            )
-        flusher.request(flushed)
-
-    def end_flusher(self, served: ServedDrive) -> None:
-        """The drive has failed, and no flush of it is under way any more."""
-        flusher = self._flushers.pop(served.index, None)
-        if flusher is not None:
-            flusher.close()
-
-    def _after_flush(
-        self, served: ServedDrive, drive: Drive, began: tuple[set[Chunk], int], error: CsvfsError | None
-    ) -> None:
-        covered, token = began
-        now_s = trio.current_time()
-        served.latency.end(token, now_s)
-        if error is not None:
-            self.drive_failed.set()
-            if served.drive is drive:
-                self.marks.flush_failed(drive, covered)
-            return
-        if served.drive is drive:
-            self._unmark(served, self.marks.flushed(drive, covered, now_s))
-
-    def unmark_rested(self, served: ServedDrive) -> None:
-        """To be called now and then, for drives that nobody flushes."""
-        if served.drive is not None:
-            self._unmark(served, self.marks.rested(served.drive, trio.current_time()))
-
-    def _unmark(self, served: ServedDrive, unmark: dict[SlabCopy, list[int]]) -> None:
-        for copy, chunks in unmark.items():
-            try:
-                copy.clear_active(chunks)
-            except CsvfsError as failure:
-                # Its slab was deleted or the drive released during the flush, or its tables are damaged: then the
-                # copy is made anew.
-                log.warning("chunks of slab %d on %s stay active: %s", copy.slab, served.path, failure)
-
-    async def flush(self, served: ServedDrive) -> None:
-        """As request_flush, awaited. Raises DriveFailed. Cancel safe."""
-        done = trio.Event()
-        errors: list[CsvfsError] = []
-
-        def flushed(error: CsvfsError | None) -> None:
-            if error is not None:
-                errors.append(error)
-            done.set()
-
-        self.request_flush(served, flushed)
-        await done.wait()
-        if errors:
-            raise errors[0]
-
     def _flush(self, link: Link, frame: Frame) -> None:
         """FLUSH: answered when all its drives are flushed, with the first error if there is one."""
         client: Client | None = link.owner
@@ -419,15 +356,13 @@ class BlockService:
 
         for served in [self.drives.by_index(index) for index in indexes]:
             try:
-                self.request_flush(served, flushed)
+                self.flushes.request(served, flushed)
             except CsvfsError as error:
                 flushed(error)
 
     def close(self, *, clean: bool = True) -> None:
         """End the flush threads, then flush and close the drives; `clean=False`: as a kill would."""
-        for flusher in self._flushers.values():
-            flusher.close()
-        self._flushers.clear()
+        self.flushes.close()
         self.drives.close(clean=clean)
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -457,9 +392,7 @@ class BlockService:
         self.forget_copies()
         self.marks.forget_drive(drive)
         served.state, served.fault = f"failed: {drive.failure}", drive.fault
-        flusher = self._flushers.get(served.index)
-        if flusher is not None:
-            flusher.give_up(drive.failed_error())
+        self.flushes.give_up(served, drive.failed_error())
         for scope in served.waits:
             scope.cancel()
         self.drive_failed.set()  # the cluster is told now, however long closing takes
@@ -472,9 +405,7 @@ class BlockService:
     def release_drive(self, drive_id: DriveId) -> None:
         """Stop serving a drive that no slab needs any more, so that it may be used for something else."""
         served = self.drives.by_id(drive_id)
-        flusher = self._flushers.pop(served.index, None)
-        if flusher is not None:
-            flusher.close()
+        self.flushes.end(served)
         self.forget_copies()
         if served.drive is not None:
             self.marks.forget_drive(served.drive)

@@ -146,7 +146,7 @@ class DriveCalls:
         drive = served.opened()
         for _ in range(2):
             if drive.needs_flush_for_slot:
-                await self._service.flush(served)
+                await self._service.flushes.flush(served)
         self._service.check_term(volume, term)  # nobody else's by now
         copy = drive.create_slab(volume, slab, epoch, role, Term(term))
         if role == ROLE_JOINING:
@@ -318,7 +318,7 @@ class DriveCalls:
         self.pulls[key] = pull
         try:
             await pull.run()
-            await self._service.flush(served)
+            await self._service.flushes.flush(served)
             marks = self._service.marks
             marks.forget_unsettled((copy, chunk) for chunk in pull.settled_chunks())
             copy.clear_active([chunk for chunk in pull.settled_chunks() if not marks.is_marked((copy, chunk))])
@@ -395,10 +395,10 @@ class DriveCalls:
             await trio.to_thread.run_sync(drive.rewrite_superblocks)
             drive.counters.healed += len(report.bad_copies)
         for _ in range(2):  # entries that were changed just now come to rest: only such can be compared
-            await self._service.flush(served)
+            await self._service.flushes.flush(served)
         repaired = scrub_tables(served.opened())
         for _ in range(2 if repaired else 0):
-            await self._service.flush(served)
+            await self._service.flushes.flush(served)
         return {"repaired": repaired + len(report.bad_copies)}
 
     async def heal_from(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:

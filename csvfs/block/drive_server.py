@@ -289,11 +289,11 @@ class DriveServer:
             for served in self.service.drives:
                 if served.drive is None:
                     continue
-                self.service.unmark_rested(served)
+                self.service.flushes.unmark_rested(served)
                 waiting = self.service.marks.waiting_count(served.drive)
                 if waiting > MARKS_MAX or (waiting and sweeps % SWEEPS_TO_FLUSH == 0):
                     try:
-                        await self.service.flush(served)
+                        await self.service.flushes.flush(served)
                     except CsvfsError as error:
                         log.error("flush of %s failed: %s", served.path, error)
 

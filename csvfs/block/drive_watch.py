@@ -181,7 +181,7 @@ class DriveWatch:
         served.last_failure, served.last_fault = drive.failure, drive.fault
         served.failed_at = trio.current_time()
         await self._in_thread(drive.end_failed)
-        self._service.end_flusher(served)
+        self._service.flushes.end(served)
         try:
             drive.close(clean=False)
         except (CsvfsError, OSError) as error:

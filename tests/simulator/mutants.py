@@ -17,6 +17,7 @@ import csvfs.block.slab_state
 from csvfs.block.block_service import BlockService
 from csvfs.block.bus import Bus
 from csvfs.block.bus_writes import PendingWrite, SlabState
+from csvfs.block.flushes import Flushes
 from csvfs.block.pull import Pull
 from csvfs.block.served_drives import ServedDrives
 from csvfs.block.slab_copy import SlabCopy
@@ -96,17 +97,17 @@ def _I2_epoch_not_checked() -> list[Patch]:
 
 def _I3_active_map_cleared_early() -> list[Patch]:
     """A flush unmarks every chunk of the drive, also those with writes not complete on all members."""
-    true = BlockService._after_flush
+    true = Flushes._after
 
-    def mutant(self: BlockService, served: Any, drive: Any, began: Any, error: Any) -> None:
+    def mutant(self: Flushes, served: Any, drive: Any, began: Any, error: Any) -> None:
         true(self, served, drive, began, error)
         if error is not None or served.drive is not drive:
             return
         for copy in drive.slabs():
             copy.clear_active(copy.active_chunks())
-        self.marks.forget_drive(drive)
+        self._marks.forget_drive(drive)
 
-    return [(BlockService, "_after_flush", mutant)]
+    return [(Flushes, "_after", mutant)]
 
 
 def _I3_never_marked() -> list[Patch]:
@@ -195,10 +196,10 @@ def _I7_pull_overwrites() -> list[Patch]:
 def _I8_flush_answers_early() -> list[Patch]:
     """A flush is answered without being done."""
 
-    def mutant(self: BlockService, served: Any, flushed: Callable[[Any], None]) -> None:
+    def mutant(self: Flushes, served: Any, flushed: Callable[[Any], None]) -> None:
         flushed(None)
 
-    return [(BlockService, "request_flush", mutant)]
+    return [(Flushes, "request", mutant)]
 
 
 def _I9_not_verified() -> list[Patch]:

@@ -19,6 +19,7 @@ import csvfs.block.block_service
 import csvfs.block.bus_reads
 import csvfs.block.drive
 import csvfs.block.drive_server
+import csvfs.block.flushes
 import csvfs.block.local_reader
 import csvfs.block.medium
 import csvfs.block.medium_check
@@ -97,7 +98,7 @@ def installed(
         put(csvfs.block.drive, "machine_boot_id", sim_os.boot_id)
         put(csvfs.block.server_links, "connect", _connect)
         put(csvfs.block.pull, "connect", _connect)
-        put(csvfs.block.block_service, "Flusher", SimFlusher)
+        put(csvfs.block.flushes, "Flusher", SimFlusher)
         put(csvfs.block.drive_server, "Listener", SimListener)
         put(csvfs.block.server_links, "monotonic_ns", time.monotonic_ns)
         put(csvfs.block.bus_reads, "monotonic", time.monotonic)
