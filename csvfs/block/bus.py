@@ -22,19 +22,19 @@ from typing import Protocol
 
 import trio
 
+from csvfs.block.bus_media import Media
 from csvfs.block.bus_reads import Reader
 from csvfs.block.bus_writes import PendingWrite, SlabState
 from csvfs.block.given_up import GivenUpWrites, MakeEqual
 from csvfs.block.local_reader import LocalReader
 from csvfs.block.server_links import ServerLinks, without_excused
-from csvfs.errors import CsvfsError, DriveFailed, Fenced, Lost, StaleEpoch, TimedOut, Unavailable
+from csvfs.errors import CsvfsError, Fenced, Lost, StaleEpoch, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId, VolumeId
 from csvfs.wire.block_messages import (
     BLOCK_HEAD,
     SlabDescriptor,
     block_checksums,
     pack_checksums,
-    pack_flush,
     slab_seed,
 )
 from csvfs.wire.frames import Frame, Kind
@@ -42,8 +42,6 @@ from csvfs.wire.frames import Frame, Kind
 log = logging.getLogger(__name__)
 
 SILENCE_MS_MAX = 5_000
-FLUSH_TIMEOUT_S = 30.0
-TRIM_TIMEOUT_S = 10.0
 COMPLETED_INTERVAL_S = 1.0
 REPAIR_RETRY_S = 0.05
 REPAIR_RETRY_S_MAX = 1.0
@@ -100,6 +98,7 @@ class Bus:
         self._sequence = 0
         self._local = LocalReader(links, volume=volume, local_node=local_node)
         self._reader = Reader(self, links, self._local, local_node=local_node)
+        self._media = Media(self, links, owner)
         self._repairs: set[SlabId] = set()
         self._repair_queue: deque[SlabId] = deque()
         self._repair_wanted = trio.Event()
@@ -111,6 +110,10 @@ class Bus:
     def descriptor(self, slab: SlabId) -> SlabDescriptor | None:
         state = self._slabs.get(slab)
         return None if state is None else state.descriptor
+
+    def known(self, slab: SlabId) -> SlabDescriptor:
+        """KeyError: never learned."""
+        return self._slabs[slab].descriptor
 
     def learn(self, descriptor: SlabDescriptor) -> None:
         """Keep the descriptor if it is newer than what is known (I1)."""
@@ -188,7 +191,7 @@ class Bus:
         if error is not None:
             write.failed = True
             if isinstance(error, Fenced):
-                self._fenced(error)
+                self.fenced(error)
             write.state.note_failure(drive, error, write.epoch)
         if write.remaining:
             return
@@ -224,7 +227,8 @@ class Bus:
             self._repair_queue.append(slab)
             self._repair_wanted.set()
 
-    def _fenced(self, error: Fenced) -> None:
+    def fenced(self, error: Fenced) -> None:
+        """A member says that this writer is out."""
         self.on_fenced(error)
 
     # -- after a failure -------------------------------------------------------------------------
@@ -262,7 +266,7 @@ class Bus:
                 try:
                     await self._make_writable(state)
                 except Fenced as error:
-                    self._fenced(error)
+                    self.fenced(error)
                     self._fail_parked(state, error)
                     return
                 except CsvfsError as error:
@@ -356,7 +360,7 @@ class Bus:
         except Fenced as error:
             # Who only reads may hear of it here alone: the coordinator that had it fenced may have ended before it
             # wrote that down, and its successor takes this writer for a good one.
-            self._fenced(error)
+            self.fenced(error)
             raise
 
     async def ask_owner(self, slab: SlabId, reason: str) -> SlabDescriptor:
@@ -373,101 +377,14 @@ class Bus:
 
         Raises  DriveFailed, Unavailable, Fenced: then nothing is promised. Cancel safe.
         """
-        wanted = set(slabs)
-        flushed: set[DriveId] = set()
-        while True:
-            due: dict[NodeName, dict[DriveId, SlabId]] = {}
-            for slab in wanted:
-                for member in self._slabs[slab].descriptor.writable:
-                    if member.drive not in flushed:
-                        due.setdefault(member.node, {})[member.drive] = slab
-            if not due:
-                return
-            failures = await without_excused(self.links, due, await self._flush_nodes(due, flushed))
-            if failures:
-                await self._report_failed_flush(wanted, failures)
-
-    async def _flush_nodes(
-        self, due: dict[NodeName, dict[DriveId, SlabId]], flushed: set[DriveId]
-    ) -> dict[DriveId, CsvfsError]:
-        """One FLUSH to each node, all at once; adds to `flushed`, returns what failed."""
-        failures: dict[DriveId, CsvfsError] = {}
-        targets = []
-        for node, drives in due.items():
-            try:
-                server = self.links.ready(node) or await self.links.connected(node)
-                for drive in drives:
-                    if not server.serves(drive):
-                        server = await self.links.serving(node, drive)
-                targets.append((server, drives, [server.drive_index(drive) for drive in drives]))
-            except CsvfsError as error:
-                failures.update(dict.fromkeys(drives, error))
-        remaining = len(targets)
-        done = trio.Event()
-
-        def answer(drives: Iterable[DriveId], frame: Frame | None, error: CsvfsError | None) -> None:
-            nonlocal remaining
-            remaining -= 1
-            if error is None:
-                flushed.update(drives)
-            else:
-                failures.update(dict.fromkeys(drives, error))
-            if not remaining:
-                done.set()
-
-        below = self.completed_below()
-        self._engine.hot()
-        for server, drives, indexes in targets:
-            server.link.request(Kind.FLUSH, pack_flush(below, indexes), None, partial(answer, list(drives)))
-        if targets:
-            with trio.move_on_after(FLUSH_TIMEOUT_S):
-                await done.wait()
-        late = TimedOut(f"no answer to a flush within {FLUSH_TIMEOUT_S:g} s")
-        for _, drives, _ in targets:
-            failures.update(
-                {drive: late for drive in drives if drive not in flushed and drive not in failures}
-            )
-        return failures
-
-    async def _report_failed_flush(self, slabs: set[SlabId], failures: dict[DriveId, CsvfsError]) -> None:
-        """Have the owner take the failed members out; raises when one of them cannot be missed."""
-        for error in failures.values():
-            if isinstance(error, Fenced):
-                self._fenced(error)
-                raise error
-        for slab in slabs:
-            descriptor = self._slabs[slab].descriptor
-            drives = [member.drive for member in descriptor.writable if member.drive in failures]
-            if drives:
-                reason = str(failures[drives[0]])
-                self.learn(await self._owner.slab_failed(slab, descriptor.epoch, drives, reason))
-                if self._slabs[slab].descriptor.epoch == descriptor.epoch:
-                    raise DriveFailed(f"flush of slab {slab} failed: {reason}")
+        await self._media.flush(slabs)
 
     async def trim(self, items: list[tuple[SlabId, int, int]]) -> None:
         """Make (slab, block, count) ranges never-written on every in-sync and joining member.
 
         Raises  Unavailable, DriveFailed, Fenced: some members may have done it; trim again later.
         """
-        by_node: dict[NodeName, list] = {}
-        for slab, block, count in items:
-            descriptor = self._slabs[slab].descriptor
-            for member in descriptor.writable:
-                server = await self.links.serving(member.node, member.drive)
-                row = [server.drive_index(member.drive), slab, descriptor.epoch, block, count]
-                by_node.setdefault(member.node, []).append(row)
-        errors: list[CsvfsError] = []
-        async with trio.open_nursery() as nursery:
-            for node, rows in by_node.items():
-                nursery.start_soon(self._trim_node, node, rows, errors)
-        if errors:
-            raise errors[0]
-
-    async def _trim_node(self, node: NodeName, rows: list, errors: list[CsvfsError]) -> None:
-        try:
-            await self.links.call(node, "trim", {"items": rows}, timeout_s=TRIM_TIMEOUT_S)
-        except CsvfsError as error:
-            errors.append(error)
+        await self._media.trim(items)
 
     def close(self) -> None:
         self._local.close()

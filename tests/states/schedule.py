@@ -21,13 +21,15 @@ import coordinator.slab_book
 import coordinator.slab_changes
 import coordinator.takeover
 import csvfs.block.bus
+import csvfs.block.bus_media
 import csvfs.block.bus_writes
 from csvfs.errors import CsvfsError
 from csvfs.wire.block_messages import Member, SlabDescriptor
 
 _STEPPED = (
     coordinator.drive_control, coordinator.eviction, coordinator.slab_book, coordinator.slab_changes,
-    coordinator.takeover, csvfs.block.bus, csvfs.block.bus_writes,
+    coordinator.takeover, csvfs.block.bus, csvfs.block.bus_media,
+    csvfs.block.bus_writes,
 )  # fmt: skip
 
 
