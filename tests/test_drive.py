@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csvfs.block import drive as drive_module
+from csvfs.block import drive_faults, medium_check
 from csvfs.block import open_tables as open_tables_module
 from csvfs.block.drive import Drive
 from csvfs.block.layout import superblock_offsets
@@ -352,6 +353,22 @@ def test_a_drive_file_that_was_truncated_under_us_fails_at_the_next_flush_or_rea
     drive.close(clean=False)
     with pytest.raises(Corrupt, match="truncated"):
         Drive.open(drive.path)
+
+
+@pytest.mark.parametrize("when", ["while it is looked at", "before its superblocks are rewritten"])
+def test_a_drive_file_that_is_truncated_is_never_made_long_again(drive, monkeypatch, when):
+    """The superblock at its end was missed, taken for rotten and rewritten: the file had its size again, and zeros."""
+    cut = DRIVE_SIZE - MIB
+    if when == "while it is looked at":
+        monkeypatch.setattr(medium_check, "_check_slot", lambda *_: os.truncate(drive.path, cut))
+        report = medium_check.check_medium(drive)
+        assert (report.fault, report.bad_copies) == (drive_faults.TRUNCATED, [])
+    else:
+        os.truncate(drive.path, cut)
+        with pytest.raises(DriveFailed, match="truncated"):
+            drive.rewrite_superblocks()
+        assert drive.fault == drive_faults.TRUNCATED
+    assert os.path.getsize(drive.path) == cut
 
 
 # Power cuts

@@ -344,6 +344,7 @@ class Drive:
         """Write all copies of the current superblock anew. May run in another thread. Raises DriveFailed."""
         with self._flush_lock:
             if self.failure is None and not self._closed:
+                self._check_still_there()
                 write_superblock(self.fd, self.superblock)
 
     def note_judged(self) -> None:
