@@ -181,6 +181,7 @@ class Drive:
 
     def _note(self, **changes: object) -> None:
         """Durably change the superblock. Raises DriveFailed."""
+        self._check_length()
         self._superblock_sequence += 1
         self.superblock = next_superblock(self.superblock, self._superblock_sequence, **changes)
         write_superblock(self.fd, self.superblock)
@@ -423,10 +424,14 @@ class Drive:
         status = os.fstat(self.fd)
         if status.st_nlink == 0:
             self._fail("its file was deleted", drive_faults.DELETED)
-        if status.st_size < self.superblock.size:
-            # Noted nowhere: writing would make the file long again.
-            why = f"its file was truncated to {status.st_size} of {self.superblock.size} B"
-            self.fail(why, drive_faults.TRUNCATED)
+        self._check_length()
+
+    def _check_length(self) -> None:
+        """Before anything is written at its end, too, which would make a truncated file long again: so it is noted
+        nowhere. Raises DriveFailed."""
+        size = os.fstat(self.fd).st_size if self.is_file else self.superblock.size
+        if size < self.superblock.size:
+            self.fail(f"its file was truncated to {size} of {self.superblock.size} B", drive_faults.TRUNCATED)
             raise self.failed_error()
 
     def failed_error(self) -> DriveFailed:
