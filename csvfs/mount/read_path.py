@@ -3,6 +3,9 @@
 Place      mount floor. `read_nowait` is the hot path: no await, no task, attributes looked up once.
 Invariant  A byte is returned only under a lease of READ or more (M4: WRITE, where the file is open for writing),
            from the layout learned under it, below the size that this lease vouches for (I5); holes are zeros.
+Ends       The kernel may believe a file to be longer than it is, until a READ comes back short. An empty answer has it believe
+           that the file ends where that READ began, and drop what READs asked for before say of the end: so the READ in which
+           the file ends is answered first (linux/fs/fuse, fuse_read_update_size).
 """
 
 import time
@@ -49,7 +52,7 @@ class ReadPath:
         if offset + size > state.size:
             size = state.size - offset
             if size <= 0:
-                return b""
+                return None if state.pages_read and self._end_is_read(state) else b""
         end = offset + size
         if state.buffered and state.is_buffered(offset, end):
             return None
@@ -107,7 +110,11 @@ class ReadPath:
                 leased = state.lease >= state.lease_to_read
                 wanted = min(size, state.size - offset) if leased else size
                 if wanted <= 0:
-                    return []
+                    if not self._end_is_read(state):
+                        return []
+                    state.note_stuck(token, offset, offset + size)
+                    await self._wait_for_end(state, deadline)
+                    continue
                 first = offset >> _BLOCK_SHIFT
                 count = ((offset + wanted + _BLOCK_MASK) >> _BLOCK_SHIFT) - first
                 pieces = state.extents.pieces(first, count) if leased else None
@@ -128,7 +135,22 @@ class ReadPath:
             state.waiting -= 1
             if is_answered:
                 del state.pages_read[token]
+                if state.pages_read:
+                    state.notify()  # who waits for us to be answered: the caller does that before they have a turn
             state.stuck.pop(token, None)
+
+    def _end_is_read(self, state: FileState) -> bool:
+        """Whether a READ under way will be short."""
+        size = state.size
+        return any(offset < size < end for offset, end in state.pages_read.values())
+
+    async def _wait_for_end(self, state: FileState, deadline: float) -> None:
+        """Until something has changed. Raises TimedOut."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimedOut(f"inode {state.ino} could not be read within {self._io_timeout_s:g} s")
+        with trio.move_on_after(left_s):
+            await state.wait_change()
 
     async def _wait_again(self, error: Unavailable, deadline: float) -> None:
         """No copy can be reached now; a recall need not wait for us meanwhile. Raises InputOutputError."""
