@@ -5,7 +5,7 @@ Invariant  A byte is returned only under a lease of READ or more (M4: WRITE, whe
            from the layout learned under it, below the size that this lease vouches for (I5); holes are zeros.
 Ends       The kernel may believe a file to be longer than it is, until a READ comes back short. An empty answer has it believe
            that the file ends where that READ began, and drop what READs asked for before say of the end: so the READ in which
-           the file ends is answered first (linux/fs/fuse, fuse_read_update_size).
+           the file ends is answered first, if it was asked for first (linux/fs/fuse, fuse_read_update_size).
 """
 
 import time
@@ -52,7 +52,7 @@ class ReadPath:
         if offset + size > state.size:
             size = state.size - offset
             if size <= 0:
-                return None if state.pages_read and self._end_is_read(state) else b""
+                return None  # "Ends"
         end = offset + size
         if state.buffered and state.is_buffered(offset, end):
             return None
@@ -98,6 +98,7 @@ class ReadPath:
         deadline = time.monotonic() + self._io_timeout_s
         state = self._leases.state(ino)
         token = object()
+        is_in_turn = False
         is_answered = True  # else the kernel keeps these pages locked, until the next process answers
         state.waiting += 1
         state.pages_read[token] = (offset, offset + size)
@@ -110,10 +111,14 @@ class ReadPath:
                 leased = state.lease >= state.lease_to_read
                 wanted = min(size, state.size - offset) if leased else size
                 if wanted <= 0:
-                    if not self._end_is_read(state):
+                    if not is_in_turn:
+                        await trio.lowlevel.checkpoint()  # those asked for together with us have begun then
+                        is_in_turn = True
+                    elif self._end_is_read(state):
+                        state.note_stuck(token, offset, offset + size)
+                        await self._wait_for_end(state, deadline)
+                    else:
                         return []
-                    state.note_stuck(token, offset, offset + size)
-                    await self._wait_for_end(state, deadline)
                     continue
                 first = offset >> _BLOCK_SHIFT
                 count = ((offset + wanted + _BLOCK_MASK) >> _BLOCK_SHIFT) - first
