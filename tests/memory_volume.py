@@ -20,7 +20,7 @@ from csvfs.errors import (
 from csvfs.mount.access_times import AccessTimes
 from csvfs.mount.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from csvfs.mount.set_id import mode_after_write
-from csvfs.mount.write_requests import WRITE_APPEND
+from csvfs.mount.write_path import WRITE_APPEND
 from csvfs.units import GIB
 from tests.memory_locks import MemoryLocks
 

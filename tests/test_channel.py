@@ -19,7 +19,7 @@ from csvfs.mount.channel import Channel
 from csvfs.mount.file_locks import FileLocks
 from csvfs.mount.relay import CACHE_VALID_S, Relay
 from csvfs.mount.request_journal import UNIQUE_RESENT, RequestJournal, current_request
-from csvfs.mount.write_requests import WRITE_APPEND
+from csvfs.mount.write_path import WRITE_APPEND
 from csvfs.net.engine import Engine
 from tests.memory_volume import READ_LEASE, MemoryVolume
 

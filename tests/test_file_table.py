@@ -150,6 +150,36 @@ async def test_an_empty_answer_comes_after_that_of_the_read_in_which_the_file_en
         assert answered[-1] == (7, 0)
 
 
+async def test_an_empty_answer_waits_for_no_read_that_was_asked_for_later_or_is_empty_too() -> None:
+    """Else it could wait for ever beside programs that read the end of the file again and again."""
+    async with cluster() as c:
+        node = await prepared(c)
+        node.bus.local = False
+        read, going, answered = node.bus.read, [trio.Event(), trio.Event()], []
+        waiting = list(going)
+
+        async def slow(*args: Any) -> Any:
+            await waiting.pop(0).wait()
+            return await read(*args)
+
+        node.bus.read = slow  # type: ignore[method-assign,assignment]
+
+        async def ask(blocks: int) -> None:
+            await node.table.read(FILE, blocks * BLOCK, 4 * BLOCK)
+            answered.append(blocks)
+
+        for blocks in (3, 7, 11, 3):
+            c.nursery.start_soon(ask, blocks)
+            await settle()
+        assert answered == []
+        going[0].set()
+        await settle()
+        assert answered == [3, 7, 11]
+        going[1].set()
+        await settle()
+        assert answered == [3, 7, 11, 3]
+
+
 async def test_a_large_read_goes_in_messages_of_one_mib() -> None:
     async with cluster() as c:
         node = await prepared(c, blocks=600)

@@ -34,10 +34,7 @@ class Media:
         self._owner = owner
 
     async def flush(self, slabs: Iterable[SlabId]) -> None:
-        """Put what was written to `slabs` onto the medium of every in-sync and joining member (I8).
-
-        Raises  DriveFailed, Unavailable, Fenced: then nothing is promised. Cancel safe.
-        """
+        """See Bus.flush."""
         wanted = set(slabs)
         flushed: set[DriveId] = set()
         while True:
@@ -110,10 +107,7 @@ class Media:
                     raise DriveFailed(f"flush of slab {slab} failed: {reason}")
 
     async def trim(self, items: list[tuple[SlabId, int, int]]) -> None:
-        """Make (slab, block, count) ranges never-written on every in-sync and joining member.
-
-        Raises  Unavailable, DriveFailed, Fenced: some members may have done it; trim again later.
-        """
+        """See Bus.trim."""
         by_node: dict[NodeName, list] = {}
         for slab, block, count in items:
             descriptor = self._bus.known(slab)

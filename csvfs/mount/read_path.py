@@ -4,8 +4,8 @@ Place      mount floor. `read_nowait` is the hot path: no await, no task, attrib
 Invariant  A byte is returned only under a lease of READ or more (M4: WRITE, where the file is open for writing),
            from the layout learned under it, below the size that this lease vouches for (I5); holes are zeros.
 Ends       The kernel may believe a file to be longer than it is, until a READ comes back short. An empty answer has it believe
-           that the file ends where that READ began, and drop what READs asked for before say of the end: so the READ in which
-           the file ends is answered first, if it was asked for first (linux/fs/fuse, fuse_read_update_size).
+           that the file ends where that READ began, and drop what READs asked for before say of the end: so the READs before
+           it in the file that are under way are answered first (linux/fs/fuse, fuse_read_update_size).
 """
 
 import time
@@ -98,7 +98,7 @@ class ReadPath:
         deadline = time.monotonic() + self._io_timeout_s
         state = self._leases.state(ino)
         token = object()
-        is_in_turn = False
+        ahead: set[object] | None = None  # reads that an empty answer waits for
         is_answered = True  # else the kernel keeps these pages locked, until the next process answers
         state.waiting += 1
         state.pages_read[token] = (offset, offset + size)
@@ -111,14 +111,14 @@ class ReadPath:
                 leased = state.lease >= state.lease_to_read
                 wanted = min(size, state.size - offset) if leased else size
                 if wanted <= 0:
-                    if not is_in_turn:
+                    if ahead is None:
                         await trio.lowlevel.checkpoint()  # those asked for together with us have begun then
-                        is_in_turn = True
-                    elif self._end_is_read(state):
-                        state.note_stuck(token, offset, offset + size)
-                        await self._wait_for_end(state, deadline)
-                    else:
+                        ahead = {other for other, (start, _) in state.pages_read.items() if start < offset}
+                    elif ahead.isdisjoint(state.pages_read):
                         return []
+                    else:
+                        state.note_stuck(token, offset, offset + size)
+                        await self._wait_for_others(state, deadline)
                     continue
                 first = offset >> _BLOCK_SHIFT
                 count = ((offset + wanted + _BLOCK_MASK) >> _BLOCK_SHIFT) - first
@@ -144,12 +144,7 @@ class ReadPath:
                     state.notify()  # who waits for us to be answered: the caller does that before they have a turn
             state.stuck.pop(token, None)
 
-    def _end_is_read(self, state: FileState) -> bool:
-        """Whether a READ under way will be short."""
-        size = state.size
-        return any(offset < size < end for offset, end in state.pages_read.values())
-
-    async def _wait_for_end(self, state: FileState, deadline: float) -> None:
+    async def _wait_for_others(self, state: FileState, deadline: float) -> None:
         """Until something has changed. Raises TimedOut."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:

@@ -41,9 +41,9 @@ from csvfs.volume.file_io import BlockBus, Delivery, WriteDone
 from csvfs.wire.block_messages import BLOCK_COUNT_MAX
 
 FUSE_WRITE_CACHE = fuse_abi.WRITE_CACHE
-WRITE_APPEND = (
-    1 << 31
-)  # of the channel: write at the end of the file, wherever the kernel believes that to be
+# Of the channel, with the kernel's write flags: the file was opened with O_APPEND, and `offset` is only where the kernel
+# believes its end to be.
+WRITE_APPEND = 1 << 31
 
 GAP_BLOCKS_MAX = 65_536  # space beyond the end is given ahead: it lies right behind the end, less than this
 

@@ -13,13 +13,11 @@ from typing import Protocol
 from csvfs.errors import Fenced
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount.answers import Answers, Handler
+from csvfs.mount.write_path import WRITE_APPEND
 from csvfs.units import KIB
 
 COPY_SIZE_MAX = 64 * KIB  # data up to here is copied; larger data keeps the request's buffer
 LARGE_BUFFERS_MAX = 32  # of 1 MiB each
-# Handed to the file table with the kernel's write flags: the file was opened with O_APPEND, and `offset` is
-# where the kernel believes its end to be. See FileTable.write.
-WRITE_APPEND = 1 << 31
 
 Done = Callable[[Exception | None], None]
 
