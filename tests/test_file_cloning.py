@@ -139,6 +139,24 @@ async def test_a_clone_waits_for_the_writes_to_its_source_and_no_write_begins_me
         assert await node.read(FILE, 0, 2 * BLOCK) == b"w" * BLOCK + b"x" * BLOCK
 
 
+async def test_a_copy_within_a_file_that_another_node_makes_shorter_ends_where_the_file_did() -> None:
+    """What it has copied makes the file longer again: the gap before that is not copied after it."""
+    async with cluster() as c:
+        node, other = await pair(c, 4), c.node("n2")
+        await node.write(FILE, 0, letters(4))  # its own by now
+        cloning = node.table.copy_range.__self__
+        share = cloning._share
+
+        async def share_late(*args):  # the size was asked for
+            cloning._share = share
+            await other.table.truncate(FILE, {"size": 100, "mtime_ns": 1})
+            return await share(*args)
+
+        cloning._share = share_late
+        assert await node.table.copy_range(FILE, 0, FILE, 10 * BLOCK, 4 * BLOCK) == 100
+        assert await other.read(FILE, 0, 20 * BLOCK) == b"A" * 100 + bytes(10 * BLOCK - 100) + b"A" * 100
+
+
 async def test_an_answer_with_the_layout_of_before_a_clone_is_not_believed_after_it() -> None:
     async with cluster() as c:
         node = await pair(c)

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from tests.simulator.clients.mutants import CATCHING_SEEDS, MUTANTS, broken, emphasis_of
+from tests.simulator.clients.mutants import MUTANTS, broken, emphasis_of, seeds_of
 from tests.simulator.clients.world import run_seed
 
 SEEDS_MAX = 400
@@ -20,7 +20,7 @@ def test_the_simulator_of_clients_catches(name: str) -> None:
     logging.disable(logging.CRITICAL)
     try:
         with emphasis_of(name):
-            for seed in (*CATCHING_SEEDS.get(name, ()), *range(1, SEEDS_MAX + 1)):
+            for seed in seeds_of(name, SEEDS_MAX):
                 with broken(name):
                     outcome = run_seed(seed)
                 # A mutant that does not run at all, or hangs, would be caught by anything.

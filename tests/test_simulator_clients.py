@@ -16,20 +16,23 @@ import trio.testing
 from csvfs.mount import fuse_abi as abi
 from tests.simulator.clients.kernel import PAGE, Connection
 from tests.simulator.clients.models import DIRECTORY, PIECEMEAL
+from tests.simulator.clients.programs import FIRST_SEED_WITH_CLONES
 from tests.simulator.clients.recorder import NAMES, Recorder, Violation, first_names
 from tests.test_simulator import TIMEOUT_S, check, simulate
 
 clients = partial(simulate, "--world", "clients")
 SEEDS = 2_000
 # Seeds that found something when they were first run, beyond those of the range.
-KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 21342, 21367, 22496, 23817, 24461, 25279, 50081)
+KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 21342, 21367, 22496, 23817, 24461, 25279, 50081,
+               100078)  # fmt: skip
 
 
 @pytest.mark.slow
 def test_what_programs_see_is_linearizable_whatever_breaks() -> None:
-    """Reads, writes, appends, truncations and names, on three nodes; in the end all nodes agree."""
+    """Reads, writes, appends, truncations and names, in half of the runs clones and holes, too, on three nodes; in the
+    end all nodes agree."""
     half = SEEDS // 2
-    check([clients("--seeds", f"{first}..{first + half - 1}") for first in (1, half + 1)], SEEDS)
+    check([clients("--seeds", f"{first}..{first + half - 1}") for first in (1, FIRST_SEED_WITH_CLONES + 1)], SEEDS)
 
 
 @pytest.mark.slow
@@ -76,6 +79,14 @@ async def test_the_model_of_the_kernel_lets_no_file_grow_by_an_empty_answer_to_a
     assert inode.size == 2 * PAGE
 
 
+def _check_judged(record: Recorder, right: bool) -> None:
+    if right:
+        assert record.judge(first_names()) == 0
+    else:
+        with pytest.raises(Violation, match="not linearizable"):
+            record.judge(first_names())
+
+
 @pytest.mark.parametrize(
     ("told", "of_before", "right"),
     [
@@ -100,8 +111,61 @@ def test_a_listing_in_pieces_may_see_both_names_of_a_file_that_is_renamed_meanwh
         record.end(rename, 0)
     listing.name = PIECEMEAL
     record.end(listing, told)
-    if right:
-        assert record.judge(first_names()) == 0
-    else:
-        with pytest.raises(Violation, match="not linearizable"):
-            record.judge(first_names())
+    _check_judged(record, right)
+
+
+def _two_files() -> Recorder:
+    """3: cells 1 and 2; 4: nothing."""
+    record = Recorder(lambda text: None)
+    record.end(record.begin(3, "n1.0", "write", 0, (1, 2)), None)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("copied", "read", "right"),
+    [
+        (2, (1, 2), True),
+        (2, (3, 4), True),  # what was written to the source meanwhile
+        (2, (1, 4), False),  # a block of which half is old
+        (2, (0, 0), False),
+        (2, (1,), False),
+        (0, (), True),  # copy_file_range may copy less
+        (0, (1, 2), False),
+        (4, (1, 2), False),  # the source never had as much
+    ],
+)
+def test_a_clone_shows_what_its_source_had_at_one_moment_of_it(copied: int, read: tuple[int, ...], right: bool) -> None:
+    record = _two_files()
+    clone = record.begin(4, "n1.0", "clone", 3, 0, 0, 2)
+    record.end(record.begin(3, "n2.0", "write", 0, (3, 4)), None)
+    record.end(clone, copied)
+    record.end(record.begin(4, "n3.0", "read", 0), read)
+    _check_judged(record, right)
+
+
+@pytest.mark.parametrize(("written", "read", "right"), [(3, (1, 2), True), (3, (5, 6), False), (4, (5, 6), True), (4, (1, 2), False)])
+def test_a_write_after_a_clone_is_seen_in_that_file_only(written: int, read: tuple[int, ...], right: bool) -> None:
+    record = _two_files()
+    record.end(record.begin(4, "n1.0", "clone", 3, 0, 0, 1), 2)
+    record.end(record.begin(written, "n2.0", "write", 0, (5, 6)), None)
+    record.end(record.begin(4, "n3.0", "read", 0), read)
+    _check_judged(record, right)
+
+
+@pytest.mark.parametrize(("read", "right"), [((1, 2), True), ((), True), ((0, 0), False)])
+def test_a_clone_without_an_answer_may_be_made_or_not(read: tuple[int, ...], right: bool) -> None:
+    record = _two_files()
+    record.begin(4, "n1.0", "clone", 3, 0, 0, 1)
+    record.end(record.begin(4, "n3.0", "read", 0), read)
+    _check_judged(record, right)
+
+
+def test_a_hole_is_zeros_as_far_as_the_file_goes() -> None:
+    record = _two_files()
+    record.end(record.begin(3, "n1.0", "punch", 0, 4), None)
+    record.end(record.begin(3, "n1.0", "read", 0), (0, 0))
+    record.end(record.begin(3, "n1.0", "size"), 2)
+    assert record.judge(first_names()) == 0
+    record.end(record.begin(3, "n1.0", "read", 0), (1, 2))
+    with pytest.raises(Violation, match="not linearizable"):
+        record.judge(first_names())

@@ -74,10 +74,11 @@ class Cloning:
         try:
             # Once: a clone within one file may make it longer than the range it began with.
             length = min(length, (await self._getattr(ino))[SIZE] - offset)
-            while done < length:
-                count = await self._some(source, offset + done, into, target_offset + done, length - done)
-                if not count:
-                    break
+            is_end = False
+            while done < length and not is_end:
+                count, is_end = await self._some(
+                    source, offset + done, into, target_offset + done, length - done
+                )
                 done += count
         except CsvfsError:
             if not done:
@@ -87,20 +88,24 @@ class Cloning:
             into.waiting -= 1
         return done
 
-    async def _some(self, source: FileState, offset: int, into: FileState, target_offset: int, length: int) -> int:
-        """The next bytes of the range; 0: the source ends here."""
+    async def _some(
+        self, source: FileState, offset: int, into: FileState, target_offset: int, length: int
+    ) -> tuple[int, bool]:
+        """The next bytes of the range: how many; whether the source ends behind them. It is not looked at again then:
+        what is copied within one file may have made it longer, and what lies there would be copied, too."""
         length = min(length, (await self._getattr(source.ino))[SIZE] - offset)
         if length <= 0:
-            return 0
+            return 0, True
         if not offset % BLOCK_SIZE and length >= BLOCK_SIZE:
             block, target_block = offset // BLOCK_SIZE, target_offset // BLOCK_SIZE
             count = await self._share(source, block, into, target_block, length // BLOCK_SIZE)
             if count:
-                return count * BLOCK_SIZE
+                return count * BLOCK_SIZE, False
         size = min(length, BLOCK_SIZE - offset % BLOCK_SIZE)
         data = await self._read(source, offset, size)
-        await self._writes.write(into.ino, target_offset, memoryview(data), 0)
-        return len(data)
+        if data:
+            await self._writes.write(into.ino, target_offset, memoryview(data), 0)
+        return len(data), len(data) < size
 
     async def _read(self, source: FileState, offset: int, size: int) -> bytes:
         """Bytes of one block, as many as there are. Not by ReadPath, which takes it for the kernel's, with a page locked."""

@@ -31,7 +31,7 @@ class UndecidedError(Exception):
 @dataclass(slots=True, eq=False)
 class Operation:
     """`answer`: what the program was told. `unknown`: it was told nothing. Numbers: of all events, in their order.
-    `expired`: since then nothing of it may take effect any more (I6); 0: never."""
+    `expired`: since then nothing of it may take effect any more (I6); 0: never. `on`: the object."""
 
     who: str
     name: str
@@ -42,11 +42,13 @@ class Operation:
     unknown: bool = False
     reads: bool = False  # it changes nothing
     expired: int = 0
+    on: int = 0
 
     def __str__(self) -> str:
         answer = "?" if self.unknown else repr(self.answer)
         end = "" if self.unknown else str(self.ended)
-        return f"{self.begun}-{end} {self.who} {self.name}{self.args!r} = {answer}"
+        on = f" {self.on}" if self.on else ""
+        return f"{self.begun}-{end} {self.who}{on} {self.name}{self.args!r} = {answer}"
 
 
 @dataclass(slots=True)

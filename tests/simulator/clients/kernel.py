@@ -185,7 +185,7 @@ class Connection:
         last = (offset + length - 1) // PAGE if length > 0 else 1 << 60
         for page in sorted({*inode.pages, *inode.locks}):
             if offset // PAGE <= page <= last:
-                async with self._lock(inode, page):
+                async with self.page_lock(inode, page):
                     inode.pages.pop(page, None)
 
     async def invalidate_all(self, ranges: list[tuple[int, int, int]]) -> None:
@@ -204,7 +204,7 @@ class Connection:
 
     # -- requests --------------------------------------------------------------------------------
 
-    async def _ask(self, opcode: int, node: int, body: bytes = b"", on_reply: OnReply | None = None) -> bytes:
+    async def ask(self, opcode: int, node: int, body: bytes = b"", on_reply: OnReply | None = None) -> bytes:
         """Raises OSError."""
         if not self.alive:
             raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
@@ -256,7 +256,7 @@ class Connection:
             found.append(self._take_entry(directory, name, body, version, epoch))
 
         try:
-            await self._ask(abi.LOOKUP, directory, name + b"\0", take)
+            await self.ask(abi.LOOKUP, directory, name + b"\0", take)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return 0
@@ -311,7 +311,7 @@ class Connection:
             valid, _ = abi.ATTR_VALID.unpack_from(body)
             told.append(self._take_attr(ino, body[16 : 16 + abi.ATTR.size], valid, version))
 
-        await self._ask(abi.GETATTR, ino, bytes(16), take)
+        await self.ask(abi.GETATTR, ino, bytes(16), take)
         return told[0]
 
     @asynccontextmanager
@@ -358,7 +358,7 @@ class Connection:
         if not is_directory:
             opcode, body = abi.CREATE, abi.CREATE_IN.pack(os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o100644, 0, 0)
         async with self._changing({directory}, set()):
-            await self._ask(opcode, directory, body + name + b"\0", take)
+            await self.ask(opcode, directory, body + name + b"\0", take)
         return made[0]
 
     async def unlink(self, directory: int, name: bytes, *, is_directory: bool) -> None:
@@ -368,7 +368,7 @@ class Connection:
 
         opcode = abi.RMDIR if is_directory else abi.UNLINK
         async with self._changing({directory}, {self._kept(directory, name)}):
-            await self._ask(opcode, directory, name + b"\0", take)
+            await self.ask(opcode, directory, name + b"\0", take)
 
     async def rename(self, directory: int, name: bytes, new_directory: int, new_name: bytes) -> None:
         def take(_body: bytes) -> None:
@@ -381,7 +381,7 @@ class Connection:
         body = abi.RENAME2_IN.pack(new_directory, 0, 0) + name + b"\0" + new_name + b"\0"
         inos = {self._kept(directory, name), self._kept(new_directory, new_name)}
         async with self._changing({directory, new_directory}, inos):
-            await self._ask(abi.RENAME2, directory, body, take)
+            await self.ask(abi.RENAME2, directory, body, take)
 
     async def link(self, ino: int, directory: int, name: bytes) -> None:
         epoch = self.epoch
@@ -392,7 +392,7 @@ class Connection:
 
         # The inode's lock, too (vfs_link): no write or truncation changes its size meanwhile.
         async with self._changing({directory}, {ino}), self.inode(ino).lock:
-            await self._ask(abi.LINK, directory, LINK_IN.pack(ino) + name + b"\0", take)
+            await self.ask(abi.LINK, directory, LINK_IN.pack(ino) + name + b"\0", take)
 
     async def listing(self, ino: int) -> Listing:
         """All names of a directory with their inodes, but `.` and `..`."""
@@ -400,7 +400,7 @@ class Connection:
             return await self._listing(ino, self.inode(ino))
 
     async def _listing(self, ino: int, inode: Inode) -> Listing:
-        opened = await self._ask(abi.OPENDIR, ino, abi.OPEN_IN.pack(0, 0))
+        opened = await self.ask(abi.OPENDIR, ino, abi.OPEN_IN.pack(0, 0))
         fh, flags, _ = abi.OPEN_OUT.unpack_from(opened)
         try:
             if not flags & abi.FOPEN_KEEP_CACHE or self.doubted:
@@ -419,7 +419,7 @@ class Connection:
     async def _read_directory(self, ino: int, fh: int) -> Listing:
         names: list[tuple[bytes, int]] = []
         replies = offset = 0
-        while body := await self._ask(abi.READDIR, ino, abi.READ_IN.pack(fh, offset, PAGE, 0, 0, 0, 0)):
+        while body := await self.ask(abi.READDIR, ino, abi.READ_IN.pack(fh, offset, PAGE, 0, 0, 0, 0)):
             at, before = 0, len(names)
             while at < len(body):
                 number, offset, size, _ = abi.DIRENT.unpack_from(body, at)
@@ -434,7 +434,7 @@ class Connection:
 
     async def open(self, ino: int, flags: int) -> bool:
         """Whether it is read and written past the cache."""
-        opened = await self._ask(abi.OPEN, ino, abi.OPEN_IN.pack(flags, 0))
+        opened = await self.ask(abi.OPEN, ino, abi.OPEN_IN.pack(flags, 0))
         return bool(abi.OPEN_OUT.unpack_from(opened)[1] & abi.FOPEN_DIRECT_IO)
 
     def close(self, ino: int, flags: int) -> None:
@@ -445,10 +445,10 @@ class Connection:
             self._send(abi.RELEASE, ino, abi.RELEASE_IN.pack(ino, flags, 0, 0))
 
     async def fsync(self, ino: int) -> None:
-        await self._ask(abi.FSYNC, ino, abi.FSYNC_IN.pack(ino, 0, 0))
+        await self.ask(abi.FSYNC, ino, abi.FSYNC_IN.pack(ino, 0, 0))
 
     @staticmethod
-    def _lock(inode: Inode, page: int) -> trio.Lock:
+    def page_lock(inode: Inode, page: int) -> trio.Lock:
         return inode.locks.setdefault(page, trio.Lock())
 
     async def read(self, ino: int, page: int, *, direct: bool) -> bytes:
@@ -457,7 +457,7 @@ class Connection:
         while inode.resized is not None:
             await inode.resized.wait()
         if direct:
-            return await self._ask(abi.READ, ino, abi.READ_IN.pack(ino, page * PAGE, PAGE, 0, 0, os.O_DIRECT, 0))
+            return await self.ask(abi.READ, ino, abi.READ_IN.pack(ino, page * PAGE, PAGE, 0, 0, os.O_DIRECT, 0))
         if self.doubted or (page + 1) * PAGE > inode.size:
             while (await self.getattr(ino))[1] > inode.size:
                 continue  # see "Not"
@@ -470,7 +470,7 @@ class Connection:
         if page in inode.pages and not self.doubted:
             self.cached_reads += 1
             return inode.pages[page]
-        async with self._lock(inode, page):
+        async with self.page_lock(inode, page):
             if page in inode.pages and not self.doubted:
                 return inode.pages[page]
             filled: list[bytes] = []
@@ -485,7 +485,7 @@ class Connection:
                 elif len(body) < PAGE or end > inode.size:
                     self._resize(inode, end)
 
-            await self._ask(abi.READ, ino, abi.READ_IN.pack(ino, page * PAGE, PAGE, 0, 0, 0, 0), fill)
+            await self.ask(abi.READ, ino, abi.READ_IN.pack(ino, page * PAGE, PAGE, 0, 0, 0, 0), fill)
             return filled[0]
 
     async def write(self, ino: int, offset: int, data: bytes, *, append: bool, direct: bool) -> None:
@@ -499,7 +499,7 @@ class Connection:
             held: list[trio.Lock] = []
             try:
                 for page in pages:
-                    lock = self._lock(inode, page)
+                    lock = self.page_lock(inode, page)
                     await lock.acquire()
                     held.append(lock)
                     if direct:
@@ -512,7 +512,7 @@ class Connection:
                     self._written(inode, at, data, keep=not direct)
 
                 body = abi.WRITE_IN.pack(ino, at, len(data), 0, 0, flags, 0) + data
-                await self._ask(abi.WRITE, ino, body, written)
+                await self.ask(abi.WRITE, ino, body, written)
             except OSError:
                 for page in pages:
                     inode.pages.pop(page, None)
@@ -536,6 +536,12 @@ class Connection:
                 skip = begin - page * PAGE
                 inode.pages[page] = old[:skip] + data[begin - at : end - at] + old[skip + end - begin :]
 
+    def resized_by_call(self, inode: Inode, end: int) -> None:
+        """fuse_write_update_attr: a call of this node was answered that has the file go to `end`, or to where it went."""
+        inode.version = self._newer()
+        inode.has_attr = False
+        inode.size = max(inode.size, end)
+
     async def truncate(self, ino: int, size: int) -> None:
         inode = self.inode(ino)
         async with inode.lock:
@@ -550,7 +556,7 @@ class Connection:
             body = SETATTR_IN.pack(SETATTR_SIZE, 0, 0, size, *(0,) * 12)
             inode.resized = trio.Event()
             try:
-                await self._ask(abi.SETATTR, ino, body, take)
+                await self.ask(abi.SETATTR, ino, body, take)
             finally:
                 inode.resized.set()
                 inode.resized = None

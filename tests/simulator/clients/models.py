@@ -4,11 +4,16 @@ Place      simulator; pure, for checker.py.
 Names      state: a frozenset of (directory, name, inode, is a directory). Directories 1 and 2 are always there.
 File       state: its cells, in order. A cell is half a block, filled with the number of the write that made it; 0:
            zeros. Sizes are whole cells.
+Files      state: those of files that were cloned from each other, in a fixed order. What a clone takes of a page is what the
+           source has at that moment, for each page at another one. A last page of one cell is not shared but read
+           and written, so that something else may be there in between: that cell counts as ANY.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tests.simulator.clients.checker import Operation
@@ -17,9 +22,11 @@ ROOT, DIRECTORY = 1, 2
 CELL = 2048
 CELLS_PER_PAGE = 2
 PIECEMEAL = "list in pieces"
+ANY = -1  # a cell of which nothing is known
 
 Names = frozenset[tuple[int, bytes, Any, bool]]
 Cells = tuple[int, ...]
+Files = tuple[Cells, ...]
 
 
 def names_step(state: Names, operation: Operation) -> Names | None:
@@ -168,7 +175,12 @@ def _truncate(state: Cells, operation: Operation) -> Cells | None:
 def _read(state: Cells, operation: Operation) -> Cells | None:
     (page,) = operation.args
     first = page * CELLS_PER_PAGE
-    return state if state[first : first + CELLS_PER_PAGE] == operation.answer else None
+    page_cells = state[first : first + CELLS_PER_PAGE]
+    if page_cells == operation.answer:
+        return state
+    if ANY not in page_cells or len(page_cells) != len(operation.answer):
+        return None
+    return state if all(a in (b, ANY) for a, b in zip(page_cells, operation.answer, strict=True)) else None
 
 
 def _size(state: Cells, operation: Operation) -> Cells | None:
@@ -181,6 +193,55 @@ def _grow(state: Cells, operation: Operation) -> Cells | None:
 
 
 _FILE = {"write": _write, "within": _within, "append": _append, "truncate": _truncate, "grow": _grow, "read": _read, "size": _size}
+
+
+def files_step(inos: list[int]) -> Callable[[Files, Operation], Files | None]:
+    """The step of files that were cloned from each other: see checker.Step."""
+    places = {ino: place for place, ino in enumerate(inos)}
+
+    def step(state: Files, operation: Operation) -> Files | None:
+        place = places[operation.on]
+        if operation.name == "clone":
+            after = _clone(state[places[operation.args[0]]], state[place], operation)
+        else:
+            after = file_step(state[place], operation)
+        return None if after is None else (*state[:place], after, *state[place + 1 :])
+
+    return step
+
+
+def _clone(source: Cells, target: Cells, operation: Operation) -> Cells | None:
+    """Of one page."""
+    _, page, to = operation.args
+    first = page * CELLS_PER_PAGE
+    count = min(CELLS_PER_PAGE, max(0, len(source) - first))
+    if not operation.unknown:
+        if count < operation.answer:
+            return None
+        count = operation.answer
+    if not count:
+        return target
+    copied = source[first : first + count] if count == CELLS_PER_PAGE else (ANY,)
+    return _put(target, to * CELLS_PER_PAGE, copied)
+
+
+def _clone_parts(operation: Operation) -> list[Operation]:
+    source, page, to, count = operation.args
+    pages = []
+    for index in range(count):
+        answer = None
+        if not operation.unknown:  # how many cells of this page
+            answer = min(CELLS_PER_PAGE, max(0, operation.answer - index * CELLS_PER_PAGE))
+        pages.append(replace(operation, args=(source, page + index, to + index), answer=answer))
+    return [part for part in pages if part.answer != 0]
+
+
+def _punch_parts(operation: Operation) -> list[Operation]:
+    first, count = operation.args
+    return [
+        replace(operation, name="within", args=(cell, (0,) * CELLS_PER_PAGE))
+        for cell in range(first, first + count, CELLS_PER_PAGE)
+    ]
 
 
 def names_parts(operation: Operation, names: frozenset[bytes]) -> list[Operation]:
@@ -196,12 +257,16 @@ def names_parts(operation: Operation, names: frozenset[bytes]) -> list[Operation
 
 
 def parts(operation: Operation) -> list[Operation]:
-    """What an operation without an answer may have done: all of it, or some. Of a write that fails any block may be
+    """What takes effect at once, each for itself. Of an operation without an answer all or some may have. Of a write that fails any block may be
     old or new, and the file may have grown without its bytes, or not to them (as with any file system)."""
 
     def part(name: str, *args: Any) -> Operation:
-        return Operation(operation.who, name, args, operation.begun, unknown=True, expired=operation.expired)
+        return replace(operation, name=name, args=args)
 
+    if operation.name == "clone":
+        return _clone_parts(operation)
+    if operation.name == "punch":
+        return _punch_parts(operation)
     if operation.unknown and operation.name == "write":
         first, cells = operation.args
         pages: dict[int, list[tuple[int, int]]] = {}

@@ -5,13 +5,14 @@ Place      simulator, top; as tests/simulator/mutants.py does for the block laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import coordinator.dispatch
 import csvfs.block.slab_state
+import csvfs.mount.cloning
 import csvfs.mount.operations
 from coordinator.eviction import Eviction
 from coordinator.lease_table import LeaseTable
@@ -23,7 +24,9 @@ from csvfs.mount.guard import Guard
 from csvfs.mount.lapse import Lapse
 from csvfs.mount.recall import Recaller
 from csvfs.mount.relay import Relay
+from csvfs.volume.extents import ExtentMap
 from tests.simulator.clients import faults, programs
+from tests.simulator.clients.programs import FIRST_SEED_WITH_CLONES
 from tests.simulator.process import Process
 
 Patch = tuple[Any, str, Any]
@@ -171,6 +174,21 @@ def _K1_cached_without_lease() -> list[Patch]:
     ]
 
 
+def _clones_written() -> list[Patch]:
+    """Blocks that several files have are written as any others."""
+    return [(ExtentMap, "is_shared", lambda self, block, count: False)]
+
+
+def _cloned_beside_writes() -> list[Patch]:
+    """A clone does not wait for reads and writes of its files that are under way."""
+
+    @asynccontextmanager
+    async def nothing_under_way(state: Any, *ranges: Any) -> AsyncIterator[None]:
+        yield
+
+    return [(csvfs.mount.cloning, "nothing_under_way", nothing_under_way)]
+
+
 MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I5 a mount that is cut off goes on serving": _I5_mount_serves_when_cut_off,
     "I5 a mount goes on serving without its coordinator": _I5_contact_not_asked,
@@ -184,6 +202,8 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I11 operation numbers are ignored": _I11_op_ignored,
     "lease given twice": _lease_given_twice,
     "K1 cached without a lease": _K1_cached_without_lease,
+    "clones are written": _clones_written,
+    "clones are made beside writes": _cloned_beside_writes,
 }
 _CUTS = ("partition", "store cut")
 EMPHASIS = {
@@ -209,6 +229,14 @@ CATCHING_SEEDS = {
     "I5 a coordinator that is cut off goes on serving": (64,),
     "K1 cached without a lease": (3,),
 }
+
+
+def seeds_of(name: str, count: int) -> list[int]:
+    """Which to try, in this order: at most so many."""
+    first = FIRST_SEED_WITH_CLONES if name.startswith("clones") else 0
+    return [*CATCHING_SEEDS.get(name, ()), *range(first + 1, first + count + 1)][:count]
+
+
 # Of programs that show a write which comes too late: they hardly ever write to other places.
 _FEW_PLACES = {"FILES": ((b"", b"f0"),), "CELLS_MAX": 2, "PACES_S": (0.0, 0.05, 0.3)}
 

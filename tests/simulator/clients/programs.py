@@ -1,4 +1,4 @@
-"""Programs on the nodes: each makes, writes, reads, renames and removes a few files, one system call at a time.
+"""Programs on the nodes: each makes, writes, reads, clones, renames and removes a few files, one system call at a time.
 
 Place      simulator, above kernel.py and recorder.py.
 Answers    every system call is recorded as what it asks of the names and of one file, each in the same time. A call
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from tests.simulator.clients.kernel import PAGE, Connection
-from tests.simulator.clients.models import CELL, DIRECTORY, PIECEMEAL, ROOT
+from tests.simulator.clients.kernel_space import copy_between, punch
+from tests.simulator.clients.models import CELL, CELLS_PER_PAGE, DIRECTORY, PIECEMEAL, ROOT
 from tests.simulator.clients.recorder import NAMES, cell, cells_of
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ DIRECTORY_NAMES = (b"m",)  # made and removed in the root
 PAGES_MAX = 4
 CELLS_MAX = 7
 PACES_S = (0.0, 0.001, 0.05, 0.5, 2.0)  # between two calls, at most
-
-
+# Runs of seeds below do without clones and holes, so that those which found something are what they were.
+FIRST_SEED_WITH_CLONES = 100_000
 WATCH_S = 0.4  # between two looks of a watcher, at most
 
 
@@ -51,6 +52,8 @@ class Program:
             self._create: 8, self._unlink: 5, self._rename: 6, self._link: 4, self._mkdir: 3, self._rmdir: 2,
             self._list: 5, self._fsync: 3,
         }  # fmt: skip
+        if world.seed >= FIRST_SEED_WITH_CLONES:
+            self._kinds |= {self._clone: 14, self._punch: 4}
 
     async def run(self) -> None:
         kinds, weights = list(self._kinds), list(self._kinds.values())
@@ -186,6 +189,9 @@ class Program:
         first, count = self.rng.randrange(CELLS_MAX), self.rng.choice((1, 2, 2, 2, 3))
         if direct or self.rng.random() < 0.5:
             first, count = first & ~1, 2  # a whole page
+        await self._write_cells(connection, ino, first, count, direct=direct)
+
+    async def _write_cells(self, connection: Connection, ino: int, first: int, count: int, *, direct: bool) -> None:
         cells = tuple(self.record.next_write() for _ in range(count))
         data = b"".join(map(cell, cells))
         call = connection.write(ino, first * CELL, data, append=False, direct=direct)
@@ -208,6 +214,35 @@ class Program:
         ino = await self._file(connection)
         count = self.rng.choice((0, 1, 2, 3, 5))
         await self._call(ino, "truncate", (count,), connection.truncate(ino, count * CELL))
+
+    async def _clone(self, connection: Connection) -> None:
+        """Whole pages, as far as the source has them: as `cp` does, with a look at its size before."""
+        source = await self._file(connection)
+        target = source if self.rng.random() < 0.4 else await self._file(connection)
+        _, size = await connection.getattr(source)
+        if size < PAGE:
+            await connection.open(source, os.O_WRONLY)
+            try:
+                await self._write_cells(connection, source, 0, 2 * CELLS_PER_PAGE, direct=False)
+            finally:
+                connection.close(source, os.O_WRONLY)
+            size = 2 * PAGE
+        page, to = self.rng.randrange(size // PAGE), self.rng.randrange(PAGES_MAX)
+        count = min(self.rng.choice((1, 2, 4)), size // PAGE - page)
+        if source == target and abs(page - to) < count:
+            raise NoAnswerError
+        call = copy_between(connection, source, page, target, to, count)
+        await self._call(target, "clone", (source, page, to, count), call)
+
+    async def _punch(self, connection: Connection) -> None:
+        page, count = self.rng.randrange(PAGES_MAX), self.rng.choice((1, 2))
+        ino = await self._file(connection)
+        await connection.open(ino, os.O_WRONLY)
+        try:
+            args = (page * CELLS_PER_PAGE, count * CELLS_PER_PAGE)
+            await self._call(ino, "punch", args, punch(connection, ino, page, count))
+        finally:
+            connection.close(ino, os.O_WRONLY)
 
     async def _stat(self, connection: Connection) -> None:
         await self._attributes(connection, await self._file(connection))

@@ -10,7 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.simulator.clients.checker import Operation, Verdict, judge
-from tests.simulator.clients.models import CELL, DIRECTORY, ROOT, file_step, names_parts, names_step, parts
+from tests.simulator.clients.models import (
+    CELL,
+    DIRECTORY,
+    ROOT,
+    file_step,
+    files_step,
+    names_parts,
+    names_step,
+    parts,
+)
 from tests.simulator.history import Violation
 
 _TOKEN = struct.Struct("<QQ")
@@ -55,7 +64,7 @@ class Recorder:
 
     def begin(self, what: int, who: str, name: str, *args: Any) -> Operation:
         self._events += 1
-        operation = Operation(who, name, args, self._events, reads=name in READS, unknown=True)
+        operation = Operation(who, name, args, self._events, reads=name in READS, unknown=True, on=what)
         self.operations.setdefault(what, []).append(operation)
         self._trace(f"{who} {name} {_text(what, args)}")
         return operation
@@ -80,20 +89,34 @@ class Recorder:
         undecided = 0
         unanswered = self._unanswered()
         told = frozenset(arg for operation in self.operations[NAMES] for arg in operation.args if isinstance(arg, bytes))
-        for what, operations in self.operations.items():
+        for group in self._groups():
             known = [
                 part
-                for operation in operations
+                for what in group
+                for operation in self.operations[what]
                 if not (operation.reads and (operation.unknown or _is_early(operation, unanswered)))
                 for part in (parts(operation) if what != NAMES else names_parts(operation, told))
             ]
-            first: Any = names if what == NAMES else ()
-            verdict = judge(known, first, names_step if what == NAMES else file_step)
+            first, step = _beginning(group, names, known)
+            verdict = judge(known, first, step)
             undecided += verdict.undecided
             if verdict.wrong is not None:
-                raise Violation(_explain(what, verdict, known))
+                raise Violation(_explain(group, verdict, known))
         return undecided
 
+    def _groups(self) -> list[list[int]]:
+        """The objects, those together that were cloned from each other."""
+        group_of = {what: [what] for what in self.operations}
+        for target, operations in self.operations.items():
+            for source in {operation.args[0] for operation in operations if operation.name == "clone"}:
+                if source not in group_of:
+                    group_of[source] = [source]
+                    self.operations[source] = []
+                one, other = group_of[target], group_of[source]
+                if one is not other:
+                    one += other
+                    group_of.update(dict.fromkeys(other, one))
+        return list({id(group): group for group in group_of.values()}.values())
 
     def _unanswered(self) -> dict[int, str]:
         """The numbers of writes that got no answer, with the node of each."""
@@ -120,16 +143,25 @@ def first_names() -> frozenset[Any]:
     return frozenset({(ROOT, b"d", DIRECTORY, True)})
 
 
+def _beginning(group: list[int], names: frozenset[Any], operations: list[Operation]) -> tuple[Any, Any]:
+    """The first state of a group of objects, and how it goes on."""
+    if group == [NAMES]:
+        return names, names_step
+    if len(group) == 1 and all(operation.name != "clone" for operation in operations):
+        return (), file_step
+    return ((),) * len(group), files_step(group)
+
+
 def _text(what: int, args: tuple[Any, ...]) -> str:
     return (f"inode {what} " if what else "") + " ".join(map(str, args))
 
 
-def _explain(what: int, verdict: Verdict, operations: list[Operation]) -> str:
+def _explain(group: list[int], verdict: Verdict, operations: list[Operation]) -> str:
     assert verdict.wrong is not None
     wrong = verdict.wrong
     before = [op for op in operations if op.begun < wrong.ended and op is not wrong]
     near = "; ".join(str(op) for op in before[-6:])
-    texts = sorted(str(sorted(state, key=str) if what == NAMES else state) for state in verdict.states)
+    texts = sorted(str(sorted(state, key=str) if group == [NAMES] else state) for state in verdict.states)
     states = " or ".join(texts[:2])
-    name = f"inode {what}" if what else "names"
+    name = "names" if group == [NAMES] else f"inode {' and '.join(map(str, group))}"
     return f"{name}: {wrong}: not linearizable; it was {states}; before: {near}"

@@ -21,6 +21,7 @@ import coordinator.operations
 import coordinator.scrub
 import coordinator.session_desk
 import csvfs.mount.channel
+import csvfs.mount.cloning
 import csvfs.mount.file_table
 import csvfs.mount.holes
 import csvfs.mount.operations
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 GUARD_S = 0.1
 LIVENESS_INTERVAL_S = 0.2
 _TIMED_MODULES = (
-    coordinator.lost, coordinator.scrub, coordinator.session_desk, csvfs.mount.holes, csvfs.mount.operations,
-    csvfs.mount.read_path, csvfs.mount.truncation, csvfs.mount.write_path,
+    coordinator.lost, coordinator.scrub, coordinator.session_desk, csvfs.mount.cloning, csvfs.mount.holes,
+    csvfs.mount.operations, csvfs.mount.read_path, csvfs.mount.truncation, csvfs.mount.write_path,
 )  # fmt: skip
 
 
