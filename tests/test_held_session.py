@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from csvfs.errors import BadRequest
 from csvfs.mount import held_session, inode_rows
-from csvfs.mount.held_session import SESSION_ENVIRONMENT, HeldSession, Record, inherited_session
+from csvfs.mount.held_session import SESSION_ENVIRONMENT, HeldSession, Record, mapped, inherited_session
 from csvfs.mount.inode_rows import InodeRows, Row, rows_in
 
 
@@ -31,7 +31,7 @@ def inodes_of(messages: bytes) -> list[int]:
 
 def test_what_the_mount_kept_and_did_not_let_go_is_taken_back(session):
     held, told = session
-    table = Record(held.descriptors[1]).inodes
+    table = Record(mapped(held.descriptors[1])).inodes
     for ino in range(1, 1000):
         table.add(ino)
         table.add(ino)
@@ -51,7 +51,7 @@ def test_dirty_pages_are_taken_back_at_the_second_try_and_what_stays_then_drops_
 ):
     monkeypatch.setattr(held_session, "DROP_CACHES", tmp_path / "drop")
     held, _ = session
-    table = Record(held.descriptors[1]).inodes
+    table = Record(mapped(held.descriptors[1])).inodes
     table.add(7)
     table.add(8)
     tries: list[int] = []
@@ -121,7 +121,7 @@ def test_rows_say_what_was_done_and_the_next_process_goes_on_with_them(history):
 def test_more_inodes_than_there_are_rows_drop_all_caches_and_cannot_be_taken_over(session, monkeypatch, tmp_path):
     monkeypatch.setattr(held_session, "DROP_CACHES", tmp_path / "drop")
     held, _ = session
-    record = Record(held.descriptors[1])
+    record = Record(mapped(held.descriptors[1]))
     record.served(b"init")
     words = record._words[held_session._ROWS :][: 2 + 3 * 4]
     table = InodeRows(words)
@@ -136,12 +136,12 @@ def test_more_inodes_than_there_are_rows_drop_all_caches_and_cannot_be_taken_ove
 
 def test_the_next_process_finds_the_request_that_the_session_began_with(session):
     held, _ = session
-    first = Record(held.descriptors[1])
+    first = Record(mapped(held.descriptors[1]))
     assert not first.has_served and not held.can_be_taken_over
     first.served(b"a request of 23 bytes..")
     first.covered_until(12345)
     assert held.can_be_taken_over and held.covered_until_ns == 12345
-    second = Record(held.descriptors[1])
+    second = Record(mapped(held.descriptors[1]))
     assert second.has_served and second.init == b"a request of 23 bytes.."
     second.over()
     assert not held.can_be_taken_over
@@ -149,16 +149,16 @@ def test_the_next_process_finds_the_request_that_the_session_began_with(session)
 
 def test_a_record_of_another_version_is_not_taken_over(session, monkeypatch):
     held, _ = session
-    Record(held.descriptors[1]).served(b"init")
+    Record(mapped(held.descriptors[1])).served(b"init")
     monkeypatch.setattr(held_session, "VERSION", held_session.VERSION + 1)
     with pytest.raises(BadRequest, match="version"):
-        Record(held.descriptors[1])
+        Record(mapped(held.descriptors[1]))
     assert not held.can_be_taken_over
 
 
 def test_inodes_that_the_kernel_does_not_know_stop_nobody(monkeypatch, session, tmp_path):
     held, _ = session
-    table = Record(held.descriptors[1]).inodes
+    table = Record(mapped(held.descriptors[1])).inodes
     table.add(7)
 
     def refuse(fd, data):

@@ -61,7 +61,7 @@ def test_a_seed_of_clients_replays_its_run_exactly() -> None:
 async def test_the_model_of_the_kernel_lets_no_file_grow_by_an_empty_answer_to_a_read() -> None:
     """Two reads of a file that another node has made shorter, of which the kernel has not heard (fuse_read_update_size)."""
     nothing: Any = SimpleNamespace(events_queue=SimpleNamespace(after=lambda delay_s, action: action()))
-    connection = Connection(nothing, nothing)
+    connection = Connection(nothing)
     inode = connection.inode(5)
     inode.size = 4 * PAGE
     found: dict[int, bytes] = {}

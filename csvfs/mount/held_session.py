@@ -37,16 +37,15 @@ STAGE_NEW, STAGE_SERVED, STAGE_OVER = range(3)  # SERVED: the next process can t
 INIT_SIZE_MAX = 472  # 40 of its header, 64 of its body so far
 _JOURNAL = 64  # words
 _ROWS = _JOURNAL + request_journal.WORDS
-_SIZE = 8 * (_ROWS + inode_rows.WORDS)  # bytes
+SIZE = 8 * (_ROWS + inode_rows.WORDS)  # bytes
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 class Record:
     """The mount's side of the record."""
 
-    def __init__(self, fd: int) -> None:
-        """Raises BadRequest: another version wrote it."""
-        words = memoryview(mmap.mmap(fd, _SIZE)).cast("Q")
+    def __init__(self, words: memoryview) -> None:
+        """words: u64, of the memory that is shared with the parent. Raises BadRequest: another version wrote it."""
         if words[_VERSION] not in (0, VERSION):
             words[_STAGE] = STAGE_OVER
             raise BadRequest(f"the mount before wrote a record of version {words[_VERSION]}, this is {VERSION}")
@@ -96,8 +95,8 @@ class HeldSession:
         """Raises Unavailable: no FUSE here."""
         self._device = device.open_device()
         self._record = os.memfd_create("csvfs-mount", os.MFD_CLOEXEC)
-        os.ftruncate(self._record, _SIZE)
-        self._words = memoryview(mmap.mmap(self._record, _SIZE)).cast("Q")
+        os.ftruncate(self._record, SIZE)
+        self._words = mapped(self._record)
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -130,7 +129,7 @@ class HeldSession:
         Returns whether nothing is left that somebody could be shown; see page_drop.py. Blocks for microseconds per
         inode, and for `within_s` where pages wait for an answer; call it in a thread. Raises OSError.
         """
-        rows = inode_rows.rows_in(self._words[_ROWS:])
+        rows = rows_of(self._words)
         device = _Device(self._device)
         device.tell(abi.pack_inc_epoch())
         for row in rows:  # attributes first: these wait for nothing
@@ -195,6 +194,16 @@ def _tell(fd: int, message: bytes) -> int:
     return 0
 
 
+def rows_of(words: memoryview) -> list[inode_rows.Row]:
+    """Of the inodes that a mount process has noted in its record."""
+    return inode_rows.rows_in(words[_ROWS:])
+
+
+def mapped(record: int) -> memoryview:
+    """The words of a record, by its descriptor."""
+    return memoryview(mmap.mmap(record, SIZE)).cast("Q")
+
+
 def inherited_session() -> tuple[int, Record] | None:
     """In the mount process: the descriptor of the session, and the record; None: it has no parent that holds one.
 
@@ -207,6 +216,6 @@ def inherited_session() -> tuple[int, Record] | None:
         fuse, record = (int(number) for number in value.split(","))
         os.set_inheritable(fuse, False)
         os.set_inheritable(record, False)
-        return fuse, Record(record)
+        return fuse, Record(mapped(record))
     except (OSError, ValueError) as error:
         raise BadRequest(f"{SESSION_ENVIRONMENT}={value!r} does not name two descriptors: {error}") from None

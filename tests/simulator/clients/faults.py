@@ -65,6 +65,13 @@ class ClientFaults(Faults):
         count = rng.choice((1, 2, 2, 3, 3, 4))
         self.plan = [(rng.choice(names), kinds) for _ in range(count)]
         self._add_late(Random(f"{world.seed}/late"), kinds)
+        if world.hands_over and not EMPHASIS:
+            self._add_deaths(Random(f"{world.seed}/deaths"), kinds)
+
+    def _add_deaths(self, rng: Random, kinds: dict[str, Callable[[], None]]) -> None:
+        """Of mounts that are followed, alone and just before or after something else."""
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            self.plan.insert(rng.randrange(len(self.plan) + 1), ("kill mount", kinds))
 
     def _add_late(self, rng: Random, kinds: dict[str, Callable[[], None]]) -> None:
         """Kinds that came later are drawn apart: so all other runs are what they were."""

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from csvfs.mount import fuse_abi as abi
+from csvfs.mount.request_journal import UNIQUE_RESENT
 from tests.simulator import freezing
 from tests.simulator.process import Process
 
@@ -80,16 +81,18 @@ class _Asked:
     event: trio.Event
     on_reply: OnReply | None
     what: str
+    request: bytes
+    is_read: bool = False  # by the mount
     error: int = 0
     body: bytes = b""
 
 
 class Connection:
-    """One FUSE session, from a mount's start to its end."""
+    """One FUSE session, from the start of a mount to its end, or to that of the last one that goes on with it."""
 
-    def __init__(self, world: ClientsWorld, process: Process) -> None:
+    def __init__(self, world: ClientsWorld) -> None:
         self.world = world
-        self.process = process
+        self.process: Process | None = None  # that serves it
         self.alive = True
         self.epoch = 0
         self.inodes: dict[int, Inode] = {}
@@ -104,9 +107,25 @@ class Connection:
         self._handler: Callable[[int], None] | None = None
         self._reading = True
         self._due = False
-        self._context = freezing.context_of(process)
 
     # -- the device, as the mount sees it --------------------------------------------------------
+
+    def attach(self, process: Process) -> None:
+        """A mount process has the descriptor now."""
+        self.process = process
+        self._context = freezing.context_of(process)
+        self._reading = True
+
+    def detach(self) -> None:
+        """It is dead."""
+        self.process = self._handler = None
+
+    def unregister(self, process: Process) -> None:
+        if self.process is process:
+            self._handler = None
+
+    def has_requests(self) -> bool:
+        return bool(self._queue)
 
     def register(self, handler: Callable[[int], None]) -> None:
         self._handler = handler
@@ -122,6 +141,9 @@ class Connection:
         if not self._queue or not self._reading:
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         request = self._queue.popleft()
+        asked = self._asked.get(abi.IN_HEADER.unpack_from(request)[2])
+        if asked is not None:
+            asked.is_read = True
         buffer[: len(request)] = request
         return len(request)
 
@@ -130,6 +152,10 @@ class Connection:
         if not self.alive:
             raise OSError(errno.ENODEV, "No such device")
         _, error, unique = abi.OUT_HEADER.unpack_from(reply)
+        if not unique:
+            assert reply == abi.pack_resend(), f"a notification that is not known here: {reply.hex()}"
+            self._resend()
+            return len(reply)
         asked = self._asked.pop(unique, None)
         if asked is None:
             raise OSError(errno.ENOENT, "No such file or directory")
@@ -148,9 +174,28 @@ class Connection:
 
     def _deliver(self) -> None:
         self._due = False
-        if self.alive and not self.process.paused and self._reading and self._queue and self._handler is not None:
+        process = self.process
+        if process is None or process.paused or not self.alive:
+            return
+        if self._reading and self._queue and self._handler is not None:
             self._context.run(self._handler, select.EPOLLIN)
             self.wake()
+
+    def _resend(self) -> None:
+        """fuse_resend: what was read and not answered is asked again, ahead of all else, in no order."""
+        again = {unique: asked for unique, asked in self._asked.items() if asked.is_read}
+        uniques = list(again)
+        self.world.kernel_rng.shuffle(uniques)
+        for unique in uniques:
+            asked = again[unique]
+            del self._asked[unique]
+            fields = list(abi.IN_HEADER.unpack_from(asked.request))
+            fields[2] |= UNIQUE_RESENT
+            asked.request = abi.IN_HEADER.pack(*fields) + asked.request[abi.IN_HEADER.size :]
+            asked.is_read = False
+            self._asked[fields[2]] = asked
+            self._queue.appendleft(asked.request)
+        self.wake()
 
     def abort(self) -> None:
         """The mount is gone: whatever waits for it fails."""
@@ -217,8 +262,9 @@ class Connection:
     def _send(self, opcode: int, node: int, body: bytes, on_reply: OnReply | None = None) -> _Asked:
         self._unique += 2
         size = abi.IN_HEADER.size + len(body)
-        self._queue.append(abi.IN_HEADER.pack(size, opcode, self._unique, node, 0, 0, 1, 0, 0) + body)
-        asked = _Asked(trio.Event(), on_reply, f"opcode {opcode} of inode {node}")
+        request = abi.IN_HEADER.pack(size, opcode, self._unique, node, 0, 0, 1, 0, 0) + body
+        self._queue.append(request)
+        asked = _Asked(trio.Event(), on_reply, f"opcode {opcode} of inode {node}", request)
         if opcode != abi.FORGET:
             self._asked[self._unique] = asked
         self.wake()
@@ -562,6 +608,20 @@ class Connection:
                 inode.resized = None
 
 
+class Poll:
+    """Of select.poll, for one descriptor."""
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
+        self._fd = -1
+
+    def register(self, fd: int, events: int) -> None:
+        self._fd = fd
+
+    def poll(self, timeout_ms: int) -> list[tuple[int, int]]:
+        return [(self._fd, select.POLLIN)] if self._devices.connection(self._fd).has_requests() else []
+
+
 class Devices:
     """`os` for the modules of a mount that touch /dev/fuse; everything else is the real one's."""
 
@@ -582,6 +642,9 @@ class Devices:
 
     def find(self, fd: int) -> Connection | None:
         return self._connections.get(fd)
+
+    def poll(self) -> Poll:
+        return Poll(self)
 
     def readv(self, fd: int, buffers: tuple[memoryview]) -> int:
         return self._connections[fd].read_into(buffers[0])

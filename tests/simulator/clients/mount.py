@@ -29,6 +29,7 @@ from tests.simulator.freezing import OWNER
 from tests.simulator.process import Process, SimEngine
 
 WRITE_TIMEOUT_MS = 2000
+MINOR_WITH_RESEND = 40
 
 
 class MountEngine(SimEngine):
@@ -43,7 +44,9 @@ class MountEngine(SimEngine):
         self.process.world.devices.connection(fd).modify(events)  # type: ignore[attr-defined]
 
     def unregister(self, fd: int) -> None:
-        """Nothing more is read."""
+        connection = self.process.world.devices.find(fd)  # type: ignore[attr-defined]
+        if connection is not None:
+            connection.unregister(self.process)
 
 
 class SimMount(MountProcess):
@@ -64,13 +67,18 @@ class SimMount(MountProcess):
         self._view = View()
         self._end = trio.Event()
         self.failure = None
-        self._record = None  # no process follows another one over one session: not simulated
-        self._takes_over = self._serves = False
-        self._journal = RequestJournal()
-        self.connection = Connection(world, process)
-        self._fd = self.fd = world.devices.add(self.connection)
+        self._serves = False
+        self._evicted = trio.Event()
         self.table: FileTable | None = None
-        process.on_killed = self.connection.abort
+        machine: Any = process.machine
+        held = None if machine.keeper is None else machine.keeper.held
+        self._record = None if held is None else held.record()
+        self._takes_over = self._record is not None and self._record.has_served
+        self._journal = RequestJournal() if self._record is None else self._record.journal
+        self.connection = Connection(world) if held is None else held.connection
+        self._fd = self.fd = world.devices.add(self.connection) if held is None else held.fd
+        process.on_killed = self.connection.abort if held is None else self.connection.detach
+        self.connection.attach(process)
 
     async def run(self) -> None:
         """Until it has to end: evicted, or killed."""
@@ -86,17 +94,32 @@ class SimMount(MountProcess):
         return None
 
     async def _mount_and_serve(self, nursery: trio.Nursery, session: Session, table: FileTable) -> None:
-        fd = self.fd
-        operations = VolumeOperations(session, table)
-        relay = SimRelay(self._engine, fd, table, operations, nursery, self.world.fuse_minor)
-        channel = Channel(self._engine, fd, table, operations, relay, Direct(operations, relay), self._journal)
-        channel.start(nursery)
+        fd, record = self.fd, self._record
+        noted = None if record is None else record.inodes
+        operations = VolumeOperations(session, table, first_handle=(self._incarnation << 32) + 1)
+        relay = SimRelay(self._engine, fd, table, operations, nursery, self.world.fuse_minor, noted)
+        direct = Direct(operations, relay)
+        channel = Channel(
+            self._engine, fd, table, operations, relay, direct, self._journal, noted, barred=table.barred
+        )
+        if record is not None:
+            table.set_given(lambda ino: ino in relay.lookups)
+            table.shedding.lookups = lambda: relay.lookups
+        if self._takes_over and record is not None:
+            relay.take_over(record.init, {row.ino: row.lookups for row in record.left if row.lookups})
+            channel.take_over(nursery, table.inheritance)
+            self.world.trace(f"{self.process.name} goes on with {len(record.left)} inodes")
+        else:
+            channel.start(nursery)
+            if record is not None and self.world.fuse_minor >= MINOR_WITH_RESEND:
+                record.served(b"INIT")
         self.table = table
         self.world.mounted(self)
         try:
             await channel.ended.wait()
         finally:
-            self.connection.abort()
+            if record is None or (self._end.is_set() and not self._evicted.is_set()):
+                self.connection.abort()
             channel.close()
 
 

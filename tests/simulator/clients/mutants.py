@@ -21,12 +21,16 @@ from coordinator.service import Service
 from coordinator.sessions import Outcome
 from csvfs.block.block_service import BlockService
 from csvfs.mount.guard import Guard
+from csvfs.mount.inheritance import Inheritance
 from csvfs.mount.lapse import Lapse
 from csvfs.mount.recall import Recaller
 from csvfs.mount.relay import Relay
+from csvfs.mount.request_journal import RequestJournal
 from csvfs.volume.extents import ExtentMap
 from tests.simulator.clients import faults, programs
+from tests.simulator.clients.node import SimKeeper
 from tests.simulator.clients.programs import FIRST_SEED_WITH_CLONES
+from tests.simulator.clients.world import FIRST_SEED_WITH_HAND_OVER
 from tests.simulator.process import Process
 
 Patch = tuple[Any, str, Any]
@@ -189,6 +193,29 @@ def _cloned_beside_writes() -> list[Patch]:
     return [(csvfs.mount.cloning, "nothing_under_way", nothing_under_way)]
 
 
+def _I11_successor_numbers_anew() -> list[Patch]:
+    """The next process of a mount does what it is asked anew as if the one before had never begun with it."""
+    return [(RequestJournal, "_take_old", lambda self, unique, what: None)]
+
+
+def _I5_dead_mount_shows_on() -> list[Patch]:
+    """What the kernel has cached of a mount that died stays until the next process sees to it."""
+
+    async def take_back(self: SimKeeper, session: Any) -> None:
+        self._shows_nothing = True
+
+    return [(SimKeeper, "_take_back", take_back)]
+
+
+def _I4_replays_after_recall() -> list[Patch]:
+    """A recall does not wait for what the kernel asks anew."""
+
+    async def ready(self: Inheritance, state: Any) -> None:
+        await self._leases.restore(state)
+
+    return [(Inheritance, "ready", ready)]
+
+
 MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I5 a mount that is cut off goes on serving": _I5_mount_serves_when_cut_off,
     "I5 a mount goes on serving without its coordinator": _I5_contact_not_asked,
@@ -202,6 +229,9 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I11 operation numbers are ignored": _I11_op_ignored,
     "lease given twice": _lease_given_twice,
     "K1 cached without a lease": _K1_cached_without_lease,
+    "hand-over I11 the next process numbers calls anew": _I11_successor_numbers_anew,
+    "hand-over I5 a dead mount shows what it had": _I5_dead_mount_shows_on,
+    "hand-over I4 a recall does not wait for replays": _I4_replays_after_recall,
     "clones are written": _clones_written,
     "clones are made beside writes": _cloned_beside_writes,
 }
@@ -233,7 +263,8 @@ CATCHING_SEEDS = {
 
 def seeds_of(name: str, count: int) -> list[int]:
     """Which to try, in this order: at most so many."""
-    first = FIRST_SEED_WITH_CLONES if name.startswith("clones") else 0
+    first = FIRST_SEED_WITH_HAND_OVER if name.startswith("hand-over") else 0
+    first = FIRST_SEED_WITH_CLONES if name.startswith("clones") else first
     return [*CATCHING_SEEDS.get(name, ()), *range(first + 1, first + count + 1)][:count]
 
 

@@ -111,12 +111,17 @@ class SimRelay(Relay):
         operations: VolumeOperations,
         nursery: trio.Nursery,
         minor: int,
+        noted: Any,
     ) -> None:
-        super().__init__(engine, device_fd, table, operations, on_failure=lambda error: None)
+        super().__init__(engine, device_fd, table, operations, on_failure=lambda error: None, noted=noted)
         for end in (self._socket, self._pyfuse3_socket):
             end.close()
         self.minor = minor
         self._socket: Any = NamesLibrary(self, operations, nursery)  # type: ignore[assignment]
+
+    def take_over(self, init: bytes, lookups: dict[int, int]) -> None:
+        """What was agreed on with the kernel is known."""
+        self.lookups = lookups
 
     def take(self, reply: bytes) -> None:
         self._reply[: len(reply)] = reply

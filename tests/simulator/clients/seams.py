@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from select import EPOLLIN, POLLIN
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -20,6 +21,7 @@ import coordinator.lost
 import coordinator.operations
 import coordinator.scrub
 import coordinator.session_desk
+import csvfs.admin.mount_keeper
 import csvfs.mount.channel
 import csvfs.mount.cloning
 import csvfs.mount.file_table
@@ -60,6 +62,12 @@ def _engine(_identity: Any) -> Any:
     return process.engine
 
 
+def _clock_ns() -> int:
+    process = OWNER.get()
+    assert process is not None
+    return process.machine.clock_ns()
+
+
 @contextmanager
 def installed(world: ClientsWorld) -> Iterator[None]:
     """Run with simulated files, sockets, time and kernels; stopped processes stand still."""
@@ -74,8 +82,10 @@ def installed(world: ClientsWorld) -> Iterator[None]:
     true_end = Leases.end_session
 
     def end_session(leases: Leases, key: SessionKey) -> None:
-        """Its leases pass on: nothing that its programs were not told of may take effect any more (I6)."""
-        world.record.expire(key[0])
+        """Its leases pass on: nothing that its programs were not told of may take effect any more (I6), but where the next
+        process is let in again, and carries out what it is asked anew."""
+        if not world.may_be_followed(key[0]):
+            world.record.expire(key[0])
         true_end(leases, key)
 
     time = SimpleNamespace(time_ns=time_ns, monotonic=lambda: world.clock.now, monotonic_ns=monotonic_ns)
@@ -104,6 +114,9 @@ def installed(world: ClientsWorld) -> Iterator[None]:
         put(csvfs.net.detours, "connect", _connect)
         put(Leases, "end_session", end_session)
         put(csvfs.mount.channel, "os", world.devices)
+        put(csvfs.mount.channel, "select", SimpleNamespace(EPOLLIN=EPOLLIN, POLLIN=POLLIN, poll=world.devices.poll))
+        put(csvfs.admin.mount_keeper, "monotonic_ns", _clock_ns)
+        put(csvfs.admin.mount_keeper, "unmount_lazily", lambda point: None)
         put(csvfs.mount.relay, "os", world.devices)
         put(trio, "sleep", world.events_queue.sleep)  # most of what a run does is to sleep a little
         put(pyfuse3, "readdir_reply", names_library.readdir_reply)

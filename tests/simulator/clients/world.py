@@ -25,11 +25,12 @@ from tests.simulator.clients.faults import ClientFaults
 from tests.simulator.clients.host import make_host
 from tests.simulator.clients.kernel import Connection, Devices
 from tests.simulator.clients.mount import SimMount
+from tests.simulator.clients.node import Node, SimKeeper
 from tests.simulator.clients.programs import Program, Watcher
 from tests.simulator.clients.recorder import Recorder, first_names
 from tests.simulator.clients.template import CLUSTER, NAME, SLAB_SIZE, VOLUME, template
 from tests.simulator.history import Unhealed, Violation
-from tests.simulator.process import Machine, Process
+from tests.simulator.process import Process
 from tests.simulator.server import SimDriveServer
 from tests.simulator.world import COLLECT_EVERY, Outcome, World, _first_failure, _has
 
@@ -39,16 +40,8 @@ if TYPE_CHECKING:
 BEGIN_S = 0.8
 WORK_S_MAX = 60.0
 END_S_MAX = 150.0
+FIRST_SEED_WITH_HAND_OVER = 200_000  # below, a mount that dies takes its FUSE session with it
 CACHE_TRUSTED_S = 2.0  # of a mount that stands still: its page of liveness is good for so long
-
-
-class Node(Machine):
-    """Its processes are killed before any of their tasks learns of it."""
-
-    def _end_lease(self, scope: trio.CancelScope) -> None:
-        for process in list(self.processes.values()):
-            process.kill("the node lost its lease")
-        super()._end_lease(scope)
 
 
 class ClientsWorld(World):
@@ -74,6 +67,7 @@ class ClientsWorld(World):
         self.fuse_minor = rng.choice((45, 45, 38))
         self._programs_per_node = rng.choice(((1, 1, 1), (2, 1, 1), (2, 2, 0), (1, 1, 0)))
         self.rest_s = 0.0
+        self.hands_over = self.seed >= FIRST_SEED_WITH_HAND_OVER
 
     # -- set-up ----------------------------------------------------------------------------------
 
@@ -101,24 +95,44 @@ class ClientsWorld(World):
 
     def pause(self, processes: list[Process]) -> None:
         super().pause([process for process in processes if not process.paused])
-        for process in processes:
+        for process in self._with_keepers(processes):
+            process.paused = True
             freezing.stand_still(process)
-            mount: SimMount | None = getattr(process, "mount", None)
-            if mount is not None:
-                self.events_queue.after(CACHE_TRUSTED_S, lambda mount=mount: self._doubt(mount))  # type: ignore[misc]
+            self.events_queue.after(CACHE_TRUSTED_S, lambda process=process: self._doubt(process))  # type: ignore[misc]
 
-    @staticmethod
-    def _doubt(mount: SimMount) -> None:
-        if mount.process.paused:
-            mount.connection.doubted = True
+    def _doubt(self, process: Process) -> None:
+        """Who has to see to what the kernel has cached has stood still for long."""
+        mount: SimMount | None = process.mount
+        connection = None if mount is None or not process.alive else mount.connection
+        keeper = self._keeper(process.node)
+        if keeper is not None and keeper.process is process and keeper.is_orphaned and keeper.held is not None:
+            connection = keeper.held.connection
+        if process.paused and connection is not None:
+            connection.doubted = True
 
     def resume(self, processes: list[Process]) -> None:
         super().resume(processes)
-        for process in processes:
+        for process in self._with_keepers(processes):
+            process.paused = False
             freezing.go_on(process)
-            mount: SimMount | None = getattr(process, "mount", None)
+            mount: SimMount | None = process.mount
             if mount is not None:
                 mount.connection.wake()
+
+    def _keeper(self, node: str) -> SimKeeper | None:
+        machine: Any = self.machines[node]
+        keeper: SimKeeper | None = machine.keeper
+        return keeper
+
+    def _with_keepers(self, processes: list[Process]) -> list[Process]:
+        """`csvfs node run` keeps the node's lease and its FUSE session."""
+        keepers = [self._keeper(process.node) for process in processes if process.role == "agent"]
+        return [*processes, *(keeper.process for keeper in keepers if keeper is not None)]
+
+    def may_be_followed(self, node: str) -> bool:
+        """Whether the mount of a node may go on, by its next process, though others were given its leases."""
+        keeper = self._keeper(node)
+        return keeper is not None and keeper.held is not None and keeper.held.can_be_taken_over
 
     def mend(self) -> None:
         super().mend()
