@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from csvfs.errors import BadRequest
 from csvfs.mount import held_session, inode_rows
-from csvfs.mount.held_session import SESSION_ENVIRONMENT, HeldSession, Record, mapped, inherited_session
+from csvfs.mount.held_session import SESSION_ENVIRONMENT, HeldSession, Record, inherited_session, mapped
 from csvfs.mount.inode_rows import InodeRows, Row, rows_in
 
 
