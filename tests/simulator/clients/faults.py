@@ -2,7 +2,8 @@
 
 Place      simulator.
 
-Injected   kill of a mount, of a coordinator host, of a drive server; power cut of a node; a process that stands
+Injected   kill of a mount (from seed 200,000 on another process goes on with its FUSE session), of a coordinator
+           host, of a drive server; power cut of a node; a process that stands
            still for 0.2 to 12 s and wakes up believing what it believed before (a mount, a coordinator, a drive
            server; all of a node), while its clock and everybody else go on; partitions of a node from the
            others, in both directions or one, or of two nodes, also of a node that keeps its lease meanwhile; a node,

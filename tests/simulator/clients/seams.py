@@ -84,6 +84,7 @@ def installed(world: ClientsWorld) -> Iterator[None]:
     def end_session(leases: Leases, key: SessionKey) -> None:
         """Its leases pass on: nothing that its programs were not told of may take effect any more (I6), but where the next
         process is let in again, and carries out what it is asked anew."""
+        world.evicted.add(key[0])
         if not world.may_be_followed(key[0]):
             world.record.expire(key[0])
         true_end(leases, key)

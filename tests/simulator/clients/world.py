@@ -58,6 +58,7 @@ class ClientsWorld(World):
         self.cluster, self.volume, self.volume_name, self.slab_size = CLUSTER, VOLUME, NAME, SLAB_SIZE
         self.record = Recorder(self.trace)
         self.errors: dict[str, int] = {}
+        self.evicted: set[str] = set()  # nodes whose mounts lost their leases to others
         self.undecided = 0
 
     def _draw(self) -> None:
@@ -144,11 +145,13 @@ class ClientsWorld(World):
         return not self.calm
 
     def refused(self, program: Program, connection: Connection, error: OSError) -> None:
-        """A program saw an error that is no answer."""
+        """A program saw an error that is no answer. Raises Violation: nothing explains it."""
         name = error.strerror or str(error)
         self.trace(f"{program.who}: {name}")
         key = f"{name}{'' if connection.alive else ', its mount is gone'}"
         self.errors[key] = self.errors.get(key, 0) + 1
+        if self.hands_over and connection.alive and program.node not in self.evicted:
+            raise Violation(f"{program.who}: {name}, and its mount was never evicted")
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
