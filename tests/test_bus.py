@@ -153,8 +153,21 @@ async def test_I6_after_a_fence_nothing_of_the_evicted_incarnation_lands(cluster
     assert all(contents(server, 0) == block_of(5) for server in cluster.servers)
 
 
-@pytest.mark.parametrize("has_read", [False, True])
-async def test_who_only_reads_hears_too_that_it_is_fenced(cluster, has_read):
+async def _read_zeros(bus):
+    assert await bus.read(SLAB, 0, 1) == bytes(BLOCK_SIZE)
+
+
+async def _trim(bus):
+    await bus.trim([(SLAB, 0, 1)])
+
+
+async def _flush(bus):
+    await bus.flush([SLAB])
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+@pytest.mark.parametrize("call", [_read_zeros, _trim, _flush])
+async def test_who_does_not_write_hears_too_that_it_is_fenced(cluster, call, has_begun):
     """The coordinator that had it fenced may have ended before it wrote the eviction down: then nobody else tells it."""
     reader = cluster.bus("mount/n2", incarnation=1)
     seen = []
@@ -162,14 +175,14 @@ async def test_who_only_reads_hears_too_that_it_is_fenced(cluster, has_read):
     # Without a copy on its own node, which it would read without asking.
     await cluster.owner.commit(drop_members(reader.descriptor(SLAB), [cluster.servers[0].drive_id]))
     reader.learn(cluster.owner.descriptors[SLAB])
-    if has_read:
-        assert await reader.read(SLAB, 0, 1) == bytes(BLOCK_SIZE)
+    if has_begun:
+        await call(reader)
     for server in cluster.servers:
         await cluster.owner.links.call(
             server.node, "fence", {"writer": "mount/n2", "min_incarnation": 2}, timeout_s=60
         )
     with trio.fail_after(60), pytest.raises(Fenced):
-        await reader.read(SLAB, 0, 1)
+        await call(reader)
     assert isinstance(seen[0], Fenced)
 
 

@@ -358,7 +358,7 @@ class Bus:
         try:
             return await self._reader.read(slab, block, count)
         except Fenced as error:
-            # Who only reads may hear of it here alone: the coordinator that had it fenced may have ended before it
+            # Who does not write may hear of it here alone: the coordinator that had it fenced may have ended before it
             # wrote that down, and its successor takes this writer for a good one.
             self.fenced(error)
             raise
@@ -384,7 +384,11 @@ class Bus:
 
         Raises  Unavailable, DriveFailed, Fenced: some members may have done it; trim again later.
         """
-        await self._media.trim(items)
+        try:
+            await self._media.trim(items)
+        except Fenced as error:  # as of reads
+            self.fenced(error)
+            raise
 
     def close(self) -> None:
         self._local.close()

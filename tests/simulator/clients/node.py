@@ -98,6 +98,12 @@ class SimKeeper(MountKeeper):
             with trio.CancelScope(shield=True):
                 await self.end("the mount has ended")
 
+    async def end(self, reason: str) -> None:
+        """What the real one leaves to its thread where it is cancelled happens at once."""
+        if self.held is not None:
+            self.held.connection.abort()
+        await super().end(reason)
+
     async def _take_back(self, session: Any) -> None:
         await trio.sleep(0.002)
         if self._session is session:
