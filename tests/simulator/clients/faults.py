@@ -12,7 +12,7 @@ Injected   kill of a mount (from seed 200,000 on another process goes on with it
            sender has connected anew and sent it again; all that one mount sends to others, or a coordinator
            whose node loses its lease, arrives late: when it has been evicted or replaced; or that coordinator
            stands still and wakes up then; or it is killed in the middle of a batch, and what it had sent arrives when
-           another one is at work; slow nodes; monotonic clocks that run up to 2 % fast or slow and
+           another one is at work; a mount that dies while its node does not reach the store; slow nodes; monotonic clocks that run up to 2 % fast or slow and
            begin anywhere; wall clocks that differ by up to a minute; kernels with and without epochs of names.
 Not        what the block world injects (tests/simulator/faults.py): faults of drives, what a power cut takes
            from page caches (it may take the only copy, so programs may lose what they did not flush). A
@@ -66,13 +66,15 @@ class ClientFaults(Faults):
         count = rng.choice((1, 2, 2, 3, 3, 4))
         self.plan = [(rng.choice(names), kinds) for _ in range(count)]
         self._add_late(Random(f"{world.seed}/late"), kinds)
-        if world.hands_over and not EMPHASIS:
+        if world.hands_over:
             self._add_deaths(Random(f"{world.seed}/deaths"), kinds)
 
     def _add_deaths(self, rng: Random, kinds: dict[str, Callable[[], None]]) -> None:
         """Of mounts that are followed, alone and just before or after something else."""
+        kinds["bereave"] = self._bereave
         for _ in range(rng.choice((0, 1, 1, 2))):
-            self.plan.insert(rng.randrange(len(self.plan) + 1), ("kill mount", kinds))
+            name = rng.choice(("kill mount", "kill mount", "bereave"))
+            self.plan.insert(rng.randrange(len(self.plan) + 1), (name, kinds))
 
     def _add_late(self, rng: Random, kinds: dict[str, Callable[[], None]]) -> None:
         """Kinds that came later are drawn apart: so all other runs are what they were."""
@@ -170,6 +172,17 @@ class ClientFaults(Faults):
         pairs = [pair for name in others for pair in ((alone, name), (name, alone))]
         self._world.cut(pairs)
         self._later(lambda: self._world.heal(pairs), 12.0, 15.0)
+
+    def _bereave(self) -> None:
+        """A mount dies, and no other one can be started, as its node does not reach the store: others get its leases."""
+        owner = self._world.owner_node()
+        node = self._rng.choice([name for name in self._world.machines if name != owner])
+        process = self._world.machines[node].processes.get("mount")
+        if process is not None and process.alive:
+            self._world.trace(f"{node} is cut off from the cluster store")
+            self._world.store.cut.add(node)
+            self._later(lambda: self._world.store.cut.discard(node), 3.5, 9.0, 12.0)
+            process.kill("SIGKILL")
 
     def _orphan(self) -> None:
         """The coordinator is killed while it writes, and what it sent is under way longer than its successor takes to

@@ -246,6 +246,9 @@ EMPHASIS = {
     "I6 a deposed coordinator goes on writing": ("orphan",),
     "I11 replies are not stored": ("kill host", "break", "hold"),
     "I11 operation numbers are ignored": ("kill host", "break", "hold"),
+    "hand-over I11 the next process numbers calls anew": ("kill mount",),
+    "hand-over I5 a dead mount shows what it had": ("kill mount",),
+    "hand-over I4 a recall does not wait for replays": ("kill mount",),
 }
 
 
@@ -258,6 +261,9 @@ CATCHING_SEEDS = {
     "I5 the kernel's caches outlive the lapse": (3,),
     "I5 a coordinator that is cut off goes on serving": (64,),
     "K1 cached without a lease": (3,),
+    "hand-over I5 a dead mount shows what it had": (200037,),
+    "hand-over I11 the next process numbers calls anew": (200064, 200070),
+    "hand-over I4 a recall does not wait for replays": (200116,),
 }
 
 
@@ -277,7 +283,7 @@ def emphasis_of(name: str) -> Iterator[None]:
     """Run with the faults and programs that show this mutant best."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(faults, "EMPHASIS", EMPHASIS.get(name, ())))
-        if name.startswith("I6") and "coordinator" not in name:
+        if "I4" in name or (name.startswith("I6") and "coordinator" not in name):
             for attribute, value in _FEW_PLACES.items():
                 stack.enter_context(patch.object(programs, attribute, value))
         yield

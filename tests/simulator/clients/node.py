@@ -112,6 +112,7 @@ class SimKeeper(MountKeeper):
 
     def power_off(self) -> None:
         """The kernel is gone, and all that it had."""
+        self.process.kill("power cut", quietly=True)  # if it was stopped, its tasks end all the same
         held, self._session = self.held, None
         self._orphaned = False
         if held is not None:
