@@ -8,8 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import trio
+import trio._core._run as trio_run
+
+from tests.simulator.clock import SimClock
+from tests.simulator.loop import run_tasks
 
 TOP = Path(__file__).resolve().parent.parent
 SEEDS = 2_000
@@ -77,3 +83,11 @@ def test_a_seed_replays_its_run_exactly() -> None:
     assert common == {str(seed) for seed in (1, 2, 3, 4, 5, 6, 13)}
     assert {seed: found[0][seed] for seed in common} == {seed: found[1][seed] for seed in common}
     assert found[0]["13"] == output.split()[-1]
+
+
+def test_a_run_in_which_nothing_will_ever_happen_again_ends_with_an_error() -> None:
+    with (
+        patch.object(trio_run, "unrolled_run", run_tasks),
+        pytest.raises(RuntimeError, match=r"nothing will ever wake these: .*sleep_forever"),
+    ):
+        trio.run(trio.sleep_forever, clock=SimClock())

@@ -8,6 +8,7 @@ Not        instruments, guest mode, wait_all_tasks_blocked, descriptors but that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
@@ -22,12 +23,15 @@ def run_tasks(
 ) -> Generator[float, Any, None]:
     """In place of trio._core._run.unrolled_run, for the span of a run."""
     tasks, run_queue, deadlines, clock = runner.tasks, runner.runq, runner.deadlines, runner.clock
+    stuck = ""
     try:
         clock.start_clock()
         runner.init_task = runner.spawn_impl(runner.init, (main, args), None, "<init>", system_task=True)
         while tasks:
             if not run_queue:
                 clock.deadline_to_sleep_time(deadlines.next_deadline())
+                if not run_queue and deadlines.next_deadline() == math.inf and not runner.entry_queue.size():
+                    stuck = _end_stuck(runner, stuck)
             if runner.entry_queue.size():
                 runner.io_manager.process_events((yield 0))
             heap = deadlines._heap
@@ -42,11 +46,21 @@ def run_tasks(
                 _step(runner, batch.pop())
             GLOBAL_RUN_CONTEXT.task = None
             del GLOBAL_RUN_CONTEXT.task
+        if stuck:
+            raise RuntimeError(stuck)
     finally:
         runner.close()
         GLOBAL_RUN_CONTEXT.__dict__.clear()
         if runner.ki_pending:
             runner.main_task_outcome = Error(KeyboardInterrupt())
+
+
+def _end_stuck(runner: Any, stuck: str) -> str:
+    """Cancel the run, in which no task can go on any more. What is wrong. Raises RuntimeError: that did not help."""
+    if stuck:
+        raise RuntimeError(stuck)
+    runner.main_task.parent_nursery.cancel_scope.cancel()
+    return f"nothing will ever wake these: {', '.join(task.name for task in runner.tasks)}"
 
 
 def _number(task: Any) -> int:
