@@ -31,7 +31,8 @@ class UndecidedError(Exception):
 @dataclass(slots=True, eq=False)
 class Operation:
     """`answer`: what the program was told. `unknown`: it was told nothing. Numbers: of all events, in their order.
-    `expired`: since then nothing of it may take effect any more (I6); 0: never. `on`: the object."""
+    `expired`: since then nothing of it may take effect any more (I6); 0: never. `on`: the object. `evicted`: its mount
+    was, before it was answered."""
 
     who: str
     name: str
@@ -43,6 +44,7 @@ class Operation:
     reads: bool = False  # it changes nothing
     expired: int = 0
     on: int = 0
+    evicted: bool = False
 
     def __str__(self) -> str:
         answer = "?" if self.unknown else repr(self.answer)

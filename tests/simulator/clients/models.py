@@ -192,9 +192,6 @@ def _grow(state: Cells, operation: Operation) -> Cells | None:
     return state + (0,) * (count - len(state))
 
 
-_FILE = {"write": _write, "within": _within, "append": _append, "truncate": _truncate, "grow": _grow, "read": _read, "size": _size}
-
-
 def files_step(inos: list[int]) -> Callable[[Files, Operation], Files | None]:
     """The step of files that were cloned from each other: see checker.Step."""
     places = {ino: place for place, ino in enumerate(inos)}
@@ -236,12 +233,42 @@ def _clone_parts(operation: Operation) -> list[Operation]:
     return [part for part in pages if part.answer != 0]
 
 
+def _again_parts(operation: Operation) -> list[Operation]:
+    """Its mount was evicted, and the next one carried it out again: before that others may have seen what they see of
+    one that fails. Of an append that is not known to have gone to the end then: it goes where it was going."""
+    first_time = parts(replace(operation, unknown=True, expired=operation.ended, evicted=False))
+    if operation.name == "write":
+        return [*first_time, operation]
+    return [*first_time, replace(operation, name="refill", unknown=True, expired=operation.ended)]
+
+
+def _refill(state: Cells, operation: Operation) -> Cells | None:
+    """An append that made the file longer gets its bytes."""
+    (cells,) = operation.args
+    tail = state[-len(cells) :]
+    if len(tail) < len(cells) or any(had not in (0, cell) for had, cell in zip(tail, cells, strict=True)):
+        return state
+    return state[: -len(cells)] + cells
+
+
 def _punch_parts(operation: Operation) -> list[Operation]:
     first, count = operation.args
     return [
         replace(operation, name="within", args=(cell, (0,) * CELLS_PER_PAGE))
         for cell in range(first, first + count, CELLS_PER_PAGE)
     ]
+
+
+_FILE = {
+    "write": _write,
+    "within": _within,
+    "append": _append,
+    "refill": _refill,
+    "truncate": _truncate,
+    "grow": _grow,
+    "read": _read,
+    "size": _size,
+}
 
 
 def names_parts(operation: Operation, names: frozenset[bytes]) -> list[Operation]:
@@ -263,6 +290,8 @@ def parts(operation: Operation) -> list[Operation]:
     def part(name: str, *args: Any) -> Operation:
         return replace(operation, name=name, args=args)
 
+    if operation.evicted and not operation.unknown and operation.name in ("write", "append"):
+        return _again_parts(operation)
     if operation.name == "clone":
         return _clone_parts(operation)
     if operation.name == "punch":

@@ -79,10 +79,21 @@ class Recorder:
     def expire(self, node: str) -> None:
         """The mount of a node is out: what its programs have asked of it, and have no answer to, is over (I6)."""
         self._events += 1
-        for operations in self.operations.values():
-            for operation in operations:
-                if operation.unknown and not operation.expired and _node(operation) == node:
-                    operation.expired = self._events
+        for operation in self._unanswered_by(node):
+            operation.expired = operation.expired or self._events
+
+    def evicted(self, node: str) -> None:
+        """The mount of a node is out, but the next one may go on with what its programs have asked."""
+        for operation in self._unanswered_by(node):
+            operation.evicted = True
+
+    def _unanswered_by(self, node: str) -> list[Operation]:
+        return [
+            operation
+            for operations in self.operations.values()
+            for operation in operations
+            if operation.unknown and _node(operation) == node
+        ]
 
     def judge(self, names: frozenset[Any]) -> int:
         """How many objects are undecided. Args: names: those at the beginning. Raises Violation."""

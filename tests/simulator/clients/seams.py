@@ -85,7 +85,9 @@ def installed(world: ClientsWorld) -> Iterator[None]:
         """Its leases pass on: nothing that its programs were not told of may take effect any more (I6), but where the next
         process is let in again, and carries out what it is asked anew."""
         world.evicted.add(key[0])
-        if not world.may_be_followed(key[0]):
+        if world.may_be_followed(key[0]):
+            world.record.evicted(key[0])
+        else:
             world.record.expire(key[0])
         true_end(leases, key)
 
