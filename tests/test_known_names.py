@@ -2,6 +2,8 @@
 
 import errno
 import os
+import stat
+from typing import Any
 
 import pytest
 from pyfuse3 import FUSEError
@@ -172,3 +174,25 @@ def test_a_directory_in_use_stays_known_while_very_many_other_inodes_are_recalle
         floor += 1
     floor += 2
     assert not known.is_absent(5, b"x")
+
+
+@pytest.mark.parametrize("is_history", [False, True])
+async def test_I11_a_directory_that_the_process_before_made_may_have_names_by_now(
+    volume: MemoryVolume, is_history: bool
+) -> None:
+    """Its answer comes late: the lease is given anew, and another node may have made names there since."""
+    operations = VolumeOperations(volume, volume)
+    made = volume.call_make
+
+    def answer_late(**args: Any) -> Any:
+        reply = made(**args)
+        if is_history:
+            made(parent=reply["attr"][0], name=b"f", mode=stat.S_IFREG | 0o644, uid=0, gid=0, umask=0, rdev=0, target=None)
+            return {**reply, "lease": 0, "history": True}
+        return reply
+
+    volume.call_make = answer_late  # type: ignore[method-assign,assignment]
+    volume.call_getattr = lambda ino: volume._entry(volume._inode(ino))  # type: ignore[attr-defined]
+    entry = await operations.mkdir(ROOT, b"d", 0o755, CONTEXT)
+    assert entry.attr_timeout
+    assert operations.is_absent(entry.st_ino, b"f") is not is_history

@@ -237,7 +237,12 @@ class VolumeOperations(pyfuse3.Operations):
         made_ns = reply["attr"][CTIME]
         self._table.changed(parent, asked, made_ns, entries=True, links=int(stat.S_ISDIR(mode)))
         with stale_when_gone():  # made by the process before, and removed since: the kernel begins anew
-            return await self._entry(reply, asked, parent)
+            entry = await self._entry(reply, asked, parent)
+        # With the lease that the reply gave: nobody else has put a name there. Of a directory that the process before
+        # this one made, others may have since.
+        if stat.S_ISDIR(mode) and entry.attr_timeout and not reply.get("history"):
+            self._known.made(entry.st_ino, asked)
+        return entry
 
     @fuse_errors
     async def mknod(
@@ -247,12 +252,7 @@ class VolumeOperations(pyfuse3.Operations):
 
     @fuse_errors
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        asked = self._table.stamp()
-        entry = await self._make(parent_inode, name, mode, ctx)
-        if entry.attr_timeout:  # the reply gave the lease, too
-            self._known.made(entry.st_ino, asked)
-        return entry
+        return await self._make(parent_inode, name, stat.S_IFDIR | stat.S_IMODE(mode), ctx)
 
     @fuse_errors
     async def symlink(
