@@ -369,3 +369,24 @@ async def test_I11_what_the_process_before_made_and_another_node_has_removed_sin
     with pytest.raises(FUSEError) as raised:
         await asks[way]()
     assert raised.value.errno == errno.ESTALE
+
+
+@pytest.mark.parametrize("way", ["make", "unlink", "rename", "link"])
+async def test_I11_what_the_process_before_changed_is_not_added_to_attributes_that_may_show_it(
+    operations: VolumeOperations, volume: MemoryVolume, way: str
+) -> None:
+    """They may have been asked for since it was done."""
+    ino = await make_file(operations)
+    true = getattr(volume, f"call_{way}")
+    setattr(volume, f"call_{way}", lambda **args: {**true(**args), "time_ns": 7, "history": True})
+    volume.call_getattr = lambda ino: volume._entry(volume._inode(ino))  # type: ignore[attr-defined]
+    volume.changes.clear()
+    asks = {
+        "make": lambda: operations.mkdir(ROOT, b"d", 0o755, CONTEXT),
+        "unlink": lambda: operations.unlink(ROOT, b"f", CONTEXT),
+        "rename": lambda: operations.rename(ROOT, b"f", ROOT, b"g", 0, CONTEXT),
+        "link": lambda: operations.link(ino, ROOT, b"g", CONTEXT),
+    }
+    await asks[way]()
+    assert volume.changes
+    assert all(time_ns is None for _, time_ns, _, _ in volume.changes)

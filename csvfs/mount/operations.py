@@ -107,6 +107,12 @@ def absent_entry(name_leased: bool) -> EntryAttributes:
     return entry
 
 
+def _change_ns(reply: dict[str, Any], time_ns: int | None) -> int | None:
+    """When the change was made, to add it to what is known; None: that has to be asked for. What the process before this one
+    has changed may be in it already."""
+    return None if reply.get("history") else time_ns
+
+
 class VolumeOperations(pyfuse3.Operations):
     """One volume's names and attributes. Errors become FUSEError; nothing else leaves a handler."""
 
@@ -234,7 +240,7 @@ class VolumeOperations(pyfuse3.Operations):
         self._known.add(parent, name)
         reply = await self._session.call("make", {**args, "rdev": rdev, "target": target})
         # The directory got the time of what was made in it.
-        made_ns = reply["attr"][CTIME]
+        made_ns = _change_ns(reply, reply["attr"][CTIME])
         self._table.changed(parent, asked, made_ns, entries=True, links=int(stat.S_ISDIR(mode)))
         with stale_when_gone():  # made by the process before, and removed since: the kernel begins anew
             entry = await self._entry(reply, asked, parent)
@@ -304,7 +310,8 @@ class VolumeOperations(pyfuse3.Operations):
         asked = self._table.stamp()
         self._known.add(new_parent_inode, new_name)
         reply = await self._session.call("link", args)
-        self._table.changed(new_parent_inode, asked, reply["attr"][CTIME], entries=True)
+        linked_ns = _change_ns(reply, reply["attr"][CTIME])
+        self._table.changed(new_parent_inode, asked, linked_ns, entries=True)
         return await self._entry(reply, asked, new_parent_inode, changed=True)
 
     @fuse_errors
@@ -322,7 +329,7 @@ class VolumeOperations(pyfuse3.Operations):
         self._known.discard(parent, name)
         if directory:
             self._known.forget(reply["ino"])
-        time_ns = reply.get("time_ns")
+        time_ns = _change_ns(reply, reply.get("time_ns"))
         self._table.changed(reply["ino"], asked, time_ns, links=-2 if directory else -1)
         self._table.changed(parent, asked, time_ns, entries=True, links=-int(directory))
         self._table.granted_directory(parent, reply["dir_lease"])
@@ -348,7 +355,7 @@ class VolumeOperations(pyfuse3.Operations):
         reply = await self._session.call("rename", args)
         if not flags & (pyfuse3.RENAME_EXCHANGE | RENAME_WHITEOUT):
             self._known.discard(parent_inode_old, name_old)
-        time_ns = reply.get("time_ns")
+        time_ns = _change_ns(reply, reply.get("time_ns"))
         self._table.changed(reply["ino"], asked, time_ns)
         self._table.set_parent(reply["ino"], parent_inode_new)
         if reply["replaced"]:
