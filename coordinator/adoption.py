@@ -10,15 +10,14 @@ Limits     WAIT_S for all claims of a call: who does not give a read lease back 
 
 import trio
 
-from coordinator import arguments
 from coordinator.arguments import Args
 from coordinator.departures import Departed
-from coordinator.dispatch import RELEASE_ITEMS_MAX
+from coordinator.dispatch import claims_of
 from coordinator.lease_table import OPEN, WRITE, Need, Ticket
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
 from coordinator.sessions import Session
-from csvfs.errors import BadRequest, CsvfsError, Fenced
+from csvfs.errors import CsvfsError, Fenced
 from csvfs.ids import InodeNo
 
 WAIT_S = 2.0  # below session.HELLO_TIMEOUT_S
@@ -34,10 +33,7 @@ class Adoption:
 
         Raises  BadRequest, Fenced; Unavailable: too many wait for leases. Cancel safe.
         """
-        claims = arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX)
-        for ino, kind, _, _ in claims:
-            if not isinstance(ino, int) or not isinstance(kind, int) or not OPEN <= kind <= WRITE:
-                raise BadRequest("leases must be [ino, kind, size, mtime_ns]")
+        claims = claims_of(args)
         there = self._metadata.inodes.sizes([ino for ino, _, _, _ in claims])
         refused = [ino for ino, _, _, _ in claims if ino not in there]
         wanted: list[InodeNo] = []

@@ -360,10 +360,7 @@ class Dispatch:
         mtime_ns)."""
         refused: list[int] = []
         reports: list[tuple[InodeNo, int, int | None]] = []
-        claims = arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX)
-        for ino, kind, _, _ in claims:
-            if not isinstance(ino, int) or not isinstance(kind, int) or not OPEN <= kind <= WRITE:
-                raise BadRequest("leases must be [ino, kind, size, mtime_ns]")
+        claims = claims_of(args)
         sizes = self._metadata.inodes.sizes([ino for ino, _, _, _ in claims])
         for ino, kind, size, mtime_ns in claims:
             if ino not in sizes or not self._leases.table.reclaim(session.key, InodeNo(ino), kind):
@@ -372,10 +369,35 @@ class Dispatch:
                 reports.append((InodeNo(ino), size or 0, mtime_ns or None))
         return refused, reports
 
+    def confirm(self, session: Session, args: Args) -> dict[str, list[int]]:
+        """What the next process of a mount believes to hold, by the notes of the one before, against what is known here: that
+        one may have been killed before it noted what it had given back, or was refused.
+
+        `lowered`: it holds less, and has it open, if it is there. `refused`: others may have written there, too, since
+        what it is asked anew was begun.
+        """
+        table = self._leases.table
+        short = {InodeNo(ino): kind for ino, kind, _, _ in claims_of(args) if table.held(session.key, InodeNo(ino)) < kind}
+        there = self._metadata.inodes.sizes(list(short))
+        for ino in short:
+            if ino in there:
+                table.reclaim(session.key, ino, OPEN)
+        lowered = [int(ino) for ino, kind in short.items() if kind > OPEN or ino not in there]
+        return {"lowered": lowered, "refused": [ino for ino in lowered if ino in session.refused]}
+
     async def flush(self) -> Reply:
         """All metadata that anybody was told of is on the media of all members (I8)."""
         await self._log.flush()
         return Reply({})
+
+
+def claims_of(args: Args) -> list[list[Any]]:
+    """Rows of [ino, kind, size, mtime_ns]. Raises BadRequest."""
+    claims = arguments.rows(args, "leases", 4, RELEASE_ITEMS_MAX)
+    for ino, kind, _, _ in claims:
+        if not isinstance(ino, int) or not isinstance(kind, int) or not OPEN <= kind <= WRITE:
+            raise BadRequest("leases must be [ino, kind, size, mtime_ns]")
+    return claims
 
 
 def _merge(attr: list[int], told: dict[str, Any] | None) -> None:

@@ -24,7 +24,7 @@ from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
 from coordinator.volume_figures import VolumeFigures
 from csvfs.errors import BadRequest
-from csvfs.ids import DriveId, Epoch, SlabId
+from csvfs.ids import DriveId, Epoch, InodeNo, SlabId
 from csvfs.net.calls import field
 
 SLABS_ASKED_MAX = 65_536
@@ -80,6 +80,8 @@ class SessionCalls:
     async def _reclaim(self, session: Session, args: Args) -> Reply:
         if session.departed is not None:
             return await self._adopt(session, session.departed, args)
+        if session.reclaimed and session.inherited is not None:
+            return Reply(self._dispatch.confirm(session, args), position=self._log.position)
         refused, reports = self._dispatch.reclaim(session, args)
         self._desk.claiming(session)
         for ino, size, mtime_ns in reports:
@@ -92,6 +94,7 @@ class SessionCalls:
     async def _adopt(self, session: Session, departed: Departed, args: Args) -> Reply:
         await self._desk.wait_open()  # others must have said what they hold
         refused = await self._adoption.reclaim(session, departed, args)
+        session.refused.update(map(InodeNo, refused))
         self._desk.claiming(session)
         if arguments.flag(args, "last"):
             await self._desk.settle(session)

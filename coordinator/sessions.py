@@ -18,7 +18,7 @@ import trio
 from coordinator.departures import Departed
 from coordinator.lease_table import SessionKey
 from csvfs.errors import CsvfsError, Disconnected, Fenced, NotFound
-from csvfs.ids import Incarnation, NodeName
+from csvfs.ids import Incarnation, InodeNo, NodeName
 from csvfs.wire.control import pack_value, unpack_value
 
 BUSY_S = 3.0  # it says so once a second
@@ -64,6 +64,7 @@ class Session:
     why: str = ""
     final: bool = False  # nobody will go on for it when it has ended
     departed: Departed | None = None  # what it goes on for, until it has said what it holds
+    refused: set[InodeNo] = field(default_factory=set)  # of its claims then: others may have written to these
     last_answer: float = field(default_factory=trio.current_time)  # when it was last told anything
     unreachable_since: float = field(default_factory=trio.current_time)  # meaningful while there is no link
     connected: trio.Event = field(default_factory=trio.Event)  # set while there is a link

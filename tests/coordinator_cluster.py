@@ -393,16 +393,15 @@ class Mount:
         link.on_frame = self._on_frame
         hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation, "inherit": self.inherits}
         answer = self.hello = await link.call("hello", hello, timeout_s=60)
-        knows_leases, self.inherits = self.inherits and answer["claimed"], False
-        if answer["term"] > self.term and knows_leases:
-            self.term = answer["term"]
-        elif answer["term"] > self.term:
+        self.inherits = False
+        if answer["term"] > self.term:
             self.term = answer["term"]
             await self.may_claim.wait()
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
-            refused = (await link.call("reclaim", {"leases": leases, "last": self.claims_all}, timeout_s=60))["refused"]
-            for ino in refused:
+            self.claim_reply = reply = await link.call("reclaim", {"leases": leases, "last": self.claims_all}, timeout_s=60)
+            for ino in reply["refused"]:
                 self.held[ino] = int(bool(answer.get("adopted")))
+            self.held.update(dict.fromkeys(reply.get("lowered", ()), 1))
 
     def _on_frame(self, link: Link, frame: Any) -> None:
         name, args = unpack_call(frame.head)

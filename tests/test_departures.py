@@ -71,6 +71,29 @@ async def test_what_somebody_has_written_since_does_not_come_back_though_nobody_
         assert await second.read(ino, 1) == NEW
 
 
+async def test_I4_who_follows_one_that_was_killed_before_it_noted_what_was_refused_hears_it_again(tmp_path):
+    """What the dead one has noted says that it holds the write lease."""
+    async with cluster_of(tmp_path) as cluster:
+        first, other, ino = await two_mounts(cluster)
+        kept = await first.make(b"kept")
+        await first.write(kept, OLD)
+        noted = dict(first.held)
+        await evict(cluster, first)
+        await other.acquire(ino, WRITE)
+        await other.write(ino, NEW)
+        second = await go_on(cluster, first)
+        assert second.held[ino] == OPEN
+        second.kill()
+        second.held = noted
+        third = await go_on(cluster, second)
+        assert third.hello["claimed"] and not third.hello.get("adopted")
+        assert third.claim_reply == {"lowered": [ino], "refused": [ino]}  # nor does it do again what was begun there
+        assert third.held[ino] == OPEN and third.held[kept] == WRITE
+        await third.write(kept, NEW)
+        await other.write(ino, OLD)
+        assert await third.read(ino, 1) == OLD
+
+
 async def test_a_truncation_by_another_counts_as_a_write(tmp_path):
     async with cluster_of(tmp_path) as cluster:
         first, other, ino = await two_mounts(cluster)

@@ -44,6 +44,24 @@ async def test_I5_nobody_gets_a_lease_between_a_process_and_the_next(tmp_path):
         assert read == [block_of("two")]
 
 
+async def test_I4_what_a_process_gave_back_and_was_killed_before_it_noted_that_is_not_the_next_ones(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        first, other = await cluster.mount("n1"), await cluster.mount("n2")
+        given_back, held = await first.make(b"a"), await first.make(b"b")
+        for ino in (given_back, held):
+            await first.write(ino, block_of("one"))
+        noted = dict(first.held)
+        await first.call("release", items=[[given_back, 0]])
+        first.kill()
+        first.held = noted
+        second = await next_process(cluster, first)
+        assert second.hello["claimed"] and second.claim_reply == {"lowered": [given_back], "refused": []}
+        assert (second.held[given_back], second.held[held]) == (1, WRITE)
+        await other.acquire(given_back, WRITE)
+        await other.write(given_back, block_of("two"))
+        assert await second.read(given_back, 1) == block_of("two")
+
+
 async def test_I6_nothing_of_the_dead_process_lands_once_the_next_one_serves(tmp_path):
     async with cluster_of(tmp_path) as cluster:
         first = await cluster.mount("n1")

@@ -180,11 +180,15 @@ class FileTable:
     def refused(self, inos: list[int], *, are_open: bool = False) -> None:
         """A coordinator gave these leases to others before we could claim them. are_open: it counts the inodes as open
         here."""
-        states = [self.leases.states[ino] for ino in inos if ino in self.leases.states]
         if not are_open:
-            self._recaller.lose(states)
+            self._recaller.lose([self.leases.states[ino] for ino in inos if ino in self.leases.states])
             return
         self.inheritance.refused(inos)
+        self.lowered(inos)
+
+    def lowered(self, inos: list[int]) -> None:
+        """What is held on these is that they are open."""
+        states = [self.leases.states[ino] for ino in inos if ino in self.leases.states]
         self._lose_but_open(states)
         self._forgotten |= {state.ino: None for state in states if not state.open_count}
 

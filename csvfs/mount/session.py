@@ -67,6 +67,7 @@ class LeaseHolder(Protocol):
 
     def claims(self) -> list[list[int]]: ...
     def refused(self, inos: list[int], *, are_open: bool = False) -> None: ...
+    def lowered(self, inos: list[int]) -> None: ...
     def adopted(self, lost_locks: list[int] | None) -> None: ...
     async def recall(self, ino: int, kind: int, attr: bool) -> dict[str, Any]: ...
     def query(self, ino: int) -> dict[str, Any] | None: ...
@@ -244,11 +245,10 @@ class Session:
             term = field(hello, "term", int)
             if term < self._term:
                 raise NotCoordinator(f"{link.peer} coordinates term {term}, we know term {self._term}")
-            knows_leases = self._inherit and hello.get("claimed") is True
             is_adopted = self._inherit and hello.get("adopted") is True
             if is_adopted and self.holder is not None:
                 self.holder.adopted(hello.get("lost_locks"))
-            if term > self._term and not knows_leases:
+            if term > self._term:
                 await self._reclaim(link, is_adopted)
         except BaseException:
             link.close()
@@ -263,7 +263,8 @@ class Session:
         return lost
 
     async def _reclaim(self, link: Link, is_adopted: bool) -> None:
-        """Tell a new coordinator, or one that had evicted us, what we hold; give up what it refuses."""
+        """Tell a new coordinator, or one that had evicted us, what we hold, or what the process before us noted; give up
+        what it refuses."""
         assert self.holder is not None
         claims = self.holder.claims()
         for first in range(0, max(1, len(claims)), RECLAIM_BATCH):
@@ -272,9 +273,11 @@ class Session:
                 "last": first + RECLAIM_BATCH >= len(claims),
             }
             reply = await link.call("reclaim", args, timeout_s=HELLO_TIMEOUT_S)
-            refused = field(reply, "refused", list)
+            refused, lowered = field(reply, "refused", list), field({"lowered": []} | reply, "lowered", list)
+            if lowered:
+                self.holder.lowered(lowered)
             if refused:
-                self.holder.refused(refused, are_open=is_adopted)
+                self.holder.refused(refused, are_open=is_adopted or bool(lowered))
 
     async def _until_lost_or_moved(self, lost: trio.Event, address: Address) -> None:
         async def watch_owner() -> None:
