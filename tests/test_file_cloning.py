@@ -157,6 +157,24 @@ async def test_a_copy_within_a_file_that_another_node_makes_shorter_ends_where_t
         assert await other.read(FILE, 0, 20 * BLOCK) == b"A" * 100 + bytes(10 * BLOCK - 100) + b"A" * 100
 
 
+async def test_a_copy_within_a_file_that_another_node_made_shorter_just_before_ends_where_the_file_did() -> None:
+    async with cluster() as c:
+        node, other = await pair(c, 4), c.node("n2")
+        await node.write(FILE, 0, letters(4))
+        cloning = node.table.copy_range.__self__
+        getattr_, asked = cloning._getattr, []
+
+        async def getattr_late(ino):  # the size was asked for once, and is asked for before each part
+            asked.append(ino)
+            if len(asked) == 2:
+                await other.table.truncate(FILE, {"size": 100, "mtime_ns": 1})
+            return await getattr_(ino)
+
+        cloning._getattr = getattr_late
+        assert await node.table.copy_range(FILE, 0, FILE, 10 * BLOCK, 4 * BLOCK) == 100
+        assert await other.read(FILE, 0, 20 * BLOCK) == b"A" * 100 + bytes(10 * BLOCK - 100) + b"A" * 100
+
+
 async def test_an_answer_with_the_layout_of_before_a_clone_is_not_believed_after_it() -> None:
     async with cluster() as c:
         node = await pair(c)

@@ -93,6 +93,7 @@ class Cloning:
     ) -> tuple[int, bool]:
         """The next bytes of the range: how many; whether the source ends behind them. It is not looked at again then:
         what is copied within one file may have made it longer, and what lies there would be copied, too."""
+        wanted = min(length, BLOCK_SIZE - offset % BLOCK_SIZE)
         length = min(length, (await self._getattr(source.ino))[SIZE] - offset)
         if length <= 0:
             return 0, True
@@ -105,7 +106,7 @@ class Cloning:
         data = await self._read(source, offset, size)
         if data:
             await self._writes.write(into.ino, target_offset, memoryview(data), 0)
-        return len(data), len(data) < size
+        return len(data), len(data) < wanted
 
     async def _read(self, source: FileState, offset: int, size: int) -> bytes:
         """Bytes of one block, as many as there are. Not by ReadPath, which takes it for the kernel's, with a page locked."""
