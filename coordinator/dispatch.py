@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import trio
+
 from coordinator import arguments
 from coordinator.arguments import Args
 from coordinator.batches import Batches
 from coordinator.extents import Extent
 from coordinator.lease_table import NONE, OPEN, READ, WRITE, Need, Ticket
-from coordinator.leases import Leases
+from coordinator.leases import Leases, int_of
 from coordinator.metadata import Metadata
 from coordinator.metadata_log import MetadataLog
 from coordinator.operations import Needs, Operation, Operations, Value, lease_of_new
@@ -93,8 +95,9 @@ class Dispatch:
         self._leases = leases
         self._slabs = slabs
         self._orphaned = orphaned
-        self._questions = Questions(metadata, leases)
+        self.questions = Questions(metadata, leases)
         self._operations = Operations(metadata, leases.table)
+        self.given_back: Callable[[Session, InodeNo], None] = lambda session, ino: None  # see SharedWrite.release
         # Changes that may have to wait for space.
         self.takers = {"allocate": self.allocate, "unshare": self.unshare}
 
@@ -102,7 +105,7 @@ class Dispatch:
 
     def question(self, session: Session, name: str, args: Args) -> Reply | None:
         """The answer to a question; None: `name` is not one. Raises CsvfsError."""
-        question = self._questions.by_name.get(name)
+        question = self.questions.by_name.get(name)
         if question is None:
             return None
         reply = question(session, args)
@@ -114,12 +117,27 @@ class Dispatch:
         if reply.writer is not None:
             attr = reply.value["attr"]
             _merge(attr, await self._leases.query(reply.writer, InodeNo(attr[0])))
+        if reply.sharers:
+            await self._ask_sharers(reply)
         await self._log.wait(reply.position)
+
+    async def _ask_sharers(self, reply: Reply) -> None:
+        attr = reply.value["attr"]
+
+        async def ask(session: Session) -> None:
+            told = await self._leases.query(session, InodeNo(attr[0]))
+            attr[_MTIME] = max(attr[_MTIME], int_of(told or {}, "mtime_ns") or 0)
+
+        async with trio.open_nursery() as nursery:
+            for session in reply.sharers:
+                nursery.start_soon(ask, session)
 
     def sealed(self, session: Session, reply: Reply) -> Any:
         """The value with the leases as they are now: to be sent without another await."""
         for field, (ino, serial) in reply.leases.items():
             reply.value[field] = self._leases.table.lease_at_send(session.key, ino, serial)
+        if reply.seal is not None:
+            reply.seal()
         return reply.value
 
     # -- changes ---------------------------------------------------------------------------------
@@ -221,7 +239,7 @@ class Dispatch:
                 # the lease that stays they would be believed, and nobody would take them back again.
                 value["attr"], writer = attr, self._leases.other_writer(session, ino)
             if wanted.count:
-                self._add_layout(value, ino, wanted.block, wanted.count)
+                self.add_layout(value, ino, wanted.block, wanted.count)
         except BaseException as error:
             if isinstance(error, NotFound):
                 self._leases.release(session, ino, wanted.before)
@@ -236,8 +254,10 @@ class Dispatch:
         """The reply has left, or never will. Twice does no harm."""
         if reply.ticket is not None:
             self._leases.finish(reply.ticket)
+        if reply.finish is not None:
+            reply.finish()
 
-    def _add_layout(self, value: dict[str, Any], ino: InodeNo, block: int, count: int) -> None:
+    def add_layout(self, value: dict[str, Any], ino: InodeNo, block: int, count: int) -> None:
         extents = self._metadata.layout(ino, block, count, LAYOUT_EXTENTS_MAX)
         value["extents"] = [extent.to_wire() for extent in extents]
         value["slabs"] = self._descriptors({extent.slab for extent in extents})
@@ -350,6 +370,8 @@ class Dispatch:
         for ino, kind in arguments.rows(args, "items", 2, RELEASE_ITEMS_MAX):
             if not isinstance(ino, int) or not isinstance(kind, int) or not NONE <= kind <= WRITE:
                 raise BadRequest("items must be [ino, kind]")
+            if kind == NONE:
+                self.given_back(session, InodeNo(ino))
             self._leases.release(session, InodeNo(ino), kind)
         return Reply({})
 

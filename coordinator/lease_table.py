@@ -36,6 +36,9 @@ NONE, OPEN, READ, WRITE = range(4)
 
 SessionKey = tuple[NodeName, Incarnation]
 
+# Holds the write lease of files that several nodes write at once (shared_write.py). No node has such a name.
+SHARERS: SessionKey = (NodeName("nodes that share it"), Incarnation(0))
+
 TICKETS_MAX = 65_536  # requests waiting or being carried out; more are refused
 LEASES_PER_SESSION_MAX = 262_144  # about 150 MB of table per session; the longest held are recalled beyond it
 
@@ -312,6 +315,16 @@ class LeaseTable:
                 if held.kind == WRITE:
                     return session
         return None
+
+    def contends(self, session: SessionKey, ino: InodeNo, kind: int) -> bool:
+        """Whether a lease of READ or more on `ino` has to come from another session, or one waits for it that excludes it."""
+        inode = self._inodes.get(ino)
+        if inode is None:
+            return False
+        need, least = (Need.WRITE, READ) if kind == WRITE else (Need.READ, WRITE)
+        return any(held.kind >= least for other, held in inode.holders.items() if other != session) or any(
+            _exclude(need, ticket.needs[ino]) for ticket in inode.tickets if ticket.session != session
+        )
 
     def readers(self, ino: InodeNo) -> list[SessionKey]:
         """Those who hold READ."""

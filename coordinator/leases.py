@@ -22,6 +22,7 @@ import trio
 from coordinator.lease_table import (
     NONE,
     READ,
+    SHARERS,
     WRITE,
     Action,
     Grant,
@@ -44,6 +45,9 @@ ABSENT_TIMES_MAX = 3  # recall_timeout
 OUTDATED_MAX = 16_384  # more are not told
 OUTDATED_AT_ONCE = 64
 BUSY_S_MAX = 120.0  # for one recall; the io_timeout is 60 s unless somebody has changed it
+
+# A request that waits, since when, for which recalls, and until when each of these.
+Waiting = tuple[Ticket, float, list[tuple[Recall, float]]]
 
 
 class Leases:
@@ -81,6 +85,10 @@ class Leases:
         self._under_way: dict[Recall, float] = {}  # until when an answer is waited for
         self._outdated: dict[tuple[SessionKey, InodeNo], None] = {}
         self._outdated_due = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self.trim_segments: Callable[[], None] = lambda: None
+        self.waiting_for_segments: Callable[[int], list[Waiting]] = lambda count_max: []
+        self.end_shared: Callable[[InodeNo], Awaitable[None]] | None = None  # see shared_write.py
         self._recalls, self._recalls_due = trio.open_memory_channel[Recall](float("inf"))
 
     # -- requests --------------------------------------------------------------------------------
@@ -134,19 +142,23 @@ class Leases:
         self._since_s.pop(ticket, None)
         self.perform(self.table.finish(ticket))
 
-    def waiting(self, count_max: int) -> list[tuple[Ticket, float, list[tuple[Recall, float]]]]:
+    def waiting(self, count_max: int) -> list[Waiting]:
         """Requests that wait, the eldest first: since when, for which recalls, and until when each of these."""
         recalls: dict[InodeNo, list[tuple[Recall, float]]] = {}
         for recall, until_s in self._under_way.items():
             recalls.setdefault(recall.ino, []).append((recall, until_s))
         waiting = (item for item in self._since_s.items() if not item[0].granted)
-        return [
+        found = [
             (ticket, since_s, [row for ino in ticket.needs for row in recalls.get(ino, ())])
             for ticket, since_s in islice(waiting, count_max)
         ]
+        return [*found, *self.waiting_for_segments(count_max - len(found))]
 
     def release(self, session: Session, ino: InodeNo, kind: int) -> None:
-        self.perform(self.table.release(session.key, ino, kind))
+        self.release_of(session.key, ino, kind)
+
+    def release_of(self, key: SessionKey, ino: InodeNo, kind: int) -> None:
+        self.perform(self.table.release(key, ino, kind))
         self._lowered(ino)
 
     def rename(self, old: SessionKey, new: SessionKey) -> None:
@@ -176,27 +188,49 @@ class Leases:
                 if event is not None:
                     event.set()
             else:
-                self._recalls.send_nowait(action)
+                self._send(action)
+
+    def _send(self, recall: Recall) -> None:
+        self._recalls.send_nowait(recall)
 
     # -- recalls ---------------------------------------------------------------------------------
 
     async def run_forever(self) -> None:
         """Send recalls until cancelled."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._trim_forever)
             nursery.start_soon(self._tell_outdated_forever)
-            async for recall in self._recalls_due:
-                self._under_way[recall] = trio.current_time() + self._recall_timeout_s
-                nursery.start_soon(self._recall_noted, recall)
+            try:
+                async for recall in self._recalls_due:
+                    self._under_way[recall] = trio.current_time() + self._recall_timeout_s
+                    nursery.start_soon(self._recall_noted, recall)
+            finally:
+                self._nursery = None
+
+    def start(self, function: Callable[[Recall], Awaitable[None]], recall: Recall) -> None:
+        """A task, as long as `run_forever` runs."""
+        if self._nursery is not None:
+            self._nursery.start_soon(function, recall)
 
     async def _trim_forever(self) -> None:
         while True:
             await trio.sleep(TRIM_INTERVAL_S)
-            self.perform(self.table.trim())
+            self.trim()
+
+    def trim(self) -> None:
+        """Have sessions give back the longest held of very many leases."""
+        self.perform(self.table.trim())
+        self.trim_segments()
 
     async def _recall_noted(self, recall: Recall) -> None:
         try:
-            await self._recall(recall)
+            if recall.session == SHARERS and self.end_shared is not None:
+                await self.end_shared(recall.ino)
+                self.perform(self.table.answer(SHARERS, recall.ino, NONE))
+                self.release_of(SHARERS, recall.ino, NONE)
+            else:
+                await self._recall(recall)
         finally:
             self._under_way.pop(recall, None)
 
@@ -206,7 +240,7 @@ class Leases:
             return  # end_session answers for it
         answer: dict[str, Any] | None = None
         reason = "it did not answer"
-        args = {"ino": recall.ino, "kind": recall.to_kind, "attr": recall.attr}
+        args = self._call_of(recall)
         began_s = trio.current_time()
         deadline = began_s + self._recall_timeout_s
         while answer is None and not session.ended and session.key == recall.session:
@@ -215,7 +249,7 @@ class Leases:
                 if not why:
                     break
                 deadline = self._under_way[recall] = now_s + self._recall_timeout_s
-                log.warning("%s %s, and is waited for with inode %d", session.writer, why, recall.ino)
+                log.warning("%s %s, and is waited for with %s", session.writer, why, self._name_of(recall))
             try:
                 # Of a recall that is under way already the mount makes no second one.
                 answer = await session.call("recall", args, timeout_s=deadline - trio.current_time())
@@ -232,12 +266,18 @@ class Leases:
             return  # the next process of the mount is asked anew (rename)
         if answer is None:
             log.warning(
-                "%s did not give back inode %d within %g s (%s): it is evicted",
-                session.writer, recall.ino, self._recall_timeout_s, reason,
+                "%s did not give back %s within %g s (%s): it is evicted",
+                session.writer, self._name_of(recall), self._recall_timeout_s, reason,
             )  # fmt: skip
-            await self._evict(session, f"it did not give back its lease on inode {recall.ino}: {reason}")
+            await self._evict(session, f"it did not give back its lease on {self._name_of(recall)}: {reason}")
             return
         await self._take_answer(session, recall, answer)
+
+    def _name_of(self, recall: Recall) -> str:
+        return f"inode {recall.ino}"
+
+    def _call_of(self, recall: Recall) -> dict[str, Any]:
+        return {"ino": recall.ino, "kind": recall.to_kind, "attr": recall.attr}
 
     def _waits_longer(self, session: Session, now_s: float, began_s: float) -> str:
         """Why a session that has not answered in time is not evicted yet; empty: it is."""
@@ -252,7 +292,7 @@ class Leases:
         fields = answer if isinstance(answer, dict) else {}
         kind = fields.get("kind")
         kind = kind if isinstance(kind, int) and NONE <= kind <= WRITE else recall.to_kind
-        mtime_ns, atime_ns = _int(fields, "mtime_ns"), _int(fields, "atime_ns")
+        mtime_ns, atime_ns = int_of(fields, "mtime_ns"), int_of(fields, "atime_ns")
         held = self.table.held(session.key, recall.ino)
         if atime_ns and held >= READ:
             self._accessed(recall.ino, atime_ns)  # not worth waiting for
@@ -297,7 +337,7 @@ class Leases:
             log.info("%s was told that inode %d was read: %s", session.writer, ino, error)
             return
         fields = answer if isinstance(answer, dict) else {}
-        atime_ns, mtime_ns = _int(fields, "atime_ns"), _int(fields, "mtime_ns")
+        atime_ns, mtime_ns = int_of(fields, "atime_ns"), int_of(fields, "mtime_ns")
         if atime_ns and self.table.held(key, ino) >= READ:
             self._accessed(ino, atime_ns)
         if mtime_ns and self.table.held(key, ino) == WRITE:  # it has got that lease meanwhile
@@ -329,6 +369,6 @@ class Leases:
         return self.table.highest(ino) >= READ
 
 
-def _int(fields: dict[str, Any], name: str) -> int | None:
+def int_of(fields: dict[str, Any], name: str) -> int | None:
     value = fields.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

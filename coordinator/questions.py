@@ -28,8 +28,10 @@ class Reply:
     """`leases`: field -> (inode, serial of the lease when this was computed); filled in when it is sent.
 
     `position`: of the log, when this was computed: sent once that is durable. 0: it depends on no change.
-    `writer`: the session to be asked for the size and times in `value["attr"]` first.
-    `ticket`: keeps others off until the reply has left; finished then, also if it never does.
+    `writer`: the session to be asked for the size and times in `value["attr"]` first; `sharers`: those to be asked for the
+    time of the last write, the latest of which counts.
+    `ticket`: keeps others off until the reply has left; finished then, also if it never does; so is `finish`, once or more.
+    `seal`: fills in the rest of the value as it leaves.
     """
 
     value: Any
@@ -37,6 +39,9 @@ class Reply:
     writer: Session | None = None
     position: int = 0
     ticket: Ticket | None = None
+    sharers: list[Session] = field(default_factory=list)
+    seal: Callable[[], None] | None = None
+    finish: Callable[[], None] | None = None
 
 
 class Questions:
@@ -45,6 +50,7 @@ class Questions:
     def __init__(self, metadata: Metadata, leases: Leases) -> None:
         self._metadata = metadata
         self._leases = leases
+        self.sharers: Callable[[InodeNo], list[Session]] = lambda ino: []  # see SharedWrite.members
         self.by_name: dict[str, Callable[[Session, Args], Reply]] = {
             "lookup": self._lookup,
             "getattr": self._getattr,
@@ -73,6 +79,8 @@ class Questions:
         writer = self._leases.other_writer(session, ino)
         if writer is not None:
             return Reply({"attr": attr, "lease": 0}, leases, writer)
+        if sharers := self.sharers(ino):
+            return Reply({"attr": attr, "lease": 0}, leases, sharers=sharers)
         leases["lease"] = (ino, self._leases.table.try_read(session.key, ino))
         return Reply({"attr": attr}, leases)
 

@@ -52,6 +52,7 @@ from coordinator.session_calls import SessionCalls
 from coordinator.session_desk import SessionDesk
 from coordinator.sessions import Session
 from coordinator.settling import Settling
+from coordinator.shared_write import SegmentLeases, SharedWrite
 from coordinator.slab_book import DataBook, MetadataBook, SlabBook
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
@@ -153,7 +154,7 @@ class Service:
         self._put_together_figures([book, self._data_book])
         self._calls = SessionCalls(
             metadata, self.log, self.desk, self._adoption, self.dispatch, self.changes, self.slabs, self.members, self.lost,
-            self.quotas, self.figures,
+            self.quotas, self.figures, self.shared_write,
         )  # fmt: skip
 
     def _put_together_slabs(
@@ -190,6 +191,18 @@ class Service:
         self.desk.leases = self.leases
         self.leases.table.on_write = self.departures.wrote
         self._adoption = Adoption(metadata, self.leases)
+        segments = SegmentLeases(
+            self.desk.sessions,
+            recall_timeout_s=setup.recall_timeout_s,
+            report=self.desk.report,
+            accessed=self.desk.accessed,
+            evict=self.desk.evict,
+            lowered=lambda key: None,
+            is_alive=facts.is_alive,
+        )
+        segments.beside = self.leases
+        self.shared_write = SharedWrite(metadata, batches, self.desk.sessions, self.leases, segments)
+        self.desk.shared_write = self.shared_write
         self._janitor = Janitor(metadata, batches, self.leases, self.desk.wait_open, self.departures.holds)
         self.departures.on_forgotten = self._janitor.look
         self.locks = LockDesk(metadata, batches, self.departures)
@@ -197,6 +210,8 @@ class Service:
         self.check_desk = CheckDesk(metadata, batches, self.leases, self._janitor)
         self.quotas = QuotaDesk(metadata, batches)
         self.dispatch = Dispatch(metadata, batches, self.log, self.leases, self.slabs, self._janitor.orphaned)
+        self.dispatch.questions.sharers = self.shared_write.members
+        self.dispatch.given_back = self.shared_write.release
 
     def _put_together_verification(
         self, control: DriveControl, book: MetadataBook, metadata_changes: SlabChanges, record: JobRecord
@@ -365,6 +380,9 @@ class Service:
             return True
         if self._calls.has_to_wait(name):
             return False
+        if name == "segments" or (name == "acquire" and self.shared_write.wants(session, args)):
+            self._start_task(self._serve_segments if name == "segments" else self._share, caller, args)
+            return True
         if name == "acquire":
             wanted = self.dispatch.begin_acquisition(session, args)
             if not wanted.ticket.granted:
@@ -376,7 +394,7 @@ class Service:
             reply = plain(session, args) if plain is not None else self.dispatch.question(session, name, args)
         if reply is None:
             raise BadRequest(f"call {name!r} is not served here")
-        if reply.writer is not None:
+        if reply.writer is not None or reply.sharers:
             # Without the lease, so nobody has to be kept off: who asks the writer may wait for a second.
             self.dispatch.answered(reply)
             self._start_task(self._complete, caller, reply)
@@ -423,6 +441,18 @@ class Service:
     async def _serve_lock(self, caller: Caller, args: Args) -> None:
         value = await self.locks.call(caller.session, caller.link, caller.name, args)
         await self._complete(caller, Reply(value, position=self.log.position))
+
+    async def _share(self, caller: Caller, args: Args) -> None:
+        await self._complete(caller, await self.shared_write.share(caller.session, args))
+
+    async def _serve_segments(self, caller: Caller, args: Args) -> None:
+        block, count = arguments.number_or_zero(args, "block"), arguments.number_or_zero(args, "blocks")
+
+        def describe(value: dict[str, Any], ino: InodeNo) -> None:
+            if count:
+                self.dispatch.add_layout(value, ino, block, count)
+
+        await self._complete(caller, await self.shared_write.ask(caller.session, args, describe))
 
     async def _wait_to_acquire(self, caller: Caller, wanted: Acquisition) -> None:
         await self.leases.wait(caller.session, wanted.ticket)

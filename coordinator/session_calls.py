@@ -20,6 +20,7 @@ from coordinator.questions import Reply
 from coordinator.quota_desk import QuotaDesk
 from coordinator.session_desk import SessionDesk
 from coordinator.sessions import BUSY_S, Session
+from coordinator.shared_write import SharedWrite
 from coordinator.slab_changes import SlabChanges
 from coordinator.slab_manager import SlabManager
 from coordinator.volume_figures import VolumeFigures
@@ -47,6 +48,7 @@ class SessionCalls:
         lost: LostSlabs,
         quotas: QuotaDesk,
         figures: VolumeFigures,
+        shared_write: SharedWrite,
     ) -> None:
         self._metadata = metadata
         self._log = log
@@ -59,6 +61,7 @@ class SessionCalls:
         self._lost = lost
         self._quotas = quotas
         self._figures = figures
+        self._shared_write = shared_write
         self.later: dict[str, Callable[[Session, Args], Awaitable[Reply]]] = {
             "reclaim": self._reclaim,
             "accessed": dispatch.accessed,
@@ -66,6 +69,8 @@ class SessionCalls:
             "slab_failed": self._slab_failed,
             "fsync": self._fsync,
             "goodbye": self._goodbye,
+            "segments_written": shared_write.written,
+            "segments_flush": shared_write.flush,
         }
         self.plain: dict[str, Callable[[Session, Args], Reply]] = {
             "release": dispatch.release,
@@ -80,8 +85,10 @@ class SessionCalls:
     async def _reclaim(self, session: Session, args: Args) -> Reply:
         if session.departed is not None:
             return await self._adopt(session, session.departed, args)
+        without = self._shared_write.reclaim(session, args)
         if session.reclaimed and session.inherited is not None:
-            return Reply(self._dispatch.confirm(session, args), position=self._log.position)
+            known = {**self._dispatch.confirm(session, args), "without_segments": without}
+            return Reply(known, position=self._log.position)
         refused, reports = self._dispatch.reclaim(session, args)
         self._desk.claiming(session)
         for ino, size, mtime_ns in reports:
@@ -89,11 +96,12 @@ class SessionCalls:
             self._desk.claiming(session)
         if arguments.flag(args, "last"):
             self._desk.claimed(session)
-        return Reply({"refused": refused}, position=self._log.position)
+        return Reply({"refused": refused, "without_segments": without}, position=self._log.position)
 
     async def _adopt(self, session: Session, departed: Departed, args: Args) -> Reply:
+        without = self._shared_write.reclaim(session, args)
         await self._desk.wait_open()  # others must have said what they hold
-        refused = await self._adoption.reclaim(session, departed, args)
+        refused = [*await self._adoption.reclaim(session, departed, args), *without]
         session.refused.update(map(InodeNo, refused))
         self._desk.claiming(session)
         if arguments.flag(args, "last"):

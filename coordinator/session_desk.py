@@ -19,6 +19,7 @@ from coordinator.eviction import Eviction
 from coordinator.leases import Leases
 from coordinator.metadata import Metadata
 from coordinator.sessions import Session, Sessions
+from coordinator.shared_write import SharedWrite
 from csvfs.errors import CsvfsError, Fenced, NotFound
 from csvfs.ids import DriveId, Incarnation, InodeNo, NodeName, SlabId
 
@@ -30,7 +31,7 @@ _EVICTED = "evicted/"  # rows of table settings: name -> the last incarnation ev
 
 
 class SessionDesk:
-    """Set `leases` before use."""
+    """Set `leases` and `shared_write` before use."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class SessionDesk:
     ) -> None:
         self.sessions = Sessions()
         self.leases: Leases | None = None
+        self.shared_write: SharedWrite | None = None
         self._metadata = metadata
         self._batches = batches
         self._eviction = eviction
@@ -191,6 +193,8 @@ class SessionDesk:
             return  # meanwhile, for another reason
         self.sessions.rename(session, incarnation)
         self.leases.rename(dead, session.key)
+        if self.shared_write is not None:
+            self.shared_write.rename(dead, session.key)
         session.ended, session.inherited = False, sorted({*(session.inherited or ()), *written})
         log.info("incarnation %d goes on for %s, incarnation %d", incarnation, session.writer, dead[1])
 
@@ -299,6 +303,8 @@ class SessionDesk:
             self._departures.add(self._what_departs(session, written))  # before its leases pass on
         elif session.departed is not None:
             self._departures.drop(session.departed)
+        if self.shared_write is not None:
+            self.shared_write.end_session(session.key)
         self.leases.end_session(session.key)
         self._evictions.pop(session).set()
         log.log(level, "evicted %s, incarnation %d", session.writer, session.incarnation)

@@ -50,16 +50,17 @@ class Files(Leases, Attributes, Space, Writes, Closing, Protocol):
     """What the channel needs of the file table (csvfs/mount/file_table.py)."""
 
     def read_nowait(self, ino: int, offset: int, size: int) -> Buffers | None: ...
-    async def read(self, ino: int, offset: int, size: int) -> Buffers: ...
+    async def read(self, ino: int, offset: int, size: int, *, direct: bool = False) -> Buffers: ...
     async def statfs(self, ino: int) -> dict[str, int]: ...
+    def read_segments(self, ino: int, offset: int, size: int) -> Buffers | None: ...
 
 
 class Replays(Protocol):
     """See inheritance.py."""
 
     def refuses(self, ino: int) -> bool: ...
-    def replay_begins(self, ino: int) -> None: ...
-    def replay_ends(self, ino: int) -> None: ...
+    def replay_begins(self, ino: int, unique: int) -> None: ...
+    def replay_ends(self, ino: int, unique: int) -> None: ...
     def resent(self) -> None: ...
 
 
@@ -107,7 +108,7 @@ class Channel:
         self._inline_reads = 0
         self.waited_count = 0  # requests that needed a task
         self._answers = Answers(self._reply, self._reply_errno, self._reply_failure, self._start, self._then_ok, self._forward)
-        self._writes = WriteRequests(self._answers, files, self._replayed)
+        self._writes = WriteRequests(self._answers, files, self._replayed, self._journal)
         self._handlers = self._make_handlers()
 
     @property
@@ -168,11 +169,13 @@ class Channel:
                 continue
             _, opcode, unique, node, _, _, _, _, _ = header.unpack_from(buffer)
             if opcode == abi.READ and size >= 80 and node not in barred_opens:
-                _, offset, want, _, _, _, _ = read_in.unpack_from(buffer, 40)
+                _, offset, want, read_flags, _, _, _ = read_in.unpack_from(buffer, 40)
                 try:
                     data = read_nowait(node, offset, want)
+                    if data is None and read_flags & abi.READ_LOCKOWNER:
+                        data = self._files.read_segments(node, offset, want)
                     if data is None:
-                        self._start(unique, self._read, node, offset, want)
+                        self._start(unique, self._read, node, offset, want, read_flags)
                     else:
                         self._inline_reads += 1
                         self._engine.hot()
@@ -210,7 +213,7 @@ class Channel:
                     self._reply_errno(unique, barred.ERRNO if changed in self._barred_opens else errno.EIO)
                     continue
                 self._replaying[unique] = changed
-                self._replays.replay_begins(changed)
+                self._replays.replay_begins(changed, unique & UNIQUE_MASK)
             self._dispatch(opcode, unique, node, buffer[:size])
             if not is_resent and opcode not in _OUT_OF_TURN:
                 break
@@ -226,7 +229,7 @@ class Channel:
     def _replayed(self, unique: int) -> None:
         ino = self._replaying.pop(unique, None)
         if ino is not None and self._replays is not None:
-            self._replays.replay_ends(ino)
+            self._replays.replay_ends(ino, unique & UNIQUE_MASK)
 
     def _dispatch(self, opcode: int, unique: int, node: int, request: memoryview) -> None:
         handler = self._handlers.get(opcode)
@@ -325,13 +328,14 @@ class Channel:
             self._reply_failure(unique, error)
 
     def _on_read(self, unique: int, node: int, body: memoryview) -> None:
-        _, offset, size, _, _, _, _ = abi.READ_IN.unpack_from(body)
-        self._start(unique, self._read, node, offset, size)
+        _, offset, size, read_flags, _, _, _ = abi.READ_IN.unpack_from(body)
+        self._start(unique, self._read, node, offset, size, read_flags)
 
-    async def _read(self, unique: int, node: int, offset: int, size: int) -> None:
+    async def _read(self, unique: int, node: int, offset: int, size: int, read_flags: int) -> None:
         # Without an await between the table's last look at the lease and the reply: pages never come too
         # late.
-        self._reply_data(unique, await self._files.read(node, offset, size))
+        direct = bool(read_flags & abi.READ_LOCKOWNER)
+        self._reply_data(unique, await self._files.read(node, offset, size, direct=direct))
 
     async def _then_ok(self, unique: int, function: Callable[..., Awaitable[None]], *args: object) -> None:
         await function(*args)

@@ -17,6 +17,7 @@ Invariants
 import trio
 
 from csvfs.errors import CsvfsError
+from csvfs.mount.segments import Segments
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import ExtentMap
 from csvfs.volume.file_io import WriteDone
@@ -144,6 +145,7 @@ class FileState:
         "replays",
         "report",
         "runs",
+        "segments",
         "shared",
         "size",
         "stale",
@@ -172,6 +174,7 @@ class FileState:
         self.inherited = LEASE_NONE
         self.inherited_time = False  # it was written to, and the coordinator has not heard when
         self.replays = 0  # requests under way that the process before may have carried out already
+        self.segments: Segments | None = None  # of a file that several nodes write at once
         self.directory = False
         self.symlink = False
         self.parent = 0  # of a directory: where it was found last; 0: not known
@@ -260,6 +263,12 @@ class FileState:
             attr[ATIME] = self.atime_ns
         return attr
 
+    def share(self) -> None:
+        """The coordinator says that several nodes write to it."""
+        known = self.segments
+        if known is None or (known.ending and not known.kinds and not known.uses):
+            self.segments = Segments()
+
     def is_claimed(self, first: int, end: int) -> bool:
         return any(claim.first < end and first < claim.end for claim in self.claims)
 
@@ -279,6 +288,7 @@ class FileState:
         """Something is under way, or the kernel has it open: not to be released."""
         return bool(
             self.open_count or self.waiting or self.lost or self.writes or self.buffered or self.recall or self.truncations
+            or (self.segments is not None and (self.segments.uses or self.segments.times_dirty))
             or (self._locks and any(lock.locked() for lock in self._locks.values()))
         )  # fmt: skip
 
@@ -297,6 +307,11 @@ class FileState:
     def flushing(self) -> trio.Lock:
         """Held during fsync."""
         return self._lock("flushing")
+
+    @property
+    def settling(self) -> trio.Lock:
+        """Held while others are asked to flush."""
+        return self._lock("settling")
 
     @property
     def tail(self) -> trio.Lock:

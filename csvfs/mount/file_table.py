@@ -40,7 +40,9 @@ from csvfs.mount.read_path import ReadPath
 from csvfs.mount.recall import KernelNotifier, Recaller
 from csvfs.mount.reports import Reports
 from csvfs.mount.request_journal import RequestJournal
+from csvfs.mount.segments import SegmentedError
 from csvfs.mount.set_id import SetId
+from csvfs.mount.shared_write import SharedWrite
 from csvfs.mount.shedding import INODES_MAX, KERNEL_INODES_MAX, Shedding
 from csvfs.mount.truncation import Truncation
 from csvfs.mount.write_path import WritePath
@@ -78,6 +80,7 @@ class FileTable:
     ) -> None:
         """kept: is told of every inode of which the kernel may cache something. journal: knows where appends go.
         on_emptied: whether the kernel shows nothing that it has cached, as this mount may not serve."""
+        journal = self._journal = journal or RequestJournal()
         self._coordinator = coordinator
         self._bus = bus
         self._notifier = notifier
@@ -105,13 +108,15 @@ class FileTable:
         self._forgotten = self.shedding.forgotten
         self.release_unused = self.shedding.shed
         self._writes = WritePath(
-            self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s, journal or RequestJournal(),
-            self._give_up,
+            self.leases, bus, self._reports, notifier, guard, nursery, io_timeout_s, journal, self._give_up
         )  # fmt: skip
         self.leases.wrote_before = lambda state: self._reports.set_time(state, time.time_ns())
         self._truncation = Truncation(self.leases, coordinator, self._writes, self._give_up, io_timeout_s)
         self._holes = Holes(
             self.leases, coordinator, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
+        )
+        self._shared = SharedWrite(
+            self.leases, coordinator, bus, guard, io_timeout_s, self.inheritance, journal, self._settle_for_recall
         )
         cloning = Cloning(
             self.leases, bus, self._reports, self._writes, self.getattr, self._give_up, io_timeout_s
@@ -123,8 +128,8 @@ class FileTable:
         """Once: the channel calls them for every request."""
         self.read_nowait = self._reads.read_nowait
         self.write_nowait = self._writes.write_nowait
-        self.read = self._reads.read
-        self.write = self._writes.write
+        self.read_segments = self._shared.read_nowait
+        self.write_segments = self._shared.write_nowait
         self.truncate = self._truncation.truncate
         self.fallocate = self._holes.fallocate
         self.seek = self._holes.seek
@@ -135,6 +140,39 @@ class FileTable:
         self.recalled_since = self.leases.recalled_since
         self.changed_since = self.leases.changed_since
         self.changed = self.leases.changed
+
+    # -- reads and writes that wait ------------------------------------------------------------------
+
+    async def read(self, ino: int, offset: int, size: int, *, direct: bool = False) -> list[Data]:
+        """See ReadPath.read. direct: past the kernel's cache."""
+        while direct:
+            state = self.leases.states.get(ino)
+            if state is not None and state.segments is not None and state.lease < LEASE_READ:
+                data = await self._shared.read(state, offset, size)
+                if data is not None:
+                    return data
+            try:
+                return await self._reads.read(ino, offset, size, direct=True)
+            except SegmentedError:
+                continue
+        return await self._reads.read(ino, offset, size)
+
+    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int, *, direct: bool = False) -> None:
+        """See WritePath.write. direct: past the kernel's cache."""
+        while direct:
+            state = self.leases.states.get(ino)
+            if state is not None and state.segments is not None and state.lease < LEASE_READ:
+                written = await self._shared.write(state, offset, data)
+                if written:
+                    return
+                if written is False:
+                    break
+            try:
+                await self._writes.write(ino, offset, data, write_flags, direct=True)
+                return
+            except SegmentedError:
+                continue
+        await self._writes.write(ino, offset, data, write_flags)
 
     # -- leases ----------------------------------------------------------------------------------
 
@@ -177,9 +215,21 @@ class FileTable:
         """See session.LeaseHolder."""
         return self.leases.claims()
 
+    def claims_of_segments(self) -> list[list[Any]]:
+        """See session.LeaseHolder."""
+        return self.leases.claims_of_segments()
+
+    def without_segments(self, inos: list[int]) -> None:
+        """The coordinator knows of no segments of these that we have. What was begun there is not done again."""
+        self.inheritance.refused([ino for ino in inos if self.inheritance.is_begun(ino, None)])
+        for ino in inos:
+            if ino in self.leases.states:
+                self._shared.drop(self.leases.states[ino])
+
     def refused(self, inos: list[int], *, are_open: bool = False) -> None:
         """A coordinator gave these leases to others before we could claim them. are_open: it counts the inodes as open
         here."""
+        self.without_segments(inos)
         if not are_open:
             self._recaller.lose([self.leases.states[ino] for ino in inos if ino in self.leases.states])
             return
@@ -224,10 +274,29 @@ class FileTable:
         if state is not None and not state.directory and state.lease < LEASE_WRITE:
             # The next holder's fsync speaks for what was written here (I8), so it goes to the media first. A disk
             # that takes longer than this is left to finish by itself: a recall has a deadline, and we one life.
-            with trio.move_on_after(RECALL_FLUSH_S):
-                await self._settle(state)
-                await self._settle_inherited()
+            await self._settle_for_recall(state)
         return reply
+
+    async def recall_segment(self, ino: int, segment: int, kind: int) -> dict[str, Any]:
+        """See session.LeaseHolder. Cancel: leaves the lease as it is, the recall unanswered."""
+        state = self.leases.states.get(ino)
+        if state is None:
+            await trio.lowlevel.checkpoint()
+            state = self.leases.states.get(ino)
+        return {"kind": LEASE_NONE} if state is None else await self._shared.recall(state, segment, kind)
+
+    async def flush_segments(self, ino: int) -> None:
+        """See session.LeaseHolder: another node's fsync speaks for what was written here. Raises as fsync."""
+        state = self.leases.states.get(ino)
+        await self.inheritance.flush()
+        if state is not None:
+            async with state.flushing:
+                await self._flush_slabs(state)
+
+    async def _settle_for_recall(self, state: FileState) -> None:
+        with trio.move_on_after(RECALL_FLUSH_S):
+            await self._settle(state)
+            await self._settle_inherited()
 
     def set_given(self, is_given: Callable[[int], bool]) -> None:
         """`is_given(ino)`: whether the kernel was told of the inode and has not forgotten it."""
@@ -235,11 +304,14 @@ class FileTable:
 
     def query(self, ino: int) -> dict[str, Any] | None:
         """See session.LeaseHolder."""
+        state = self.leases.states.get(ino)
+        if state is not None and state.segments is not None and state.segments.times_dirty:
+            return {"size": None, "mtime_ns": state.segments.mtime_ns, "atime_ns": None}
         return self._recaller.query(ino)
 
     def take_over(self, rows: list[Row]) -> None:
         """What the process before this one left, before anything else is done; see inheritance.py."""
-        lost = self.inheritance.take(rows)
+        lost = self.inheritance.take(rows, self._journal.begun_before())
         for row in rows:
             if row.barred:
                 self.barred.bar(row.ino, row.opens, time.monotonic_ns())
@@ -353,6 +425,7 @@ class FileTable:
             async with state.flushing:
                 await self._flush_slabs(state)
                 await self._flush_metadata(state)
+            await self._shared.flush(state)  # others have us flush meanwhile
         finally:
             state.waiting -= 1
 
@@ -459,9 +532,16 @@ class FileTable:
             await trio.sleep(self._times_s)
             await self.report_times()
 
+    async def _report_segments(self) -> None:
+        try:
+            await self._shared.report_times()
+        except CsvfsError as error:
+            log.info("times of files that several nodes write are not reported: %s", error)
+
     async def report_times(self) -> None:
         """Tell the coordinator the times of the last writes and reads that it does not know yet."""
         await self.access.report()
+        await self._report_segments()
         states = list(self._timed)
         self._timed.clear()
         for state in states:

@@ -120,6 +120,7 @@ FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
+READ_LOCKOWNER = 1 << 1  # in read_flags: for a program, past the page cache
 WRITE_CACHE = 1 << 0  # in write_flags: write-back of dirty mmapped pages
 WRITE_KILL_SUIDGID = 1 << 2  # in write_flags: the caller may not keep set-uid and set-gid bits
 FSYNC_FDATASYNC = 1 << 0

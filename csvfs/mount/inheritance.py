@@ -15,15 +15,16 @@ Flushes    What the dead process wrote and did not flush is flushed before any f
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import trio
 
 from csvfs.errors import CsvfsError
-from csvfs.mount.file_state import LEASE_OPEN, LEASE_READ, FileState
+from csvfs.mount.file_state import LEASE_OPEN, LEASE_READ, LEASE_WRITE, FileState
 from csvfs.mount.inode_rows import Row
 from csvfs.mount.leases import Leases
+from csvfs.mount.segments import Segments
 from csvfs.volume.file_io import BlockBus
 from csvfs.wire.block_messages import SlabDescriptor
 
@@ -44,11 +45,14 @@ class Inheritance:
         self._unflushed: list[int] = []
         self._failure: CsvfsError | None = None
         self._refused: set[int] = set()
+        self._begun: dict[int, tuple[int, list[int]]] = {}  # by request: where it was begun, and is not done again yet
+        self._asked_anew: set[int] = set()
+        self.unsettled: set[int] = set()  # open files; the process before may have owed an fsync of them what others wrote
 
-    def take(self, rows: Iterable[Row]) -> list[FileState]:
+    def take(self, rows: Iterable[Row], begun: Mapping[int, tuple[int, list[int]]]) -> list[FileState]:
         """Before the first word to the coordinator. Returns the inodes of which pages may be left that no lease covers.
 
-        Until `resent`, recalls of what is taken over here wait.
+        begun: see RequestJournal.begun_before: these segments are held. Until `resent`, recalls of what is taken over here wait.
         """
         self._resent = trio.Event()
         lost = []
@@ -61,6 +65,14 @@ class Inheritance:
             state.regate()
             if row.lost:
                 lost.append(state)
+        self._begun = dict(begun)
+        self.unsettled = {ino for ino, state in self._leases.states.items() if state.open_count}
+        for ino, segments in begun.values():
+            state = self._leases.state(ino)
+            if state.segments is None:
+                state.segments = Segments()
+                state.segments.is_member = True
+            state.segments.kinds |= dict.fromkeys(segments, LEASE_WRITE)
         return lost
 
     def refused(self, inos: Iterable[int]) -> None:
@@ -79,17 +91,35 @@ class Inheritance:
 
     def resent(self) -> None:
         """All that the kernel wanted to ask anew has begun."""
+        for unique in [unique for unique in self._begun if unique not in self._asked_anew]:
+            self._end_begun(unique)  # it has its answer
         self._resent.set()
 
-    def replay_begins(self, ino: int) -> None:
+    def replay_begins(self, ino: int, unique: int) -> None:
         """A request that changes the inode's data, and that may have been carried out already."""
         self._leases.state(ino).replays += 1
+        self._asked_anew.add(unique)
 
-    def replay_ends(self, ino: int) -> None:
+    def _end_begun(self, unique: int) -> None:
+        ino, _ = self._begun.pop(unique)
+        state = self._leases.states.get(ino)
+        if state is not None:
+            state.notify()
+
+    def is_begun(self, ino: int, segment: int | None) -> bool:
+        """Whether a write that was begun there, None: anywhere in the file, has to be done again first."""
+        return any(at == ino and (segment is None or segment in segments) for at, segments in self._begun.values())
+
+    def replay_ends(self, ino: int, unique: int) -> None:
+        if unique in self._begun:
+            self._end_begun(unique)
         state = self._leases.states.get(ino)
         if state is not None and state.replays:
             state.replays -= 1
             state.notify()
+
+    async def wait_resent(self) -> None:
+        await self._resent.wait()
 
     async def ready(self, state: FileState) -> None:
         """Until a recall of the inode may be answered. Raises as Leases.restore. Cancel safe."""

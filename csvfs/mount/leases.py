@@ -34,6 +34,7 @@ from csvfs.mount.file_state import (
     SIZE,
     FileState,
 )
+from csvfs.mount.segments import SegmentedError
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import BLOCKS_MAX, FILE_BLOCKS_MAX
 from csvfs.volume.file_io import BlockBus
@@ -258,17 +259,25 @@ class Leases:
 
     # -- asking ----------------------------------------------------------------------------------
 
-    async def acquire(self, state: FileState, kind: int, block: int, count: int) -> None:
+    async def acquire(self, state: FileState, kind: int, block: int, count: int, *, direct: bool = False) -> None:
         """Ask for a lease, and the layout around the first unknown of blocks `block..block+count` (count 0: none).
 
+        direct: for I/O past the cache, which a file that several nodes write may do without the lease.
         Returns when there is reason to look at the state again; what was asked for may still be missing.
-        Raises  NotFound, Unavailable ... of the call.
+        Raises  NotFound, Unavailable ... of the call. SegmentedError: direct, and `state.segments` are to be asked for.
         """
         if state.inherited:
             await self.restore(state)
             return
-        first, end = _window(state.extents.first_unknown(block, count)) if count else (0, 0)
+        await self._acquire(state, kind, block, count, direct)
+        if direct and state.segments is not None and not state.segments.ending and state.lease < LEASE_READ:
+            raise SegmentedError
+
+    async def _acquire(self, state: FileState, kind: int, block: int, count: int, direct: bool) -> None:
+        first, end = window_of(state.extents.first_unknown(block, count)) if count else (0, 0)
         args = {"ino": state.ino, "kind": kind, "block": first, "count": end - first}
+        if direct:
+            args["direct"] = True
         if state.lease >= kind:
             async with state.mapping:
                 if state.lease >= kind and not state.extents.covers(block, count):
@@ -323,6 +332,8 @@ class Leases:
                 self.states.setdefault(state.ino, state)
                 self.kept.add(state.ino)
                 self.granted(state.ino, reply["lease"], reply.get("attr"), asked)
+                if reply.get("segmented"):
+                    state.share()
                 if reply["lease"] >= LEASE_READ:
                     self._take_answer(state, args, reply)
                 outcome.append(None)
@@ -380,6 +391,7 @@ class Leases:
         state.lease = state.inherited = LEASE_NONE
         state.inherited_time = False
         state.losses += 1
+        state.segments = None
         state.attr = None
         state.metadata_dirty = True
         state.times_dirty = False
@@ -388,6 +400,16 @@ class Leases:
         state.tail_zero = -1
         state.regate()
         self.mark_recalled(state.ino)
+
+    def claims_of_segments(self) -> list[list[Any]]:
+        """Likewise, of files that several nodes write: [ino, mtime_ns, [[first, count, kind]]]."""
+        found: list[list[Any]] = []
+        for state in self.states.values():
+            segments = state.segments
+            if segments is not None and segments.is_member:
+                mtime_ns = segments.mtime_ns if segments.times_dirty else 0
+                found.append([state.ino, mtime_ns, segments.runs()])
+        return found
 
     def claims(self) -> list[list[int]]:
         """What to reclaim from a new coordinator: [ino, kind, size, mtime_ns]."""
@@ -398,7 +420,7 @@ class Leases:
         ]
 
 
-def _window(block: int) -> tuple[int, int]:
+def window_of(block: int) -> tuple[int, int]:
     """The aligned stretch of LAYOUT_BLOCKS around the block."""
     first = block - block % LAYOUT_BLOCKS
     return first, first + LAYOUT_BLOCKS

@@ -87,13 +87,13 @@ class ReadPath:
             state.taint.append((offset, size))
         return file_io.clip(buffers, offset & _BLOCK_MASK, size)
 
-    async def read(self, ino: int, offset: int, size: int) -> list[Data]:
+    async def read(self, ino: int, offset: int, size: int, *, direct: bool = False) -> list[Data]:
         """As read_nowait, waiting for lease, layout and drives.
 
         The caller answers the kernel without another await: a recall waits for reads under way to be
         answered.
         Raises  NotFound; Unavailable, TimedOut, InputOutputError after io_timeout_s; Corrupt: no copy verified;
-                Lost. Cancel safe.
+                Lost. SegmentedError: as Leases.acquire. Cancel safe.
         """
         deadline = time.monotonic() + self._io_timeout_s
         state = self._leases.state(ino)
@@ -132,7 +132,7 @@ class ReadPath:
                         continue
                 if first + count > FILE_BLOCKS_MAX:
                     first = count = 0  # of no file; the lease will say where this one ends
-                await self._leases.acquire(state, state.lease_to_read, first, count)
+                await self._leases.acquire(state, state.lease_to_read, first, count, direct=direct)
         except Fenced:
             is_answered = False
             raise

@@ -3,7 +3,8 @@
 Place      mount floor; used by session.py (numbers of calls), write_path.py (where an append went) and channel.py.
 Why        A mount process dies, and the kernel asks its successor everything anew that was not answered. A call that
            changes metadata must then have the number it had before, or it is done twice (I11); and an append must go
-           where it was going, or its bytes are there twice.
+           where it was going, or its bytes are there twice. And a write that was begun in a segment of a file that several
+           nodes write (shared_write.py) must be done again before anybody else gets that segment.
 How        A slot of two words, `unique` of the request and (what << 56 | number), is written before the call is sent or
            the append begins, and freed when the kernel has its answer. Words are stored in the order of the program, so
            whatever instant the process is killed at, a slot is there whole or not at all.
@@ -12,7 +13,7 @@ Memory     belongs to the parent (held_session.py). Without one a journal is onl
 
 from contextvars import ContextVar
 
-SLOTS = 8192  # requests that wait are at most channel.REQUESTS_WAITING_MAX, with seldom more than one slot each
+SLOTS = 8192  # requests that wait are at most channel.REQUESTS_WAITING_MAX, with seldom more than one slot each; a write in segments has two or three
 WORDS = 2 + 2 * SLOTS
 _OVERFLOWED, _LAST, _FIRST = 0, 1, 2
 _WHAT_SHIFT = 56
@@ -23,7 +24,7 @@ UNIQUE_MASK = UNIQUE_RESENT - 1
 # Calls that do harm when a successor makes them anew. Under the write lease, which the successor has without a gap,
 # `allocate`, `commit`, `punch`, `clone`, `unshare` and `replace` do not.
 _CALLS = {"setattr": 1, "make": 2, "link": 3, "unlink": 4, "rename": 5, "setxattr": 6, "removexattr": 7}
-_APPEND = 15
+_APPEND, _BEGUN_IN, _SEGMENT = 15, 14, 13  # number: where it goes; the inode; the segment
 
 # The request that the task works for, without UNIQUE_RESENT; 0: none.
 current_request: ContextVar[int] = ContextVar("current_request", default=0)
@@ -53,7 +54,7 @@ class RequestJournal:
         for slots in self._old.values():
             slots.sort(key=lambda slot: slot[2])
         self._last = self._words[_LAST]
-        self._bound = {slot[2] for slots in self._old.values() for slot in slots if slot[1] != _APPEND}
+        self._bound = {slot[2] for slots in self._old.values() for slot in slots if slot[1] < _SEGMENT}
         self._ops: dict[int, None] = dict.fromkeys(sorted(self._bound))  # that may be sent (again), in order
 
     # -- requests --------------------------------------------------------------------------------
@@ -66,6 +67,10 @@ class RequestJournal:
         """The kernel has its answer."""
         for slot in (*self._open.pop(unique, ()), *self._old.pop(unique, ())):
             self._release(slot)
+
+    def forget(self, unique: int) -> None:
+        """It is not served yet after all, and nothing of it was noted."""
+        self._open.pop(unique, None)
 
     def drop_old(self) -> None:
         """All that the kernel still wants answered was begun: the rest of what was taken over is history."""
@@ -121,6 +126,26 @@ class RequestJournal:
         self._note(slots, unique, _APPEND, end)
         return end
 
+    # -- segments --------------------------------------------------------------------------------
+
+    def begins_in(self, unique: int, ino: int, first: int, last: int) -> None:
+        """A write of the request is about to begin in segments `first` to `last` of the inode. Until the request is done."""
+        slots = self._open.get(unique)
+        if slots is not None:
+            self._note(slots, unique, _BEGUN_IN, ino)
+            for segment in range(first, last + 1):
+                self._note(slots, unique, _SEGMENT, segment)
+
+    def begun_before(self) -> dict[int, tuple[int, list[int]]]:
+        """Of the process before: by request, the inode and the segments that it had begun to write to."""
+        found = {}
+        for unique, slots in self._old.items():
+            inos = [number for _, what, number in slots if what == _BEGUN_IN]
+            segments = [number for _, what, number in slots if what == _SEGMENT]
+            if inos and segments:
+                found[unique] = (inos[0], sorted(set(segments)))
+        return found
+
     # -- slots -----------------------------------------------------------------------------------
 
     def _take_old(self, unique: int, what: int) -> Slot | None:
@@ -144,6 +169,6 @@ class RequestJournal:
         at, what, number = slot
         self._words[at] = 0
         self._free.append(at)
-        if what != _APPEND:
+        if what < _SEGMENT:
             self._bound.discard(number)
             self._ops.pop(number, None)

@@ -46,6 +46,7 @@ HELLO_TIMEOUT_S = 5.0
 PING_INTERVAL_S = 1.0  # see CONTACT_S_MAX of guard.py
 PING_TIMEOUT_S = 2.5
 RECLAIM_BATCH = 1000
+RUNS_BATCH = 20_000  # of segments: some 200 KiB
 
 
 class OwnerView(Protocol):
@@ -66,6 +67,10 @@ class LeaseHolder(Protocol):
     open_files: int
 
     def claims(self) -> list[list[int]]: ...
+    def claims_of_segments(self) -> list[list[Any]]: ...
+    def without_segments(self, inos: list[int]) -> None: ...
+    async def recall_segment(self, ino: int, segment: int, kind: int) -> dict[str, Any]: ...
+    async def flush_segments(self, ino: int) -> None: ...
     def refused(self, inos: list[int], *, are_open: bool = False) -> None: ...
     def lowered(self, inos: list[int]) -> None: ...
     def adopted(self, lost_locks: list[int] | None) -> None: ...
@@ -117,7 +122,7 @@ class Session:
         self._inherit = inherit
         self._waits: dict[object, CallWait] = {}
         self.unlinked_s: float | None = trio.current_time()  # since when there is no link; None: there is one
-        self._calls = CallTable({"recall": self._serve_recall, "query": self._serve_query})
+        self._calls = CallTable({"recall": self._serve_recall, "query": self._serve_query, "flush": self._serve_flush})
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -267,17 +272,28 @@ class Session:
         what it refuses."""
         assert self.holder is not None
         claims = self.holder.claims()
+        *more, segments = _batches(self.holder.claims_of_segments())
+        for batch in more:
+            await self._claim(link, {"leases": [], "last": False, "segments": batch}, is_adopted)
         for first in range(0, max(1, len(claims)), RECLAIM_BATCH):
             args = {
                 "leases": claims[first : first + RECLAIM_BATCH],
                 "last": first + RECLAIM_BATCH >= len(claims),
             }
-            reply = await link.call("reclaim", args, timeout_s=HELLO_TIMEOUT_S)
-            refused, lowered = field(reply, "refused", list), field({"lowered": []} | reply, "lowered", list)
-            if lowered:
-                self.holder.lowered(lowered)
-            if refused:
-                self.holder.refused(refused, are_open=is_adopted or bool(lowered))
+            if segments and args["last"]:
+                args["segments"] = segments
+            await self._claim(link, args, is_adopted)
+
+    async def _claim(self, link: Link, args: dict[str, Any], is_adopted: bool) -> None:
+        assert self.holder is not None
+        reply = await link.call("reclaim", args, timeout_s=HELLO_TIMEOUT_S)
+        refused, lowered = field(reply, "refused", list), field({"lowered": []} | reply, "lowered", list)
+        if without := reply.get("without_segments"):
+            self.holder.without_segments(without)
+        if lowered:
+            self.holder.lowered(lowered)
+        if refused:
+            self.holder.refused(refused, are_open=is_adopted or bool(lowered))
 
     async def _until_lost_or_moved(self, lost: trio.Event, address: Address) -> None:
         async def watch_owner() -> None:
@@ -342,13 +358,36 @@ class Session:
 
     async def _serve_recall(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         assert self.holder is not None
+        if "segment" in args:
+            return await self.holder.recall_segment(field(args, "ino", int), field(args, "segment", int), field(args, "kind", int))
         return await self.holder.recall(
             field(args, "ino", int), field(args, "kind", int), bool(args.get("attr"))
         )
 
+    async def _serve_flush(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        assert self.holder is not None
+        await self.holder.flush_segments(field(args, "ino", int))
+        return {}
+
     def _serve_query(self, link: Link, args: dict[str, Any]) -> dict[str, Any] | None:
         assert self.holder is not None
         return self.holder.query(field(args, "ino", int))
+
+
+def _batches(claims: list[list[Any]]) -> list[list[list[Any]]]:
+    """Claims of segments, as many runs of them as one call may have; at least one batch."""
+    batches: list[list[list[Any]]] = [[]]
+    left = RUNS_BATCH
+    for ino, mtime_ns, runs in claims:
+        parts = [runs[at : at + RUNS_BATCH] for at in range(0, max(1, len(runs)), RUNS_BATCH)]
+        for part in parts:
+            size = max(1, len(part))
+            if size > left:
+                batches.append([])
+                left = RUNS_BATCH
+            batches[-1].append([ino, mtime_ns, part])
+            left -= size
+    return batches
 
 
 def _without_leases(value: Any) -> Any:

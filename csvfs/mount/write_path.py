@@ -64,6 +64,7 @@ class _Request:
     cached: bool
     append: bool
     deadline: float
+    direct: bool = False
 
     @property
     def end(self) -> int:
@@ -171,11 +172,12 @@ class WritePath:
 
     # -- with waiting ----------------------------------------------------------------------------
 
-    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None:
+    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int, *, direct: bool = False) -> None:
         """Write any bytes anywhere: takes the lease, allocates, reads what is kept of partial blocks.
 
         Raises  NotFound, NoSpace; Unavailable, TimedOut after io_timeout_s; DriveFailed, Corrupt, Fenced. The
                 bytes written to may then be old, new or a mix of both.
+        SegmentedError: as Leases.acquire.
         Cancel  as for errors; `data` must stay as it is even then, some of it may still be on its way.
         """
         if not data:
@@ -192,7 +194,7 @@ class WritePath:
         token = object()
         state.waiting += 1
         try:
-            await self._write_until_done(_Request(state, token, offset, data, cached, append, deadline))
+            await self._write_until_done(_Request(state, token, offset, data, cached, append, deadline, direct))
         finally:
             state.waiting -= 1
             state.stuck.pop(token, None)
@@ -234,7 +236,7 @@ class WritePath:
             if missing is None:
                 state.stuck.pop(request.token, None)
                 return
-            await self._leases.acquire(state, LEASE_WRITE, *missing)
+            await self._leases.acquire(state, LEASE_WRITE, *missing, direct=request.direct)
 
     async def counted(self, state: FileState, work: Coroutine[Any, Any, None], retries: bool = True) -> bool:
         """Do it while recalls and truncations wait for it. False: the lease was lost, try again."""

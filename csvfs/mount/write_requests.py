@@ -13,6 +13,7 @@ from typing import Protocol
 from csvfs.errors import Fenced
 from csvfs.mount import fuse_abi as abi
 from csvfs.mount.answers import Answers, Handler
+from csvfs.mount.request_journal import UNIQUE_MASK, RequestJournal
 from csvfs.mount.write_path import WRITE_APPEND
 from csvfs.units import KIB
 
@@ -30,8 +31,9 @@ class Writes(Protocol):
     """Of the file table."""
 
     def write_nowait(self, ino: int, offset: int, data: memoryview, write_flags: int, done: Done) -> bool: ...
-    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None: ...
+    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int, *, direct: bool = False) -> None: ...
     def buffered_write(self, ino: int, offset: int, size: int) -> Ending: ...
+    def write_segments(self, ino: int, offset: int, data: memoryview, done: Done, request: int) -> bool: ...
     def set_id_is_due(self, ino: int) -> bool: ...
     async def clear_set_id(self, ino: int) -> None: ...
 
@@ -59,11 +61,14 @@ class _Write:
 class WriteRequests:
     """buffer: what the channel reads the next request into."""
 
-    def __init__(self, answers: Answers, files: Writes, replayed: Callable[[int], None]) -> None:
+    def __init__(
+        self, answers: Answers, files: Writes, replayed: Callable[[int], None], journal: RequestJournal
+    ) -> None:
         """replayed: is told the unique of each WRITE that has ended, also of one that was not asked for anew."""
         self._answers = answers
         self._files = files
         self._replayed = replayed
+        self._journal = journal
         self.buffer = memoryview(bytearray(abi.REQUEST_SIZE_MAX))
         self._spare_buffers: list[memoryview] = []
         self._buffers_out = 0
@@ -90,24 +95,51 @@ class WriteRequests:
             buffered = self._files.buffered_write(node, offset, size)
         done = _Write(self, unique, size, data if keeps_buffer else None, buffered)
         try:
-            taken = not clears and self._files.write_nowait(node, offset, data, write_flags, done)
+            direct = bool(flags & os.O_DIRECT) and not write_flags & (abi.WRITE_CACHE | WRITE_APPEND)
+            taken = not clears and (
+                self._files.write_nowait(node, offset, data, write_flags, done)
+                or (direct and self._write_segments(unique, node, offset, data, done))
+            )
         except Exception as error:
             done(error)
             return
         if taken:
             self.inline_count += 1
         else:
-            self._answers.start(unique, self._write, node, offset, data, write_flags, done, clears)
+            self._answers.start(unique, self._write, node, offset, data, write_flags, direct, done, clears)
+
+    def _write_segments(self, unique: int, node: int, offset: int, data: memoryview, done: Done) -> bool:
+        """Of a file that several nodes write: noted, so that the next process knows what was begun."""
+        request = unique & UNIQUE_MASK
+
+        def ended(error: Exception | None) -> None:
+            done(error)
+            if not isinstance(error, Fenced):
+                self._journal.done(request)
+
+        self._journal.begin(request)
+        taken = self._files.write_segments(node, offset, data, ended, request)
+        if not taken:
+            self._journal.forget(request)
+        return taken
 
     async def _write(
-        self, unique: int, node: int, offset: int, data: memoryview, write_flags: int, done: Done, clears: bool
+        self,
+        unique: int,
+        node: int,
+        offset: int,
+        data: memoryview,
+        write_flags: int,
+        direct: bool,
+        done: Done,
+        clears: bool,
     ) -> None:
         # Cancelled: no answer. The next process is asked anew, or the unmount answers.
         outcome: Exception | None = None
         try:
             if clears:
                 await self._files.clear_set_id(node)
-            await self._files.write(node, offset, data, write_flags)
+            await self._files.write(node, offset, data, write_flags, direct=direct)
         except Fenced:
             raise
         except Exception as error:
