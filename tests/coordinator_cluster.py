@@ -301,6 +301,9 @@ class Mount:
         self.op = 0
         self.unanswered: dict[int, None] = {}
         self.held: dict[int, int] = {}
+        self.segments: dict[int, dict[int, int]] = {}  # by inode
+        self.written_ns = 0  # told of files of segments
+        self.flushes = 0  # asked for by others
         self.recalls: list[dict[str, Any]] = []
         self.answers_recalls = True
         self.may_claim = trio.Event()  # a test may have it wait with that after a takeover
@@ -398,19 +401,45 @@ class Mount:
             self.term = answer["term"]
             await self.may_claim.wait()
             leases = [[ino, kind, 0, 0] for ino, kind in self.held.items() if kind]
-            self.claim_reply = reply = await link.call("reclaim", {"leases": leases, "last": self.claims_all}, timeout_s=60)
+            self.claim_reply = reply = await link.call("reclaim", self._claims(leases), timeout_s=60)
             for ino in reply["refused"]:
                 self.held[ino] = int(bool(answer.get("adopted")))
             self.held.update(dict.fromkeys(reply.get("lowered", ()), 1))
 
+    def _claims(self, leases: list[list[int]]) -> dict[str, Any]:
+        segments = [
+            [ino, 0, [[segment, 1, kind] for segment, kind in held.items() if segment >= 0 and kind]]
+            for ino, held in self.segments.items()
+        ]
+        return {"leases": leases, "last": self.claims_all, "segments": segments}
+
+    def _give_back(self, args: dict[str, Any]) -> int:
+        held = self.segments.get(args["ino"])
+        if args["segment"] < 0 or not held:
+            self.segments.pop(args["ino"], None)
+            return 0
+        kept = held[args["segment"]] = min(args["kind"], held.get(args["segment"], 0))
+        return kept
+
     def _on_frame(self, link: Link, frame: Any) -> None:
         name, args = unpack_call(frame.head)
+        if name == "flush":
+            self.flushes += 1
+            link.reply(frame.request_id, {})
+            return
         if name == "query":
             size = self.size_reported
+            if self.segments.get(args["ino"]):
+                link.reply(frame.request_id, {"size": None, "mtime_ns": self.written_ns or None, "atime_ns": None})
+                return
             link.reply(frame.request_id, size and {"size": size, "mtime_ns": 5, "atime_ns": None})
             return
         self.recalls.append(args)
         if not self.answers_recalls:
+            return
+        if "segment" in args:
+            kept = self._give_back(args)
+            link.reply(frame.request_id, {"kind": kept, "mtime_ns": self.written_ns or None, "owes": True})
             return
         held = self.held.get(args["ino"], 0)
         if not args["attr"]:
@@ -459,6 +488,18 @@ class Mount:
                 self.bus.learn(SlabDescriptor.from_wire(value))  # type: ignore[union-attr]
             if reply["lease"] >= kind:
                 return reply  # type: ignore[no-any-return]
+
+    async def acquire_direct(self, ino: int, kind: int) -> bool:
+        """For I/O past the cache: whether the file is shared, and `segments` are to be asked for."""
+        reply = await self.call("acquire", ino=ino, kind=kind, block=0, count=0, direct=True)
+        self.held[ino] = max(self.held.get(ino, 0), reply["lease"])
+        return bool(reply.get("segmented"))
+
+    async def ask_segment(self, ino: int, segment: int, kind: int) -> dict[str, Any]:
+        reply: dict[str, Any] = await self.call("segments", ino=ino, kind=kind, first=segment, count=1, block=0, blocks=0)
+        if not reply.get("over"):
+            self.segments.setdefault(ino, {}).update({number: kind for number, kind in reply["held"] if kind})
+        return reply
 
     async def write(self, ino: int, data: bytes) -> None:
         """From the beginning of a file whose write lease is held; returns when it is acknowledged."""

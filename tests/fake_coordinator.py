@@ -288,6 +288,9 @@ class FakeCoordinator:
             self.perform(self.table.release(session, InodeNo(ino), kind))
         return {}
 
+    async def _segments_flush(self, session: SessionKey, ino: int) -> dict:
+        return {}  # no file is shared
+
     async def _fsync(self, session: SessionKey) -> dict:
         return {}
 

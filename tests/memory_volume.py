@@ -133,7 +133,15 @@ class MemoryVolume:
             return None
         return bytes(memoryview(self._inode(ino).data)[offset : offset + size])
 
-    async def read(self, ino: int, offset: int, size: int) -> list[bytes]:
+    def read_segments(self, ino: int, offset: int, size: int) -> bytes | None:
+        return None  # no other node writes here
+
+    def write_segments(
+        self, ino: int, offset: int, data: memoryview, done: Callable[[Exception | None], None], request: int
+    ) -> bool:
+        return False
+
+    async def read(self, ino: int, offset: int, size: int, *, direct: bool = False) -> list[bytes]:
         data = bytes(self._inode(ino).data[offset : offset + size])
         return [data[:100], data[100:]]
 
@@ -157,7 +165,7 @@ class MemoryVolume:
     def ended(self) -> None:
         """See buffered_write: nothing is kept of it."""
 
-    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None:
+    async def write(self, ino: int, offset: int, data: memoryview, write_flags: int, *, direct: bool = False) -> None:
         self._write(ino, offset, data, write_flags)
 
     def _write(self, ino: int, offset: int, data: memoryview, write_flags: int) -> None:

@@ -241,7 +241,7 @@ async def test_a_lent_buffer_comes_back_however_its_write_ends(setting: Setting,
             done(NoSpace("full"))
         raise RuntimeError("a bug")
 
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
     setting.volume.write_nowait = take  # type: ignore[method-assign,assignment]
@@ -256,7 +256,7 @@ async def test_a_lent_buffer_comes_back_however_its_write_ends(setting: Setting,
 
 async def test_a_write_that_is_cancelled_is_not_answered_so_that_the_next_process_is_asked_for_it(setting: Setting) -> None:
     setting.volume.write_nowait = lambda *_: False  # type: ignore[method-assign]
-    setting.volume.write = lambda *_: trio.sleep_forever()  # type: ignore[method-assign,assignment]
+    setting.volume.write = lambda *_, **__: trio.sleep_forever()  # type: ignore[method-assign,assignment]
     async with trio.open_nursery() as nursery:
         setting.channel._nursery = nursery
         setting.send(abi.WRITE, 1, FILE, write_body(0, bytes(300_000)))
@@ -275,7 +275,7 @@ async def test_when_too_many_requests_wait_the_kernels_queue_waits(
     going = trio.Event()
     reading = 0
 
-    async def read(ino: int, offset: int, size: int) -> bytes:
+    async def read(ino: int, offset: int, size: int, *, direct: bool) -> bytes:
         nonlocal reading
         reading += 1
         await going.wait()
@@ -663,10 +663,10 @@ class Replays:
     def refuses(self, ino: int) -> bool:
         return ino in self.refused
 
-    def replay_begins(self, ino: int) -> None:
+    def replay_begins(self, ino: int, unique: int) -> None:
         self.under_way.append(ino)
 
-    def replay_ends(self, ino: int) -> None:
+    def replay_ends(self, ino: int, unique: int) -> None:
         self.under_way.remove(ino)
 
     def resent(self) -> None:
@@ -678,7 +678,7 @@ async def test_what_the_kernel_asks_anew_comes_first_and_is_counted_until_it_is_
 ) -> None:
     going = trio.Event()
 
-    async def write(*_: object) -> None:
+    async def write(*_: object, **__: object) -> None:
         await going.wait()
 
     setting.volume.write_nowait = lambda *_: False  # type: ignore[method-assign]
@@ -722,7 +722,7 @@ async def test_a_write_that_comes_again_is_not_repeated_where_another_node_has_w
 async def test_a_mount_that_was_evicted_answers_nothing_and_leaves_all_to_the_next(setting: Setting, at_once: bool) -> None:
     """An error would reach the program; and what was noted of an append must be found by the next process."""
 
-    async def write(*_: object) -> None:
+    async def write(*_: object, **__: object) -> None:
         setting.channel._journal.place(5)
         raise Fenced("evicted")
 

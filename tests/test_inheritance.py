@@ -65,11 +65,11 @@ async def test_no_write_of_another_node_comes_between_a_write_and_its_repetition
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other.write, FILE, 0, b"2" * 4096)
             await trio.testing.wait_all_tasks_blocked(0.05)
-            node.table.inheritance.replay_begins(FILE)
+            node.table.inheritance.replay_begins(FILE, 10)
             node.table.inheritance.resent()
             await trio.testing.wait_all_tasks_blocked(0.05)
             await node.write(FILE, 0, b"1" * 4096)
-            node.table.inheritance.replay_ends(FILE)
+            node.table.inheritance.replay_ends(FILE, 10)
         assert await other.read(FILE, 0, 4096) == b"2" * 4096
         assert await node.read(FILE, 0, 4096) == b"2" * 4096
 

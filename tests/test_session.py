@@ -17,7 +17,7 @@ from csvfs.errors import (
     TimedOut,
     Unavailable,
 )
-from csvfs.mount.session import Session
+from csvfs.mount.session import RUNS_BATCH, Session, _batches
 from csvfs.net.link import Address
 from csvfs.wire.control import pack_call
 from csvfs.wire.frames import Frame, Kind
@@ -178,6 +178,18 @@ class Leases:
         self.open_still: list[int] = []
         self.lost_locks: list[int] | None = []
         self.open_files = 5
+
+    def claims_of_segments(self) -> list[list[Any]]:
+        return []
+
+    def without_segments(self, inos: list[int]) -> None:
+        assert not inos
+
+    async def recall_segment(self, ino: int, segment: int, kind: int) -> dict[str, Any]:
+        return {"kind": 0}
+
+    async def flush_segments(self, ino: int) -> None:
+        pass
 
     def claims(self) -> list[list[int]]:
         return self.held
@@ -485,3 +497,13 @@ async def test_recalls_and_queries_of_the_coordinator_are_answered(autojump_cloc
             {"size": 11},
         ]
         assert isinstance(link.replied[2], CsvfsError)
+
+
+def test_claims_of_very_many_segments_go_in_batches_with_nothing_left_out() -> None:
+    runs = [[2 * at, 1, 3] for at in range(2 * RUNS_BATCH + 5)]
+    claims = [[5, 0, []], [6, 7, runs], [8, 0, []], [9, 0, [[0, 1, 2]]]]
+    batches = _batches(claims)
+    assert all(sum(max(1, len(row[2])) for row in batch) <= RUNS_BATCH for batch in batches)
+    rows = [row for batch in batches for row in batch]
+    assert [run for ino, _, part in rows if ino == 6 for run in part] == runs
+    assert {ino for ino, _, _ in rows} == {5, 6, 8, 9} and [5, 0, []] in rows and _batches([]) == [[]]

@@ -74,6 +74,9 @@ class Inode:
     changes: int = 0  # of a directory, made on this node (i_version)
     settled: trio.Event | None = None  # its links are being changed by a program of this node
     resized: trio.Event | None = None  # a program of this node changes its size
+    # Pages that were kept when a WRITE to them was sent: unlike others these are not locked meanwhile (fuse_fill_write_pages),
+    # so that they may be taken back; then what was written is not kept.
+    written: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -230,6 +233,10 @@ class Connection:
         last = (offset + length - 1) // PAGE if length > 0 else 1 << 60
         for page in sorted({*inode.pages, *inode.locks}):
             if offset // PAGE <= page <= last:
+                if page in inode.written:
+                    inode.pages.pop(page, None)
+                    inode.written.discard(page)
+                    continue
                 async with self.page_lock(inode, page):
                     inode.pages.pop(page, None)
 
@@ -503,7 +510,8 @@ class Connection:
         while inode.resized is not None:
             await inode.resized.wait()
         if direct:
-            return await self.ask(abi.READ, ino, abi.READ_IN.pack(ino, page * PAGE, PAGE, 0, 0, os.O_DIRECT, 0))
+            read_flags = abi.READ_LOCKOWNER if self.world.shares_writes else 0
+            return await self.ask(abi.READ, ino, abi.READ_IN.pack(ino, page * PAGE, PAGE, read_flags, 0, os.O_DIRECT, 0))
         if self.doubted or (page + 1) * PAGE > inode.size:
             while (await self.getattr(ino))[1] > inode.size:
                 continue  # see "Not"
@@ -543,6 +551,7 @@ class Connection:
                 inode.resized = trio.Event()
             pages = range(at // PAGE, (at + len(data) - 1) // PAGE + 1)
             held: list[trio.Lock] = []
+            kept_before: set[int] = set()
             try:
                 for page in pages:
                     lock = self.page_lock(inode, page)
@@ -553,9 +562,15 @@ class Connection:
                 if direct:
                     while held:
                         held.pop().release()
+                elif self.world.shares_writes:
+                    inode.written = {page for page in pages if page in inode.pages}
+                    kept_before = set(inode.written)
 
                 def written(_body: bytes) -> None:
+                    taken_back, inode.written = kept_before - inode.written, set()
                     self._written(inode, at, data, keep=not direct)
+                    for page in taken_back:
+                        inode.pages.pop(page, None)
 
                 body = abi.WRITE_IN.pack(ino, at, len(data), 0, 0, flags, 0) + data
                 await self.ask(abi.WRITE, ino, body, written)
@@ -564,6 +579,7 @@ class Connection:
                     inode.pages.pop(page, None)
                 raise
             finally:
+                inode.written = set()
                 for lock in held:
                     lock.release()
                 if inode.resized is not None:

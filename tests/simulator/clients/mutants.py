@@ -11,26 +11,31 @@ from typing import Any
 from unittest.mock import patch
 
 import coordinator.dispatch
+import coordinator.shared_write
 import csvfs.block.slab_state
 import csvfs.mount.cloning
 import csvfs.mount.operations
+import csvfs.mount.shared_write
 from coordinator.eviction import Eviction
 from coordinator.lease_table import LeaseTable
 from coordinator.replies import Replies
 from coordinator.service import Service
 from coordinator.sessions import Outcome
+from coordinator.shared_write import SharedWrite
 from csvfs.block.block_service import BlockService
 from csvfs.mount.guard import Guard
 from csvfs.mount.inheritance import Inheritance
 from csvfs.mount.lapse import Lapse
+from csvfs.mount.leases import Leases
 from csvfs.mount.recall import Recaller
 from csvfs.mount.relay import Relay
 from csvfs.mount.request_journal import RequestJournal
+from csvfs.mount.segments import Segments
 from csvfs.volume.extents import ExtentMap
 from tests.simulator.clients import faults, programs
 from tests.simulator.clients.node import SimKeeper
 from tests.simulator.clients.programs import FIRST_SEED_WITH_CLONES
-from tests.simulator.clients.world import FIRST_SEED_WITH_HAND_OVER
+from tests.simulator.clients.world import FIRST_SEED_WITH_HAND_OVER, FIRST_SEED_WITH_SHARED_WRITE
 from tests.simulator.process import Process
 
 Patch = tuple[Any, str, Any]
@@ -216,6 +221,39 @@ def _I4_replays_after_recall() -> list[Patch]:
     return [(Inheritance, "ready", ready)]
 
 
+def _shared_recall_beside_io() -> list[Patch]:
+    """A segment is given back while reads and writes are under way in it."""
+    return [(Segments, "is_used", lambda self, segment, by_writes_alone: False)]
+
+
+def _shared_end_at_once() -> list[Patch]:
+    """Nobody is asked to give his segments back before others get the lease on the inode."""
+
+    async def end(self: SharedWrite, ino: Any) -> None:
+        shared = self._files.pop(ino, None)
+        if shared is not None:
+            shared.ending = True
+            for session in list(shared.held):
+                for segment in (-1, *shared.held[session]):
+                    self.segments.table.release(session, coordinator.shared_write.key_of(ino, segment), 0)
+
+    return [(coordinator.shared_write.SharedWrite, "_end", end)]
+
+
+def _shared_not_reclaimed() -> list[Patch]:
+    """The next coordinator does not hear who has which segment."""
+
+    def claims(self: Leases) -> list[list[Any]]:
+        return []
+
+    return [(Leases, "claims_of_segments", claims)]
+
+
+def _shared_read_segments_written() -> list[Patch]:
+    """Whoever writes is content with a segment that he may read."""
+    return [(Segments, "holds", lambda self, wanted, kind: all(self.kinds.get(segment, 0) for segment in wanted))]
+
+
 MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I5 a mount that is cut off goes on serving": _I5_mount_serves_when_cut_off,
     "I5 a mount goes on serving without its coordinator": _I5_contact_not_asked,
@@ -232,6 +270,10 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "hand-over I11 the next process numbers calls anew": _I11_successor_numbers_anew,
     "hand-over I5 a dead mount shows what it had": _I5_dead_mount_shows_on,
     "hand-over I4 a recall does not wait for replays": _I4_replays_after_recall,
+    "shared write: a segment is given back beside I/O": _shared_recall_beside_io,
+    "shared write: it ends at once": _shared_end_at_once,
+    "shared write: segments are not reclaimed": _shared_not_reclaimed,
+    "shared write: a segment that may be read is written": _shared_read_segments_written,
     "clones are written": _clones_written,
     "clones are made beside writes": _cloned_beside_writes,
 }
@@ -249,6 +291,7 @@ EMPHASIS = {
     "hand-over I11 the next process numbers calls anew": ("kill mount",),
     "hand-over I5 a dead mount shows what it had": ("kill mount",),
     "hand-over I4 a recall does not wait for replays": ("kill mount",),
+    "shared write: segments are not reclaimed": ("kill host",),
 }
 
 
@@ -264,12 +307,17 @@ CATCHING_SEEDS = {
     "hand-over I5 a dead mount shows what it had": (200037,),
     "hand-over I11 the next process numbers calls anew": (200064, 200070),
     "hand-over I4 a recall does not wait for replays": (200116,),
+    "shared write: a segment is given back beside I/O": (300072, 300091, 300094),
+    "shared write: it ends at once": (300003, 300004, 300005),
+    "shared write: segments are not reclaimed": (300019, 300025, 300049),
+    "shared write: a segment that may be read is written": (300003, 300010, 300011),
 }
 
 
 def seeds_of(name: str, count: int) -> list[int]:
     """Which to try, in this order: at most so many."""
     first = FIRST_SEED_WITH_HAND_OVER if name.startswith("hand-over") else 0
+    first = FIRST_SEED_WITH_SHARED_WRITE if name.startswith("shared write") else first
     first = FIRST_SEED_WITH_CLONES if name.startswith("clones") else first
     return [*CATCHING_SEEDS.get(name, ()), *range(first + 1, first + count + 1)][:count]
 
@@ -283,7 +331,7 @@ def emphasis_of(name: str) -> Iterator[None]:
     """Run with the faults and programs that show this mutant best."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(faults, "EMPHASIS", EMPHASIS.get(name, ())))
-        if "I4" in name or (name.startswith("I6") and "coordinator" not in name):
+        if "I4" in name or name.startswith("shared write") or (name.startswith("I6") and "coordinator" not in name):
             for attribute, value in _FEW_PLACES.items():
                 stack.enter_context(patch.object(programs, attribute, value))
         yield

@@ -54,6 +54,19 @@ class Program:
         }  # fmt: skip
         if world.seed >= FIRST_SEED_WITH_CLONES:
             self._kinds |= {self._clone: 14, self._punch: 4}
+        self._files, self._paces_s = FILES, PACES_S
+        self._directs, self._changes_file = 0.25, 0.3  # of the files opened: past the cache; of the calls: after closing it
+        if world.shares_writes:
+            self._share_writes()
+
+    def _share_writes(self) -> None:
+        """A busy program, mostly: as a virtual machine with its disk, which others have, too."""
+        if self.rng.random() < 0.15:
+            return
+        self._kinds = dict.fromkeys(self._kinds, 1) | {self._read: 60, self._write: 70, self._fsync: 4}
+        self._files = (*FILES, *(((b"", b"f0"),) * 30))
+        self._paces_s = self.rng.choice(((0.0, 0.001, 0.01), (0.0, 0.01, 0.1), (0.0, 0.05, 0.5)))
+        self._directs, self._changes_file = self.rng.choice((0.9, 0.99, 1.0)), 0.03
 
     async def run(self) -> None:
         kinds, weights = list(self._kinds), list(self._kinds.values())
@@ -69,7 +82,7 @@ class Program:
                     self.world.refused(self, connection, error)
                 await trio.sleep(0.05)
             self.world.operated()
-            await self.world.events_queue.sleep(self.rng.choice(PACES_S) * self.rng.random())
+            await self.world.events_queue.sleep(self.rng.choice(self._paces_s) * self.rng.random())
         self._close()
 
     async def look_at_all(self) -> None:
@@ -148,7 +161,7 @@ class Program:
         return ino
 
     async def _place(self, connection: Connection) -> tuple[int, bytes]:
-        directory, name = self.rng.choice(FILES)
+        directory, name = self.rng.choice(self._files)
         return await self._directory(connection, directory), name
 
     async def _file(self, connection: Connection) -> int:
@@ -161,12 +174,12 @@ class Program:
     async def _opened(self, connection: Connection, flags: int) -> tuple[int, bool]:
         """A file that is open, and whether it is read and written past the cache. It is held for a while."""
         held = self._open
-        if held is not None and (held[0] is not connection or self.rng.random() < 0.3 or held[2] & 3 < flags & 3):
+        if held is not None and (held[0] is not connection or self.rng.random() < self._changes_file or held[2] & 3 < flags & 3):
             self._close()
             held = None
         if held is None:
             flags = os.O_RDWR if self.rng.random() < 0.3 else flags
-            flags |= os.O_DIRECT if self.rng.random() < 0.25 else 0
+            flags |= os.O_DIRECT if self.rng.random() < self._directs else 0
             ino = await self._file(connection)
             held = self._open = (connection, ino, flags, await connection.open(ino, flags))
         return held[1], held[3]

@@ -21,6 +21,7 @@ import coordinator.lost
 import coordinator.operations
 import coordinator.scrub
 import coordinator.session_desk
+import coordinator.shared_write
 import csvfs.admin.mount_keeper
 import csvfs.mount.channel
 import csvfs.mount.cloning
@@ -30,6 +31,8 @@ import csvfs.mount.operations
 import csvfs.mount.process
 import csvfs.mount.read_path
 import csvfs.mount.relay
+import csvfs.mount.segments
+import csvfs.mount.shared_write
 import csvfs.mount.truncation
 import csvfs.mount.write_path
 import csvfs.net.detours
@@ -46,9 +49,11 @@ if TYPE_CHECKING:
 # A look every so often costs more than all else in a run; nothing is decided between two looks.
 GUARD_S = 0.1
 LIVENESS_INTERVAL_S = 0.2
+MOVE_S = 10.0  # programs here take their time
+SEGMENT_SIZE = 4096  # and their files are small
 _TIMED_MODULES = (
-    coordinator.lost, coordinator.scrub, coordinator.session_desk, csvfs.mount.cloning, csvfs.mount.holes,
-    csvfs.mount.operations, csvfs.mount.read_path, csvfs.mount.truncation, csvfs.mount.write_path,
+    coordinator.lost, coordinator.scrub, coordinator.session_desk, coordinator.shared_write, csvfs.mount.cloning, csvfs.mount.holes,
+    csvfs.mount.operations, csvfs.mount.read_path, csvfs.mount.shared_write, csvfs.mount.truncation, csvfs.mount.write_path,
 )  # fmt: skip
 
 
@@ -104,6 +109,11 @@ def installed(world: ClientsWorld) -> Iterator[None]:
         for module in _TIMED_MODULES:
             put(module, "time", time)
         put(csvfs.mount.write_path, "_time_ns", time_ns)
+        put(csvfs.mount.shared_write, "_time_ns", time_ns)
+        put(coordinator.shared_write, "MOVES_MIN", world.moves_min)
+        put(coordinator.shared_write, "MOVE_S", MOVE_S)
+        put(csvfs.mount.segments, "SEGMENT_SIZE", SEGMENT_SIZE)
+        put(csvfs.mount.shared_write, "_SEGMENT_SHIFT", SEGMENT_SIZE.bit_length() - 1)
         put(operations_init, "__defaults__", (time_ns,))
         put(coordinator.host, "monotonic_ns", monotonic_ns)
         put(coordinator.host, "Engine", _engine)

@@ -42,6 +42,7 @@ BEGIN_S = 0.8
 WORK_S_MAX = 60.0
 END_S_MAX = 150.0
 FIRST_SEED_WITH_HAND_OVER = 200_000  # below, a mount that dies takes its FUSE session with it
+FIRST_SEED_WITH_SHARED_WRITE = 300_000  # below, a file is never written by several nodes at once
 CACHE_TRUSTED_S = 2.0  # of a mount that stands still: its page of liveness is good for so long
 
 
@@ -70,6 +71,11 @@ class ClientsWorld(World):
         self._programs_per_node = rng.choice(((1, 1, 1), (2, 1, 1), (2, 2, 0), (1, 1, 0)))
         self.rest_s = 0.0
         self.hands_over = self.seed >= FIRST_SEED_WITH_HAND_OVER
+        self.shares_writes = self.seed >= FIRST_SEED_WITH_SHARED_WRITE
+        if self.shares_writes:
+            self._programs_per_node = Random(f"{self.seed}/programs").choice(((2, 2, 2), (3, 3, 0), (2, 1, 1), (4, 1, 1)))
+            self.looks_direct = 0.97
+        self.moves_min = Random(f"{self.seed}/moves").choice((1, 1, 2)) if self.shares_writes else 1 << 60
 
     # -- set-up ----------------------------------------------------------------------------------
 
