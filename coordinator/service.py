@@ -452,7 +452,9 @@ class Service:
             if count:
                 self.dispatch.add_layout(value, ino, block, count)
 
-        await self._complete(caller, await self.shared_write.ask(caller.session, args, describe))
+        reply = await self.shared_write.ask(caller.session, args, describe)
+        reply.position = self.log.position
+        await self._complete(caller, reply)
 
     async def _wait_to_acquire(self, caller: Caller, wanted: Acquisition) -> None:
         await self.leases.wait(caller.session, wanted.ticket)

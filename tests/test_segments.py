@@ -165,6 +165,17 @@ async def test_a_segment_that_was_asked_for_back_before_its_answer_came_is_not_b
         assert state.segments is not None and state.segments.kinds == {} and coordinator.names().count("segments") > 1
 
 
+async def test_I5_a_segment_comes_with_the_present_descriptors_of_its_slabs_also_where_the_layout_is_known() -> None:
+    """A slab may have lost a copy since, and that lacks what others have written there."""
+    async with sharing() as (node, coordinator, _state):
+        await read(node, 0)
+        learned: list[Any] = []
+        node.bus.learn = learned.append  # type: ignore[method-assign]
+        await node.table.recall_segment(FILE, 0, 0)
+        await read(node, 0)
+        assert [args["blocks"] for name, args in coordinator.calls if name == "segments"] == [256, 256] and learned
+
+
 async def test_a_file_that_is_shared_no_more_is_read_under_a_lease() -> None:
     async with sharing() as (node, coordinator, state):
         coordinator.over = True

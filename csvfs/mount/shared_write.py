@@ -231,7 +231,7 @@ class SharedWrite:
                 with trio.move_on_after(left_s):
                     await state.wait_change()
             else:
-                await self._ask(state, segments, wanted, kind, first, count)
+                await self._ask(state, segments, wanted, kind)
 
     async def _ask_layout(self, state: FileState, segments: Segments, first: int, count: int) -> None:
         """By questions, which are answered also while what is held is being recalled."""
@@ -252,12 +252,14 @@ class SharedWrite:
         self._leases.take_slabs(state, reply["extents"], reply)
         segments.extents.learn(block, count, reply["extents"], reply.get("shared") or ())
 
-    async def _ask(
-        self, state: FileState, segments: Segments, wanted: range, kind: int, first: int, count: int
-    ) -> None:
-        """Segments, with the layout around the first block that is not known."""
-        block, end = (0, 0) if segments.extents.covers(first, count) else window_of(segments.extents.first_unknown(first, count))
-        args = {"ino": state.ino, "kind": kind, "first": wanted.start, "count": len(wanted), "block": block, "blocks": end - block}
+    async def _ask(self, state: FileState, segments: Segments, wanted: range, kind: int) -> None:
+        """Segments, with their layout: also where that is known, for the slabs may have lost a copy since, and what others have
+        written there is not on it (I5)."""
+        blocks = 1 << (_SEGMENT_SHIFT - _BLOCK_SHIFT)
+        args = {
+            "ino": state.ino, "kind": kind, "first": wanted.start, "count": len(wanted),
+            "block": wanted.start * blocks, "blocks": len(wanted) * blocks,
+        }  # fmt: skip
         segments.is_member = True
         token = object()
         segments.asking[token] = (wanted, kind)
@@ -284,11 +286,10 @@ class SharedWrite:
         del held[MEMBER]
         if not held:
             return
+        self._learn(state, segments, args["block"], args["blocks"], reply)
         segments.size = reply["size"]
         segments.owed += bool(reply.get("owed"))
         segments.kinds |= {segment: max(kind, segments.kinds.get(segment, 0)) for segment, kind in held.items()}
-        if args["blocks"]:
-            self._learn(state, segments, args["block"], args["blocks"], reply)
 
     def drop(self, state: FileState) -> None:
         """Nothing is held any more."""
