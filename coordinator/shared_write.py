@@ -32,7 +32,7 @@ from coordinator.leases import Leases, Waiting, int_of
 from coordinator.metadata import Metadata
 from coordinator.questions import Reply
 from coordinator.sessions import Session, Sessions
-from csvfs.errors import BadRequest, CsvfsError, Fenced, NotFound, TimedOut
+from csvfs.errors import BadRequest, CsvfsError, Fenced, NotFound, Unavailable
 from csvfs.ids import InodeNo
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import FILE_BLOCKS_MAX
@@ -194,6 +194,8 @@ class SharedWrite:
             finally:
                 self._beginning.pop(ino).set()
             log.info("inode %d is shared: nodes that write to it get a segment of it each", ino)
+        if session.ended:
+            raise Fenced(f"{session.writer} incarnation {session.incarnation} was evicted")
         self._leases.table.reclaim(session.key, ino, OPEN)
         serial = self._leases.table.serial(session.key, ino)
         return Reply({"segmented": True, "extents": [], "slabs": []}, {"lease": (ino, serial)})
@@ -268,8 +270,8 @@ class SharedWrite:
             try:
                 ticket = await self.segments.take(self._self, {key_of(ino, MEMBER): Need.WRITE})
                 break
-            except TimedOut:
-                continue  # who does not answer is evicted
+            except Unavailable:  # not given back yet: who does not answer is evicted; or too many wait
+                await trio.sleep(RETRY_S)
         del self._files[ino]
         self.segments.perform(self.segments.table.release(SHARERS, key_of(ino, MEMBER), NONE))
         self.segments.finish(ticket)
@@ -298,7 +300,7 @@ class SharedWrite:
     def release(self, session: Session, ino: InodeNo) -> None:
         """The session has given the inode back."""
         shared = self._files.get(ino)
-        if shared is not None and session.key in shared.held:
+        if shared is not None:
             self._left(session.key, ino)
 
     # -- sessions --------------------------------------------------------------------------------
@@ -321,7 +323,7 @@ class SharedWrite:
             if key in shared.held:
                 # Others may write where it has, and nobody gets a write lease for that.
                 self._leases.table.on_write(SHARERS, ino)
-                self._left(key, ino)
+            self._left(key, ino)
 
     def reclaim(self, session: Session, args: Args) -> list[int]:
         """What a session says that it has: [ino, mtime_ns, [[first, count, kind]]]. The inodes of which it cannot have that."""
@@ -345,10 +347,11 @@ class SharedWrite:
             if not self._leases.table.reclaim(SHARERS, ino, WRITE):
                 return False
             shared = self._add(ino)
+            for other in self._sessions:  # who has given all back, and not flushed it, does not claim anything
+                self._add_debt(other, shared)
         table = self.segments.table
         table.reclaim(session.key, key_of(ino, MEMBER), READ)
         held = shared.held.setdefault(session.key, set())
-        self._add_debt(session, shared)
         for first, count, kind in runs:
             for segment in range(first, first + count):
                 if not table.reclaim(session.key, key_of(ino, segment), kind):
@@ -395,7 +398,11 @@ class SharedWrite:
             try:
                 await session.call("flush", {"ino": ino}, timeout_s=max(RETRY_S, deadline - trio.current_time()))
             except CsvfsError as error:
-                if not error.retryable or trio.current_time() >= deadline:
+                is_over = trio.current_time() >= deadline
+                if isinstance(error, Fenced) or (error.retryable and is_over):
+                    # Said of another mount: our caller would take it for its own. It is being evicted, or cannot be reached.
+                    error = Unavailable(f"{session.writer} has not flushed inode {ino}: {error}")
+                if is_over or not error.retryable:
                     errors.append(error)
                     return
                 await trio.sleep(RETRY_S)

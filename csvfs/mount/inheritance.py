@@ -71,7 +71,6 @@ class Inheritance:
             state = self._leases.state(ino)
             if state.segments is None:
                 state.segments = Segments()
-                state.segments.is_member = True
             state.segments.kinds |= dict.fromkeys(segments, LEASE_WRITE)
         return lost
 

@@ -406,7 +406,11 @@ class Leases:
         found: list[list[Any]] = []
         for state in self.states.values():
             segments = state.segments
-            if segments is not None and segments.is_member:
+            if segments is None:
+                continue
+            segments.ending = segments.recalled  # what a coordinator before said of the end is void
+            # Nothing is claimed where nothing is held: another node may have the lease on the inode.
+            if segments.claimed():
                 mtime_ns = segments.mtime_ns if segments.times_dirty else 0
                 found.append([state.ino, mtime_ns, segments.runs()])
         return found

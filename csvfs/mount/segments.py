@@ -42,7 +42,7 @@ class Use:
 class Segments:
     """Of one inode. `kinds`: the leases held, by segment."""
 
-    __slots__ = ("asking", "ending", "extents", "is_member", "kinds", "mtime_ns", "owed", "settled", "size", "times_dirty", "uses")
+    __slots__ = ("asking", "ending", "extents", "kinds", "mtime_ns", "owed", "recalled", "settled", "size", "times_dirty", "uses")
 
     def __init__(self) -> None:
         self.kinds: dict[int, int] = {}
@@ -50,8 +50,8 @@ class Segments:
         self.extents = ExtentMap()
         self.uses: dict[Use, None] = {}
         self.asking: dict[object, tuple[range, int]] = {}  # segments and kind of calls under way
-        self.is_member = False  # the coordinator may believe so
-        self.ending = False  # all is asked for back: nothing may begin
+        self.ending = False  # all is asked for back, or will be: nothing may begin
+        self.recalled = False  # it is being given back
         # How often segments came that others may have written to without a flush; how many of these have been flushed since.
         self.owed, self.settled = 0, 0
         self.mtime_ns = 0  # of the last write here

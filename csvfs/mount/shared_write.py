@@ -130,6 +130,9 @@ class SharedWrite:
         Raises  as ReadPath.read. Cancel safe.
         """
         deadline = time.monotonic() + self._io_timeout_s
+        size = min(size, _FILE_SIZE_MAX - offset)
+        if size <= 0:
+            return []  # of no file
         first, last = offset >> _BLOCK_SHIFT, (offset + size + _BLOCK_MASK) >> _BLOCK_SHIFT
         state.waiting += 1
         try:
@@ -205,8 +208,6 @@ class SharedWrite:
 
         None: see the class. Raises TimedOut, LeaseLost, and as the call.
         """
-        if offset + size > _FILE_SIZE_MAX:
-            return None
         wanted = segments_of(offset, offset + size)
         first, last = offset >> _BLOCK_SHIFT, (offset + size + _BLOCK_MASK) >> _BLOCK_SHIFT
         while True:
@@ -260,7 +261,6 @@ class SharedWrite:
             "ino": state.ino, "kind": kind, "first": wanted.start, "count": len(wanted),
             "block": wanted.start * blocks, "blocks": len(wanted) * blocks,
         }  # fmt: skip
-        segments.is_member = True
         token = object()
         segments.asking[token] = (wanted, kind)
         try:
@@ -295,6 +295,8 @@ class SharedWrite:
         """Nothing is held any more."""
         segments, state.segments = state.segments, None
         if segments is not None:
+            if segments.settled != segments.owed:
+                self._inheritance.unsettled.add(state.ino)  # others may be at their flush yet
             state.notify()
 
     async def recall(self, state: FileState, segment: int, kind: int) -> dict[str, Any]:
@@ -306,17 +308,20 @@ class SharedWrite:
             await state.wait_change()
         segments = state.segments
         if segments is None:
+            if segment == MEMBER:
+                await self._settle(state)  # what the process before has written
             return {"kind": LEASE_NONE, "mtime_ns": None}
         if segment == MEMBER:
-            segments.ending = True
+            segments.ending = segments.recalled = True
             kind = LEASE_NONE
         elif kind >= LEASE_READ:
-            segments.kinds[segment] = min(kind, segments.kinds.get(segment, LEASE_NONE))
+            if segment in segments.kinds:
+                segments.kinds[segment] = min(kind, segments.kinds[segment])
         else:
             segments.kinds.pop(segment, None)
         while segments.is_used(segment, by_writes_alone=kind >= LEASE_READ):
             await state.wait_change()
-        if segment == MEMBER and state.dirty_slabs:
+        if segment == MEMBER:
             await self._settle(state)
         kept = segments.kinds.get(segment, LEASE_NONE)
         if segment == MEMBER and state.segments is segments:
