@@ -304,3 +304,39 @@ def test_I4_the_journal_says_where_a_write_was_begun_until_its_request_is_done()
     journal.forget(8)
     journal.begins_in(8, 5, 0, 0)
     assert 8 not in RequestJournal(words).begun_before()
+
+
+async def test_a_recall_to_read_of_a_segment_that_is_not_held_leaves_nothing_to_claim() -> None:
+    async with sharing() as (node, _, state):
+        await write(node, 0, b"1")
+        await node.table.recall_segment(FILE, 7, READ)
+        assert state.segments is not None and node.table.claims_of_segments()[0][2] == [[0, 1, WRITE]]
+
+
+async def test_nothing_is_claimed_of_a_file_of_which_nothing_is_held_and_the_end_that_was_announced_is_void() -> None:
+    async with sharing() as (node, _, state):
+        await write(node, 0, b"1")
+        segments = state.segments
+        assert segments is not None
+        segments.ending = True  # its coordinator said so, and died before it asked
+        assert node.table.claims_of_segments() != [] and not segments.ending
+        await node.table.recall_segment(FILE, 0, 0)
+        assert state.segments is segments and node.table.claims_of_segments() == []
+
+
+async def test_a_direct_read_behind_the_largest_file_finds_nothing() -> None:
+    async with sharing() as (node, _, _state):
+        await read(node, 0)
+        with trio.fail_after(5):
+            assert await node.table.read(FILE, 1 << 50, PAGE, direct=True) == []
+
+
+async def test_I8_an_fsync_behind_the_end_of_the_sharing_still_has_others_flush() -> None:
+    async with sharing() as (node, coordinator, state):
+        coordinator.owed = True
+        await read(node, 0)
+        await node.table.recall_segment(FILE, MEMBER, 0)
+        assert state.segments is None
+        await node.table.fsync(FILE)
+        await node.table.fsync(FILE)
+        assert coordinator.names().count("segments_flush") == 1
