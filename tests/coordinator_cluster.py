@@ -304,6 +304,7 @@ class Mount:
         self.segments: dict[int, dict[int, int]] = {}  # by inode
         self.written_ns = 0  # told of files of segments
         self.flushes = 0  # asked for by others
+        self.flush_error: CsvfsError | None = None
         self.recalls: list[dict[str, Any]] = []
         self.answers_recalls = True
         self.may_claim = trio.Event()  # a test may have it wait with that after a takeover
@@ -425,7 +426,10 @@ class Mount:
         name, args = unpack_call(frame.head)
         if name == "flush":
             self.flushes += 1
-            link.reply(frame.request_id, {})
+            if self.flush_error is not None:
+                link.reply_error(frame.request_id, self.flush_error)
+            else:
+                link.reply(frame.request_id, {})
             return
         if name == "query":
             size = self.size_reported

@@ -8,7 +8,7 @@ import trio
 from coordinator import shared_write
 from coordinator.lease_table import NONE, SHARERS
 from coordinator.shared_write import MEMBER, MOVES_MIN, SEGMENTS_MAX, key_of, place_of
-from csvfs.errors import BadRequest
+from csvfs.errors import BadRequest, Fenced, Unavailable
 from csvfs.units import BLOCK_SIZE
 from tests.coordinator_cluster import Mount, TestCluster
 from tests.test_service import cluster_of
@@ -241,6 +241,27 @@ async def test_I8_an_fsync_has_those_flush_who_wrote_to_segments_that_others_hav
         await second.call("segments_flush", ino=ino)
         await third.call("segments_flush", ino=ino)
         assert (first.flushes, second.flushes, third.flushes) == (1, 0, 0)
+
+
+async def test_an_fsync_that_waits_for_an_evicted_mount_does_not_tell_its_caller_that_it_was_evicted(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_write, "FLUSH_S_MAX", 0.3)
+    async with cluster_of(tmp_path) as cluster:
+        ino, (first, second) = await shared_file(cluster, "n1", "n2")
+        await first.ask_segment(ino, 0, WRITE)
+        await second.ask_segment(ino, 0, WRITE)
+        first.flush_error = Fenced("evicted")
+        with pytest.raises(Unavailable, match="has not flushed"):
+            await second.link.call("segments_flush", {"ino": ino}, timeout_s=60)
+
+
+async def test_a_file_of_which_nobody_asked_for_a_segment_is_not_shared_when_all_have_given_it_back(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        ino, mounts = await shared_file(cluster, "n1", "n2")
+        service = await cluster.wait_serving()
+        assert service.leases.table.writer(ino) == SHARERS
+        for mount in mounts:
+            await mount.call("release", items=[[ino, NONE]])
+        assert service.leases.table.writer(ino) is None and not service.leases.table.is_held(ino)
 
 
 async def test_the_time_of_the_last_write_is_the_latest_of_all_that_write(tmp_path):
