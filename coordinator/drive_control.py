@@ -15,7 +15,7 @@ import trio
 
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.placement import DriveSpace
-from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, Unavailable
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, Unavailable, UnflushedLost
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId, id_bytes
 from csvfs.wire.block_messages import ROLE_IN_SYNC, Member, SlabDescriptor
 
@@ -82,9 +82,12 @@ class DriveControl:
         """
         by_node: dict[NodeName, list[list[Any]]] = {}
         alone: set[SlabId] = set()  # of the only in-sync copies: these go on even if their server started anew
+        accepted: set[SlabId] = set()  # and even if it lost power: whoever wrote there before hears of it
         for descriptor in descriptors:
             if len(descriptor.in_sync) == 1:
                 alone.add(descriptor.slab)
+            if descriptor.lost_epoch == descriptor.epoch:
+                accepted.add(descriptor.slab)
             for member in descriptor.writable:
                 item = [member.drive, descriptor.slab, descriptor.epoch, member.role]
                 by_node.setdefault(member.node, []).append(item)
@@ -92,7 +95,7 @@ class DriveControl:
         fenced: list[Fenced] = []
         async with trio.open_nursery() as nursery:
             for node, items in by_node.items():
-                nursery.start_soon(self._install_on_node, node, items, alone, failures, fenced)
+                nursery.start_soon(self._install_on_node, node, items, (alone, accepted), failures, fenced)
         if fenced:
             raise fenced[0]
         return failures
@@ -101,18 +104,22 @@ class DriveControl:
         self,
         node: NodeName,
         items: list[list[Any]],
-        alone: set[SlabId],
+        alone_and_accepted: tuple[set[SlabId], set[SlabId]],
         failures: Failures,
         fenced: list[Fenced],
     ) -> None:
         for start in range(0, len(items), INSTALL_ITEMS_MAX):
             part = items[start : start + INSTALL_ITEMS_MAX]
-            numbers = [number for number, item in enumerate(part) if item[1] in alone]
+            alone, accepted = (
+                [number for number, item in enumerate(part) if item[1] in slabs] for slabs in alone_and_accepted
+            )
             try:
-                args = {"term": self.term, "items": part, "alone": numbers}
+                args = {"term": self.term, "items": part, "alone": alone, "accepted": accepted}
                 answer = await self.call(node, "install", args)
                 for drive, slab, reason in answer["refused"]:
                     failures[SlabId(slab), DriveId(drive)] = DriveFailed(str(reason))
+                for drive, slab, reason in answer["lost"]:
+                    failures[SlabId(slab), DriveId(drive)] = UnflushedLost(str(reason))
             except Fenced as error:
                 fenced.append(error)
                 return

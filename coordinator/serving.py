@@ -25,7 +25,7 @@ from csvfs.block.bus import Bus
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.server_links import ServerLinks
 from csvfs.block.tunnel_desk import waypoints_of
-from csvfs.errors import Corrupt
+from csvfs.errors import Corrupt, UnflushedLost
 from csvfs.ids import DriveId, Epoch, Incarnation, SlabId
 from csvfs.net.detours import Paths
 from csvfs.net.engine import Engine
@@ -102,6 +102,29 @@ def _soon(engine: Engine, function: Callable[[], None]) -> None:
         function()
 
 
+async def _end_when_metadata_is_lost(
+    changes: SlabChanges, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The drives may lack what we have written since the last flush, in the midst of what we write from here on.
+
+    Raises  UnflushedLost. Whoever takes the volume over begins with what is there.
+    """
+    lost: list[SlabDescriptor] = []
+    ends = trio.Event()
+
+    def note(descriptor: SlabDescriptor) -> None:
+        lost.append(descriptor)
+        ends.set()
+
+    changes.on_unflushed_lost = note
+    task_status.started()
+    await ends.wait()
+    raise UnflushedLost(
+        f"metadata slab {lost[0].slab}: the drives of all its copies lost power before epoch {lost[0].epoch}: "
+        "the metadata is read from them again"
+    )
+
+
 async def serve_volume(
     setup: VolumeSetup,
     *,
@@ -143,6 +166,7 @@ async def serve_volume(
             if paths is not None:
                 nursery.start_soon(partial(links.pulls.mind_paths_forever, hurry=False))
             await secure_metadata_slabs(book, changes, links.control, facts, setup.volume)
+            await nursery.start(_end_when_metadata_is_lost, changes)
             read: ReadBlocks = reader.read
             try:
                 metadata = open_metadata(read, len(book.slabs), setup.slab_blocks, setup.volume)

@@ -16,7 +16,7 @@ import trio
 from coordinator.drive_control import DriveControl
 from coordinator.slab_book import SlabBook
 from csvfs.block import slab_state
-from csvfs.errors import Corrupt, CsvfsError, Fenced, LastCopy, LeaseLost, Unavailable
+from csvfs.errors import Corrupt, CsvfsError, Fenced, LastCopy, LeaseLost, Unavailable, UnflushedLost
 from csvfs.ids import DriveId, Epoch, NodeName, SlabId
 from csvfs.wire.block_messages import Member, SlabDescriptor
 
@@ -37,6 +37,8 @@ class SlabChanges:
         self.change_count = 0  # grows with every `note_change`
         self._changed_at: dict[SlabId, int] = {}
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
+        # What was written to the slab before and not flushed may be lost. It is committed, and not in service yet.
+        self.on_unflushed_lost: Callable[[SlabDescriptor], None] = lambda descriptor: None
         self._equalizing = trio.Lock()
 
     async def failed(
@@ -127,7 +129,10 @@ class SlabChanges:
         def drop(descriptor: SlabDescriptor) -> SlabDescriptor:
             if descriptor.epoch != installed[descriptor.slab].epoch:
                 return descriptor  # It changed meanwhile: a refusal of the older epoch says nothing.
-            return slab_state.drop_members(descriptor, drops[descriptor.slab])
+            errors = drops[descriptor.slab]
+            if any(isinstance(error, UnflushedLost) for error in errors.values()):
+                return slab_state.accept_unflushed_loss(descriptor)
+            return slab_state.drop_members(descriptor, errors)
 
         for slab, outcome in (await self.book.change(drops, drop)).items():
             reasons = "; ".join(sorted({str(error) for error in drops[slab].values()}))
@@ -135,6 +140,9 @@ class SlabChanges:
                 failures[slab] = LastCopy(f"{outcome} ({reasons})")
             elif isinstance(outcome, CsvfsError):
                 failures[slab] = outcome
+            elif outcome.lost_epoch == outcome.epoch:
+                log.error("slab %d goes on at epoch %d without what was not flushed: %s", slab, outcome.epoch, reasons)
+                self.on_unflushed_lost(outcome)
             else:
                 log.warning("slab %d epoch %d: members dropped: %s", slab, outcome.epoch, reasons)
 

@@ -173,6 +173,10 @@ class Lost(CsvfsError):
     """All in-sync copies of a slab were on drives that have lost them: waiting would not help."""
 
 
+class UnflushedLost(CsvfsError):
+    """All copies in sync may have lost what was written and not flushed: their machines lost power."""
+
+
 class DriveFailed(CsvfsError):
     """The drive gave an I/O error."""
 

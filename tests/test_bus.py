@@ -410,6 +410,59 @@ async def test_members_that_can_be_reached_again_are_written_to_though_their_own
             await trio.sleep(0.01)
 
 
+async def test_I8_a_flush_goes_on_when_its_members_can_be_reached_again_though_their_owner_still_waits(
+    cluster, monkeypatch
+):
+    """Simulator seed 300521: it went on asking the owner to drop all copies, until the fsync of another node failed."""
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    asked = trio.Event()
+
+    async def wait_with_the_decision(*failed):
+        asked.set()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(cluster.owner, "slab_failed", wait_with_the_decision)
+    monkeypatch.setattr(bus._media, "_owner_patience_s", 0.2)
+    flushed = trio.Event()
+
+    async def flush():
+        await bus.flush([SLAB])
+        flushed.set()
+
+    with monkeypatch.context() as cut, trio.fail_after(60):
+        cut.setattr(bus.links, "_directory", lambda node: None)
+        bus.links.check_servers()
+        cluster.nursery.start_soon(flush)
+        await asked.wait()
+        assert not flushed.is_set()
+    with trio.fail_after(60):
+        await flushed.wait()
+
+
+async def test_I8_a_flush_of_a_copy_that_is_not_in_service_takes_it_out(cluster):
+    """Its server has started anew, and may have lost what was written: only its coordinator can tell."""
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    await cluster.servers[0].kill()
+    await cluster.servers[0].start(cluster.nursery)
+    with trio.fail_after(60):
+        await bus.flush([SLAB])
+    assert [member.node for member in bus.known(SLAB).in_sync] == ["n2", "n3"]
+
+
+async def test_I8_a_flush_at_an_epoch_that_has_passed_asks_for_the_present_one(cluster):
+    bus, other = cluster.bus("mount/n2"), cluster.bus("mount/n3")
+    await write(bus, 0, block_of(1))
+    await cluster.servers[0].kill()
+    await write(other, 1, block_of(2))
+    assert bus.known(SLAB).epoch < other.known(SLAB).epoch
+    await cluster.servers[0].start(cluster.nursery)
+    with trio.fail_after(60):
+        await bus.flush([SLAB])
+    assert bus.known(SLAB) == other.known(SLAB)
+
+
 class ServerThatOwesAnAnswer:
     """A link to a server, seen from `watch_forever`; `progress_ns`: when it last answered."""
 

@@ -101,7 +101,7 @@ async def test_I8_an_fsync_flushes_what_the_process_before_wrote_and_tells_a_fai
                 raise failure[0]
 
         node.bus.flush = flush  # type: ignore[method-assign]
-        node.table.inheritance._unflushed = [slab]
+        node.table.inheritance._unflushed = dict.fromkeys([slab], 1)
         failure.append(DriveFailed("the drive could not flush"))
         for _ in range(2):
             with pytest.raises(DriveFailed):
@@ -115,7 +115,7 @@ async def test_I8_an_fsync_flushes_what_the_process_before_wrote_and_tells_a_fai
         flushes.clear()
         failure.clear()
         node.bus.flush = flush  # type: ignore[method-assign]
-        node.table.inheritance._unflushed = [slab]
+        node.table.inheritance._unflushed = dict.fromkeys([slab], 1)
         await node.table.fsync(FILE)
         await node.table.fsync(FILE)
         assert flushes == [[slab]]

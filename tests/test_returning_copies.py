@@ -215,8 +215,11 @@ async def test_I1_a_copy_that_lost_power_is_known_by_it_through_further_restarts
         verdict = judge(descriptor, (), (victim.drive_id, kept_all), (victim.drive_id,))
         assert verdict.kept == kept_all and victim.drive_id in verdict.drops
         items = [[victim.drive_id, SLAB, 2, ROLE_IN_SYNC]]
-        answer = await links.call("n1", "install", {"term": 2, "items": items, "alone": [0]}, timeout_s=30)
-        assert answer["refused"] == []
+        args = {"term": 2, "items": items, "alone": [0]}
+        answer = await links.call("n1", "install", args, timeout_s=30)
+        assert [row[:2] for row in answer["lost"]] == [[victim.drive_id, SLAB]] and await lost()  # to be written down first
+        answer = await links.call("n1", "install", {**args, "accepted": [0]}, timeout_s=30)
+        assert answer == {"refused": [], "lost": []}
         with trio.fail_after(60):
             while await lost():
                 await trio.sleep(0.01)

@@ -170,3 +170,16 @@ def test_a_hole_is_zeros_as_far_as_the_file_goes() -> None:
     record.end(record.begin(3, "n1.0", "read", 0), (1, 2))
     with pytest.raises(Violation, match="not linearizable"):
         record.judge(first_names())
+
+
+@pytest.mark.parametrize(("reader", "read", "right"), [("n1.1", (3,), True), ("n2.0", (3,), False), ("n1.1", (1,), True), ("n1.1", (4,), False)])
+def test_a_write_over_the_end_of_a_file_may_be_seen_to_the_old_end_on_its_node(
+    reader: str, read: tuple[int, ...], right: bool
+) -> None:
+    record = _two_files()
+    record.end(record.begin(3, "n1.0", "truncate", 1), None)
+    write = record.begin(3, "n1.0", "write", 0, (3, 4))
+    record.end(record.begin(3, reader, "read", 0), read)
+    record.end(write, None)
+    record.end(record.begin(3, "n3.0", "read", 0), (3, 4))
+    _check_judged(record, right)

@@ -38,6 +38,7 @@ from csvfs.errors import (
     ProtocolError,
     StaleEpoch,
     Unavailable,
+    UnflushedLost,
 )
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable
@@ -48,11 +49,14 @@ from csvfs.wire.block_messages import (
     BLOCK_COUNT_MAX,
     BLOCK_HEAD,
     FLUSH_HEAD,
+    FLUSH_LATER_EPOCH,
+    FLUSH_NOT_SERVED,
     READ_COMPRESSED,
     ROLE_IN_SYNC,
     ROLE_JOINING,
+    pack_flush_refused,
     unpack_checksums,
-    unpack_drive_indexes,
+    unpack_flush_rows,
 )
 from csvfs.wire.frames import Frame, Kind
 
@@ -332,14 +336,21 @@ class BlockService:
     # -- flush -----------------------------------------------------------------------------------
 
     def _flush(self, link: Link, frame: Frame) -> None:
-        """FLUSH: answered when all its drives are flushed, with the first error if there is one."""
+        """FLUSH: answered when all its drives are flushed, with the first error if there is one.
+
+        A row says what its writer takes for the slab's epoch: of a copy that is not at that one, it is told so. Whatever
+        may have lost what was written before is at a later one.
+        """
         client: Client | None = link.owner
         if client is None or len(frame.head) < FLUSH_HEAD.size:
             raise ProtocolError(f"{link.peer} sent a FLUSH that is cut short, or before its hello")
         (below,) = FLUSH_HEAD.unpack_from(frame.head)
         self.engine.hot()
         client.marks.below = max(client.marks.below, below)
-        indexes = unpack_drive_indexes(frame.head[FLUSH_HEAD.size :])
+        rows = unpack_flush_rows(frame.head[FLUSH_HEAD.size :])
+        whys = [self._why_not_flushed(client, *row) for row in rows]
+        refused = pack_flush_refused((number, why) for number, why in enumerate(whys) if why)
+        indexes = dict.fromkeys(index for index, _, _ in rows)
         request_id = frame.request_id
         errors: list[CsvfsError] = []
         remaining = len(indexes)
@@ -352,13 +363,21 @@ class BlockService:
             if not remaining and errors:
                 link.reply_error(request_id, errors[0])
             elif not remaining:
-                link.send(Kind.WRITTEN, request_id)
+                link.send(Kind.WRITTEN, request_id, refused)
 
         for served in [self.drives.by_index(index) for index in indexes]:
             try:
                 self.flushes.request(served, flushed)
             except CsvfsError as error:
                 flushed(error)
+
+    def _why_not_flushed(self, client: Client, index: int, epoch: Epoch, slab: SlabId) -> int:
+        """0: the copy is in service at `epoch`; else as in the answer to a FLUSH. Raises NotFound: no such drive."""
+        served = self.drives.by_index(index)
+        copy = None if served.drive is None else served.drive.find(client.volume, slab)
+        if copy is None or copy not in served.in_service or copy.epoch < epoch:
+            return FLUSH_NOT_SERVED
+        return FLUSH_LATER_EPOCH if copy.epoch > epoch else 0
 
     def close(self, *, clean: bool = True) -> None:
         """End the flush threads, then flush and close the drives; `clean=False`: as a kill would."""
@@ -426,12 +445,15 @@ class BlockService:
         term: int,
         *,
         alone: bool,
+        accepts_loss: bool = False,
     ) -> None:
         """Set a copy's epoch and role, and put it in service (I1: the epoch only grows).
 
-        Args     alone: it is the slab's only in-sync copy.
+        Args     alone: it is the slab's only in-sync copy. accepts_loss: and what it had not flushed is known to be lost.
         Raises   Unavailable: it is not, and has not been in service since this process started: it may lack
                  what was acknowledged since, so it has to leave the in-sync set and be resynced (I7).
+                 UnflushedLost: it is alone, and its drive has lost what was not flushed: that has to be committed before
+                 (I8: who flushes what it wrote earlier is to hear of it).
         """
         drive = served.opened()
         copy = self.drives.copy(served, volume, slab)
@@ -439,6 +461,11 @@ class BlockService:
             raise Unavailable(
                 f"slab {slab} on drive {served.drive_id.hex()[:8]}: its server has started anew, so only a resync "
                 "makes it in sync again"
+            )
+        if role == ROLE_IN_SYNC and copy not in served.in_service and drive.contents_lost and not accepts_loss:
+            raise UnflushedLost(
+                f"slab {slab} on drive {served.drive_id.hex()[:8]}: what was not flushed is lost: its machine lost power, "
+                "or its flush failed"
             )
         if role == ROLE_IN_SYNC and copy not in served.in_service and drive.unclean:
             # It is the last copy: what a killed writer left torn becomes old or new.

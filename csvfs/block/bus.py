@@ -98,7 +98,7 @@ class Bus:
         self._sequence = 0
         self._local = LocalReader(links, volume=volume, local_node=local_node)
         self._reader = Reader(self, links, self._local, local_node=local_node)
-        self._media = Media(self, links, owner)
+        self._media = Media(self, links, owner, io_timeout_s=io_timeout_s, owner_patience_s=owner_patience_s)
         self._repairs: set[SlabId] = set()
         self._repair_queue: deque[SlabId] = deque()
         self._repair_wanted = trio.Event()
@@ -375,7 +375,8 @@ class Bus:
     async def flush(self, slabs: Iterable[SlabId]) -> None:
         """Put what was written to `slabs` onto the medium of every in-sync and joining member (I8).
 
-        Raises  DriveFailed, Unavailable, Fenced: then nothing is promised. Cancel safe.
+        What was written before `lost_epoch` of the descriptor that is known after it may be lost all the same.
+        Raises  DriveFailed, Unavailable, Fenced: then nothing is promised. TimedOut: nor after io_timeout_s. Cancel safe.
         """
         await self._media.flush(slabs)
 

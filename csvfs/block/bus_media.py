@@ -3,21 +3,28 @@
 Place      block floor, under bus.py.
 
 Invariants
-  I8  `flush` returns only when every in-sync and joining member of every slab has flushed.
+  I8  `flush` returns only when every in-sync and joining member of every slab has flushed, at the epoch that is known:
+      so whatever may have lost what was written before is known as well (`SlabDescriptor.lost_epoch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from csvfs.block.server_links import ServerLinks, without_excused
-from csvfs.errors import CsvfsError, DriveFailed, Fenced, TimedOut
+from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, TimedOut, Unavailable
 from csvfs.ids import DriveId, NodeName, SlabId
-from csvfs.wire.block_messages import pack_flush
+from csvfs.net.link import Link
+from csvfs.wire.block_messages import (
+    FLUSH_LATER_EPOCH,
+    FLUSH_ROWS_MAX,
+    FlushRow,
+    pack_flush,
+    unpack_flush_refused,
+)
 from csvfs.wire.frames import Frame, Kind
 
 if TYPE_CHECKING:
@@ -26,85 +33,156 @@ if TYPE_CHECKING:
 FLUSH_TIMEOUT_S = 30.0
 TRIM_TIMEOUT_S = 10.0
 
+ASK_INTERVAL_S = 0.1  # when the owner has changed nothing
+Copy = tuple[DriveId, SlabId]
+
+
+class _Answers:
+    """What has become of the copies in one round: flushed at the epoch we know, or why not."""
+
+    def __init__(self) -> None:
+        self.flushed: set[Copy] = set()
+        self.passed: set[SlabId] = set()  # a copy is at a later epoch
+        self.not_served: set[Copy] = set()
+        self.failures: dict[DriveId, CsvfsError] = {}
+
+    def error(self, drive: DriveId, slab: SlabId) -> CsvfsError | None:
+        if (drive, slab) in self.not_served:
+            return Unavailable(f"slab {slab} on drive {drive.hex()[:8]} is not in service")
+        return None if (drive, slab) in self.flushed else self.failures.get(drive)
+
+
+class _Flush:
+    """One FLUSH of one node, with the copies that its rows are of."""
+
+    __slots__ = ("copies", "ended", "error", "link", "refused", "rows")
+
+    def __init__(self, link: Link, copies: list[Copy], rows: list[FlushRow]) -> None:
+        self.link = link
+        self.copies = copies
+        self.rows = rows
+        self.ended = trio.Event()
+        self.refused: dict[int, int] = {}
+        self.error: CsvfsError | None = TimedOut(f"no answer to a flush within {FLUSH_TIMEOUT_S:g} s")
+
+    def send(self, completed_below: int) -> None:
+        self.link.request(Kind.FLUSH, pack_flush(completed_below, self.rows), None, self._answered)
+
+    def _answered(self, frame: Frame | None, error: CsvfsError | None) -> None:
+        self.error = error
+        if frame is not None and error is None:
+            try:
+                self.refused = unpack_flush_refused(frame.head, len(self.rows))
+            except ProtocolError as nonsense:
+                self.error = nonsense
+        self.ended.set()
+
+    def judge(self, answers: _Answers) -> None:
+        for number, (drive, slab) in enumerate(self.copies):
+            why = self.refused.get(number)
+            if self.error is not None:
+                answers.failures[drive] = self.error
+            elif why is None:
+                answers.flushed.add((drive, slab))
+            elif why == FLUSH_LATER_EPOCH:
+                answers.passed.add(slab)
+            else:
+                answers.not_served.add((drive, slab))
+
 
 class Media:
-    def __init__(self, bus: Bus, links: ServerLinks, owner: SlabOwner) -> None:
+    def __init__(
+        self, bus: Bus, links: ServerLinks, owner: SlabOwner, *, io_timeout_s: float, owner_patience_s: float
+    ) -> None:
+        """See Bus."""
         self._bus = bus
         self._links = links
         self._owner = owner
+        self._io_timeout_s = io_timeout_s
+        self._owner_patience_s = owner_patience_s
 
     async def flush(self, slabs: Iterable[SlabId]) -> None:
         """See Bus.flush."""
         wanted = set(slabs)
-        flushed: set[DriveId] = set()
-        while True:
-            due: dict[NodeName, dict[DriveId, SlabId]] = {}
-            for slab in wanted:
-                for member in self._bus.known(slab).writable:
-                    if member.drive not in flushed:
-                        due.setdefault(member.node, {})[member.drive] = slab
-            if not due:
-                return
-            failures = await without_excused(self._links, due, await self._flush_nodes(due, flushed))
-            if failures:
-                await self._report_failed_flush(wanted, failures)
+        flushed: set[Copy] = set()
+        gives_up_at = trio.current_time() + self._io_timeout_s
+        while due := self._due(wanted, flushed):
+            answers = await self._flush_nodes(due)
+            flushed |= answers.flushed
+            drives = {node: [drive for drive, _ in copies] for node, copies in due.items()}
+            answers.failures = await without_excused(self._links, drives, answers.failures)
+            if answers.failures or answers.not_served or answers.passed:
+                await self._ask_owner(wanted, answers, gives_up_at)
 
-    async def _flush_nodes(
-        self, due: dict[NodeName, dict[DriveId, SlabId]], flushed: set[DriveId]
-    ) -> dict[DriveId, CsvfsError]:
-        """One FLUSH to each node, all at once; adds to `flushed`, returns what failed."""
-        failures: dict[DriveId, CsvfsError] = {}
-        targets = []
-        for node, drives in due.items():
-            try:
-                server = self._links.ready(node) or await self._links.connected(node)
-                for drive in drives:
-                    if not server.serves(drive):
-                        server = await self._links.serving(node, drive)
-                targets.append((server, drives, [server.drive_index(drive) for drive in drives]))
-            except CsvfsError as error:
-                failures.update(dict.fromkeys(drives, error))
-        remaining = len(targets)
-        done = trio.Event()
+    def _due(self, wanted: set[SlabId], flushed: set[Copy]) -> dict[NodeName, list[Copy]]:
+        due: dict[NodeName, list[Copy]] = {}
+        for slab in wanted:
+            for member in self._bus.known(slab).writable:
+                if (member.drive, slab) not in flushed:
+                    due.setdefault(member.node, []).append((member.drive, slab))
+        return due
 
-        def answer(drives: Iterable[DriveId], frame: Frame | None, error: CsvfsError | None) -> None:
-            nonlocal remaining
-            remaining -= 1
-            if error is None:
-                flushed.update(drives)
-            else:
-                failures.update(dict.fromkeys(drives, error))
-            if not remaining:
-                done.set()
-
+    async def _flush_nodes(self, due: dict[NodeName, list[Copy]]) -> _Answers:
+        """FLUSHes to each node, all at once."""
+        answers = _Answers()
+        requests: list[_Flush] = []
+        for node, copies in due.items():
+            requests += await self._requests(node, copies, answers)
         below = self._bus.completed_below()
         self._links.engine.hot()
-        for server, drives, indexes in targets:
-            server.link.request(Kind.FLUSH, pack_flush(below, indexes), None, partial(answer, list(drives)))
-        if targets:
-            with trio.move_on_after(FLUSH_TIMEOUT_S):
-                await done.wait()
-        late = TimedOut(f"no answer to a flush within {FLUSH_TIMEOUT_S:g} s")
-        for _, drives, _ in targets:
-            failures.update(
-                {drive: late for drive in drives if drive not in flushed and drive not in failures}
-            )
-        return failures
+        for request in requests:
+            request.send(below)
+        with trio.move_on_after(FLUSH_TIMEOUT_S):
+            for request in requests:
+                await request.ended.wait()
+        for request in requests:
+            request.judge(answers)
+        return answers
 
-    async def _report_failed_flush(self, slabs: set[SlabId], failures: dict[DriveId, CsvfsError]) -> None:
-        """Have the owner take the failed members out; raises when one of them cannot be missed."""
-        for error in failures.values():
+    async def _requests(self, node: NodeName, copies: list[Copy], answers: _Answers) -> list[_Flush]:
+        try:
+            server = self._links.ready(node) or await self._links.connected(node)
+            for drive in {drive for drive, _ in copies}:
+                if not server.serves(drive):
+                    server = await self._links.serving(node, drive)
+        except CsvfsError as error:
+            answers.failures.update({drive: error for drive, _ in copies})
+            return []
+        served: list[tuple[Copy, FlushRow]] = []
+        for drive, slab in copies:
+            try:
+                row = (server.drive_index(drive), self._bus.known(slab).epoch, slab)
+                served.append(((drive, slab), row))
+            except CsvfsError as error:
+                answers.failures[drive] = error
+        parts = [served[first : first + FLUSH_ROWS_MAX] for first in range(0, len(served), FLUSH_ROWS_MAX)]
+        return [_Flush(server.link, [copy for copy, _ in part], [row for _, row in part]) for part in parts]
+
+    async def _ask_owner(self, slabs: set[SlabId], answers: _Answers, gives_up_at: float) -> None:
+        """Have the owner say what has become of slabs, and take the failed members out; raises when one of them cannot be
+        missed. Not when it does not decide for long: we may have been cut off from what it reaches, and try again."""
+        for error in answers.failures.values():
             if isinstance(error, Fenced):
                 self._bus.fenced(error)
                 raise error
-        for slab in slabs:
-            descriptor = self._bus.known(slab)
-            drives = [member.drive for member in descriptor.writable if member.drive in failures]
-            if drives:
-                reason = str(failures[drives[0]])
-                self._bus.learn(await self._owner.slab_failed(slab, descriptor.epoch, drives, reason))
+        reason = "the owners of slabs have not decided"
+        with trio.move_on_after(self._owner_patience_s) as patience:
+            for slab in slabs:
+                descriptor = self._bus.known(slab)
+                errors = {m.drive: wrong for m in descriptor.writable if (wrong := answers.error(m.drive, slab))}
+                if errors:
+                    reason = str(next(iter(errors.values())))
+                elif slab in answers.passed:
+                    reason = f"slab {slab} is not at epoch {descriptor.epoch} any more"
+                else:
+                    continue
+                self._bus.learn(await self._owner.slab_failed(slab, descriptor.epoch, list(errors), reason))
                 if self._bus.known(slab).epoch == descriptor.epoch:
-                    raise DriveFailed(f"flush of slab {slab} failed: {reason}")
+                    if any(isinstance(error, DriveFailed) for error in errors.values()):
+                        raise DriveFailed(f"flush of slab {slab} failed: {reason}")
+                    await trio.sleep(ASK_INTERVAL_S)
+        if patience.cancelled_caught and trio.current_time() >= gives_up_at:
+            raise TimedOut(f"not flushed after {self._io_timeout_s:g} s: {reason}")
 
     async def trim(self, items: list[tuple[SlabId, int, int]]) -> None:
         """See Bus.trim."""

@@ -17,7 +17,7 @@ from csvfs.block.served_drives import ServedDrive
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.slot_tables import pack_slot_header
 from csvfs.block.tunnel_desk import TunnelDesk
-from csvfs.errors import BadRequest, Corrupt, CsvfsError, DriveFailed, StaleEpoch
+from csvfs.errors import BadRequest, Corrupt, CsvfsError, DriveFailed, StaleEpoch, UnflushedLost
 from csvfs.ids import DriveId, Epoch, Incarnation, NodeName, SlabId, Term, VolumeId
 from csvfs.net.calls import CallTable, field, optional_field
 from csvfs.net.detours import Paths
@@ -35,6 +35,13 @@ def _client(link: Link) -> Client:
         raise BadRequest("say hello first")
     client: Client = link.owner
     return client
+
+
+def _item_numbers(args: dict[str, Any], name: str) -> set[int]:
+    numbers = optional_field(args, name, list) or []
+    if not all(isinstance(number, int) for number in numbers):
+        raise BadRequest(f"argument {name!r} must be numbers of items")
+    return set(numbers)
 
 
 def _active_chunks(copy: SlabCopy) -> list[int]:
@@ -168,10 +175,10 @@ class DriveCalls:
     async def install(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         volume = _client(link).volume
-        numbers = optional_field(args, "alone", list) or []
-        if not all(isinstance(number, int) for number in numbers):
-            raise BadRequest("argument 'alone' must be numbers of items")
-        alone, rows, refused = set(numbers), self._rows(args, 4), []
+        alone, accepted = _item_numbers(args, "alone"), _item_numbers(args, "accepted")
+        rows = self._rows(args, 4)
+        refused: list[list[Any]] = []
+        lost: list[list[Any]] = []
         if not all(isinstance(drive_id, bytes) for drive_id, _, _, _ in rows):
             raise BadRequest("items must name drives by their ids")
         for number, (drive_id, slab, epoch, role) in enumerate(rows):
@@ -180,11 +187,14 @@ class DriveCalls:
                 if role not in (ROLE_IN_SYNC, ROLE_JOINING) or not isinstance(epoch, int) or not isinstance(slab, int):
                     raise BadRequest(f"role {role!r} at epoch {epoch!r} cannot be installed")
                 await self._service.install(
-                    served, volume, SlabId(slab), Epoch(epoch), role, term, alone=number in alone
-                )
+                    served, volume, SlabId(slab), Epoch(epoch), role, term,
+                    alone=number in alone, accepts_loss=number in accepted,
+                )  # fmt: skip
+            except UnflushedLost as error:
+                lost.append([drive_id, slab, str(error)])
             except CsvfsError as error:
                 refused.append([drive_id, slab, str(error)])
-        return {"refused": refused}
+        return {"refused": refused, "lost": lost}
 
     def _rows(self, args: dict[str, Any], width: int) -> list[list[Any]]:
         rows = field(args, "items", list)

@@ -127,7 +127,14 @@ def accept_loss(descriptor: SlabDescriptor, drive: DriveId, node: NodeName, epoc
     survivor = Member(drive, node, ROLE_IN_SYNC, SINCE_UNKNOWN)
     if len(others) == len(descriptor.members):
         others = others[:-1]  # on another drive than any before: as many copies as there were
-    return SlabDescriptor(descriptor.slab, Epoch(max(descriptor.epoch, epoch) + 1), (survivor, *others))
+    begun = Epoch(max(descriptor.epoch, epoch) + 1)
+    return SlabDescriptor(descriptor.slab, begun, (survivor, *others), begun)
+
+
+def accept_unflushed_loss(descriptor: SlabDescriptor) -> SlabDescriptor:
+    """The one in-sync copy goes on though its drive may have lost what it had not flushed."""
+    changed = bump(descriptor)
+    return replace(changed, lost_epoch=changed.epoch)
 
 
 def member_of(descriptor: SlabDescriptor, drive: DriveId, role: int) -> Member:
@@ -158,7 +165,7 @@ def _with(descriptor: SlabDescriptor, changed: Member) -> SlabDescriptor:
 
 def _next(descriptor: SlabDescriptor, members: tuple[Member, ...]) -> SlabDescriptor:
     assert descriptor.epoch < EPOCH_MAX  # 4 billion changes of one slab: one a second for 136 years
-    changed = SlabDescriptor(descriptor.slab, Epoch(descriptor.epoch + 1), members)
+    changed = replace(descriptor, epoch=Epoch(descriptor.epoch + 1), members=members)
     before = {member.drive for member in descriptor.in_sync}
     assert before & {member.drive for member in changed.in_sync}  # I1
     return changed

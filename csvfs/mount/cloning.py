@@ -219,8 +219,8 @@ class Cloning:
             into.tail_zero = -1
             into.committed = max(into.committed, (target_block + done) * BLOCK_SIZE)
             into.size = max(into.size, (target_block + done) * BLOCK_SIZE)
-            for slab in {extent[2] for extent in reply["extents"]}:
-                into.dirty_slabs[slab] = None
+            now = {extent[2]: file_io.epoch_of(self._bus, extent[2]) for extent in reply["extents"]}
+            into.dirtied({slab: source.dirty_slabs.get(slab, epoch) for slab, epoch in now.items()})
         into.failure = into.failure or source.failure
         self._reports.set_time(into, time.time_ns())
         self._reports.changed(into, reply)

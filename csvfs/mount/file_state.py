@@ -20,7 +20,7 @@ from csvfs.errors import CsvfsError
 from csvfs.mount.segments import Segments
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import ExtentMap
-from csvfs.volume.file_io import WriteDone
+from csvfs.volume.file_io import Epochs, WriteDone
 
 LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE = range(4)  # PROTOCOL.md, lease kinds
 
@@ -34,17 +34,18 @@ WHOLE_FILE = (0, 0)  # offset, length; length 0: to the end
 class InFlight:
     """One write taken by write_nowait. `done` is called exactly once."""
 
-    __slots__ = ("done", "end", "error", "first", "remaining", "slabs", "state")
+    __slots__ = ("done", "end", "epochs", "error", "first", "remaining", "state")
 
     def __init__(
-        self, state: "FileState", first: int, end: int, slabs: tuple[int, ...], done: WriteDone
+        self, state: "FileState", first: int, end: int, epochs: Epochs, done: WriteDone
     ) -> None:
+        """epochs: those that its slabs have when it is sent."""
         self.state = state
         self.first = first
         self.end = end
-        self.slabs = slabs
+        self.epochs = epochs
         self.done = done
-        self.remaining = len(slabs)
+        self.remaining = len(epochs)
         self.error: CsvfsError | None = None
 
     def landed(self, error: CsvfsError | None) -> None:
@@ -57,8 +58,7 @@ class InFlight:
         state = self.state
         del state.writes[self]
         # Now, not when it was sent: a flush between the two would not have covered it (I8).
-        for slab in self.slabs:
-            state.dirty_slabs[slab] = None
+        state.dirtied(self.epochs)
         if state.waiters is not None:
             state.notify()
         self.done(self.error)
@@ -207,7 +207,7 @@ class FileState:
         self.writes: dict[InFlight, None] = {}
         self.claims: dict[Claim, None] = {}
         self.buffered: dict[BufferedWrite, None] = {}
-        self.dirty_slabs: dict[int, None] = {}
+        self.dirty_slabs: Epochs = {}  # not flushed, with the epoch of the first write since
         self.metadata_dirty = True  # changed since the coordinator's last fsync, as far as we can tell
         self.failure: CsvfsError | None = None  # of a flush; reported until the file is closed (I8)
         self.read_holds = 0
@@ -237,6 +237,14 @@ class FileState:
     def lease_to_read(self) -> int:
         """M4: the lease under which its pages may be filled."""
         return LEASE_WRITE if self.write_opens else LEASE_READ
+
+    def dirtied(self, epochs: Epochs) -> None:
+        """These slabs were written to, or could not be flushed; of one that is dirty already the earlier epoch counts."""
+        dirty = self.dirty_slabs
+        for slab, epoch in epochs.items():
+            known = dirty.get(slab)
+            if known is None or epoch < known:
+                dirty[slab] = epoch
 
     def notify(self) -> None:
         event = self.waiters

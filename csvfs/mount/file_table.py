@@ -46,6 +46,7 @@ from csvfs.mount.shared_write import SharedWrite
 from csvfs.mount.shedding import INODES_MAX, KERNEL_INODES_MAX, Shedding
 from csvfs.mount.truncation import Truncation
 from csvfs.mount.write_path import WritePath
+from csvfs.volume import file_io
 from csvfs.volume.file_io import BlockBus, Data, WriteDone
 
 log = logging.getLogger(__name__)
@@ -437,10 +438,13 @@ class FileTable:
             try:
                 await self._bus.flush(slabs)
             except BaseException as error:
-                state.dirty_slabs = {**slabs, **state.dirty_slabs}
+                state.dirtied(slabs)
                 if isinstance(error, CsvfsError) and not error.retryable:
                     state.failure = error
                 raise
+            if (lost := file_io.lost_before_flush(self._bus, slabs)) is not None:
+                state.failure = lost
+                raise lost
 
     async def _flush_metadata(self, state: FileState) -> None:
         # The time of the last write is not waited for: it is reported within `times_s`, as with lazytime. A

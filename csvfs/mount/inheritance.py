@@ -25,7 +25,8 @@ from csvfs.mount.file_state import LEASE_OPEN, LEASE_READ, LEASE_WRITE, FileStat
 from csvfs.mount.inode_rows import Row
 from csvfs.mount.leases import Leases
 from csvfs.mount.segments import Segments
-from csvfs.volume.file_io import BlockBus
+from csvfs.volume import file_io
+from csvfs.volume.file_io import BlockBus, Epochs
 from csvfs.wire.block_messages import SlabDescriptor
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Inheritance:
         self._resent = trio.Event()
         self._resent.set()
         self._flushing = trio.Lock()
-        self._unflushed: list[int] = []
+        self._unflushed: Epochs = {}
         self._failure: CsvfsError | None = None
         self._refused: set[int] = set()
         self._begun: dict[int, tuple[int, list[int]]] = {}  # by request: where it was begun, and is not done again yet
@@ -134,7 +135,7 @@ class Inheritance:
         for value in descriptors:
             descriptor = SlabDescriptor.from_wire(value)
             self._bus.learn(descriptor)
-            self._unflushed.append(descriptor.slab)
+            self._unflushed[descriptor.slab] = descriptor.epoch
 
     async def flush(self) -> None:
         """Nothing is left unflushed of what was taken over.
@@ -150,11 +151,13 @@ class Inheritance:
                 return
             try:
                 await self._bus.flush(self._unflushed)
+                if (lost := file_io.lost_before_flush(self._bus, self._unflushed)) is not None:
+                    raise lost
             except CsvfsError as error:
                 if not error.retryable:
                     self._failure = error
                 raise
-            self._unflushed = []
+            self._unflushed = {}
 
     async def flush_soon(self) -> None:
         """A task: so that the first fsync finds nothing to do."""

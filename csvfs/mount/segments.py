@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from csvfs.errors import CsvfsError
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import ExtentMap
-from csvfs.volume.file_io import WriteDone
+from csvfs.volume.file_io import Epochs, WriteDone
 
 if TYPE_CHECKING:
     from csvfs.mount.file_state import FileState
@@ -97,20 +97,20 @@ class Segments:
 class SegmentWrite:
     """One write taken at once. `done` is called exactly once."""
 
-    __slots__ = ("done", "segments", "slab", "state", "use")
+    __slots__ = ("done", "epochs", "segments", "state", "use")
 
-    def __init__(self, state: "FileState", segments: Segments, use: Use, slab: int, done: WriteDone) -> None:
+    def __init__(self, state: "FileState", segments: Segments, use: Use, epochs: Epochs, done: WriteDone) -> None:
         self.state = state
         self.segments = segments
         self.use = use
-        self.slab = slab
+        self.epochs = epochs
         self.done = done
         segments.uses[use] = None
 
     def landed(self, error: CsvfsError | None) -> None:
         del self.segments.uses[self.use]
         # Now, not when it was sent: a flush between the two would not have covered it (I8).
-        self.state.dirty_slabs[self.slab] = None
+        self.state.dirtied(self.epochs)
         self.state.notify()
         self.done(error)
 

@@ -111,7 +111,8 @@ class SharedWrite:
         if segments.extents.is_shared(block, count):
             return False
         self._journal.begins_in(request, ino, first, last)
-        write = SegmentWrite(state, segments, Use(first, last, True), run[2], done)
+        epochs = {run[2]: file_io.epoch_of(self._bus, run[2])}
+        write = SegmentWrite(state, segments, Use(first, last, True), epochs, done)
         self._touched(state, segments)
         self._bus_write(run[2], run[3] + block - run[0], data, write.landed)
         return True
@@ -192,10 +193,10 @@ class SharedWrite:
         self._journal.begins_in(current_request.get(), state.ino, use.first, use.last)
         try:
             self._touched(state, segments)
-            error = await Delivery(self._bus, pieces, data).wait()
+            delivery = Delivery(self._bus, pieces, data)
+            error = await delivery.wait()
             # Now, not when it was sent: a flush between the two would not have covered it (I8).
-            for _, _, slab, _ in pieces:
-                state.dirty_slabs[slab] = None
+            state.dirtied(delivery.epochs)
             if error is not None:
                 raise error
         finally:

@@ -11,7 +11,7 @@ Limits     both may be exceeded by what is open, and for a second or two by what
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Protocol
 
@@ -22,6 +22,8 @@ from csvfs.mount.file_state import LEASE_NONE, FileState
 from csvfs.mount.leases import Leases
 from csvfs.mount.recall import Recaller
 from csvfs.mount.reports import Reports
+from csvfs.volume import file_io
+from csvfs.volume.file_io import BlockBus
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +33,6 @@ KERNEL_INODES_MAX = 262_144  # known to the kernel; about 0.2 KiB each here, and
 SHED_BATCH = 128
 PRUNE_BATCH = 1024
 PRUNED_AT_ONCE_MAX = 65_536  # where nothing helps since all is in use, it is not tried for ever
-
-
-class Flusher(Protocol):
-    """Of the bus."""
-
-    async def flush(self, slabs: Iterable[int]) -> None: ...
 
 
 class Pruner(Protocol):
@@ -51,7 +47,7 @@ class Shedding:
     def __init__(
         self,
         leases: Leases,
-        bus: Flusher,
+        bus: BlockBus,
         reports: Reports,
         recaller: Recaller,
         notifier: Pruner,
@@ -143,9 +139,13 @@ class Shedding:
             state.dirty_slabs = {}
         try:
             await self._bus.flush({slab for _, slabs in taken for slab in slabs})
+            for state, slabs in taken:
+                if (lost := file_io.lost_before_flush(self._bus, slabs)) is not None:
+                    log.error("inode %d: %s", state.ino, lost)
+                    state.failure = lost
         except BaseException as error:
             for state, slabs in taken:
-                state.dirty_slabs = {**slabs, **state.dirty_slabs}
+                state.dirtied(slabs)
                 if isinstance(error, CsvfsError) and not error.retryable:
                     state.failure = error
             if not isinstance(error, CsvfsError):

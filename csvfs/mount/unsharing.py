@@ -55,8 +55,11 @@ class Unsharing:
         rows: list[Row] = reply["rows"]
         if rows:
             self._leases.take_slabs(state, rows, reply)
+            written = {row[2]: file_io.epoch_of(self._bus, row[2]) for row in rows}
             await self._write_all(state, rows, first, last, blocks)
-            await self._bus.flush({row[2] for row in rows})
+            await self._bus.flush(written)
+            if (lost := file_io.lost_before_flush(self._bus, written)) is not None:
+                raise lost
             async with none_told(state, [(block, block + count) for block, count, _, _ in rows]):
                 if state.losses != losses:  # somebody may have written to the file since it was copied
                     raise LeaseLost(f"the write lease of inode {state.ino} was lost while shared blocks were copied")

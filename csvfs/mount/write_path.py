@@ -131,7 +131,7 @@ class WritePath:
         start, run_end, slab, slab_block = state.runs[index]
         if last > run_end or slab < 0 or last - first > BLOCK_COUNT_MAX:
             return self._write_pieces(state, first, last, data, write_flags, done)
-        write = InFlight(state, first, last, (slab,), done)
+        write = InFlight(state, first, last, {slab: file_io.epoch_of(self._bus, slab)}, done)
         state.writes[write] = None
         self._touched(state, offset, size, write_flags)
         self._bus_write(slab, slab_block + first - start, data, write.landed)
@@ -150,8 +150,7 @@ class WritePath:
         pieces = state.extents.pieces(first, last - first)
         if pieces is None or any(slab < 0 for _, _, slab, _ in pieces):
             return False
-        slabs = tuple({piece[2] for piece in pieces})
-        write = InFlight(state, first, last, slabs, done)
+        write = InFlight(state, first, last, file_io.epochs(self._bus, pieces), done)
         write.remaining = 1  # file_io counts the pieces
         state.writes[write] = None
         self._touched(state, first << _BLOCK_SHIFT, len(data), write_flags)
@@ -306,8 +305,9 @@ class WritePath:
             if await self._replaced(state, first, last, blocks):
                 return
             await self._reports.allocate(state, first, last, 0)
-            error = await self._deliver(state, first, last, blocks).wait()
-            self._mark_dirty(state, first, last)
+            delivery = self._deliver(state, first, last, blocks)
+            error = await delivery.wait()
+            state.dirtied(delivery.epochs)
             if error is not None:
                 raise error
         finally:
@@ -337,7 +337,7 @@ class WritePath:
             except CsvfsError as error:
                 failure = error
             failure = await delivery.wait() or failure
-            self._mark_dirty(state, first, last)
+            state.dirtied(delivery.epochs)
             # W3. When one of both failed, the coordinator's size counts: it only grows.
             state.size = max(state.size, end if failure is None else state.committed)
             if failure is not None:
@@ -387,10 +387,6 @@ class WritePath:
         assert not state.extents.is_shared(first, last - first), "W6"
         return Delivery(self._bus, _pieces(state, first, last - first), blocks)
 
-    def _mark_dirty(self, state: FileState, first: int, last: int) -> None:
-        for _, _, slab, _ in state.extents.allocated(first, last - first):
-            state.dirty_slabs[slab] = None
-
     async def zero(self, state: FileState, offset: int, end: int) -> None:
         """Make bytes `offset..end` of one block zeros, as far as they lie within the file and in no hole.
 
@@ -422,8 +418,9 @@ class WritePath:
             try:
                 content = memoryview(await self._valid_block(state, block))
                 if not await self._replaced(state, block, block + 1, content):
-                    error = await self._deliver(state, block, block + 1, content).wait()
-                    self._mark_dirty(state, block, block + 1)
+                    delivery = self._deliver(state, block, block + 1, content)
+                    error = await delivery.wait()
+                    state.dirtied(delivery.epochs)
                     if error is not None:
                         raise error
             finally:
@@ -457,8 +454,9 @@ class WritePath:
                     raise LeaseLost(f"the write lease of inode {state.ino} was lost while a gap was cleared") from None
                 size = min(BLOCK_COUNT_MAX, count - at)
                 zeros = memoryview(file_io.ZEROS)[: size * BLOCK_SIZE]
-                error = await Delivery(self._bus, [(block + at, size, slab, slab_block + at)], zeros).wait()
-                state.dirty_slabs[slab] = None
+                delivery = Delivery(self._bus, [(block + at, size, slab, slab_block + at)], zeros)
+                error = await delivery.wait()
+                state.dirtied(delivery.epochs)
                 if error is not None:
                     raise error
 

@@ -9,15 +9,17 @@ from typing import Protocol
 
 import trio
 
-from csvfs.errors import CsvfsError
+from csvfs.errors import CsvfsError, UnflushedLost
+from csvfs.ids import Epoch
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import Piece
-from csvfs.wire.block_messages import BLOCK_COUNT_MAX, ZERO_BLOCK, SlabDescriptor
+from csvfs.wire.block_messages import BLOCK_COUNT_MAX, EPOCH_UNKNOWN, ZERO_BLOCK, SlabDescriptor
 
 ZEROS = bytes(BLOCK_COUNT_MAX * BLOCK_SIZE)
 
 Data = bytes | memoryview
 WriteDone = Callable[[CsvfsError | None], None]
+Epochs = dict[int, Epoch]  # by slab
 
 
 class BlockBus(Protocol):
@@ -86,6 +88,29 @@ class Landing:
             self.done(self.error)
 
 
+def epochs(bus: BlockBus, pieces: Iterable[Piece]) -> Epochs:
+    """Of the slabs of `pieces`, as known now: taken before they are written, for `lost_before_flush`."""
+    return {slab: epoch_of(bus, slab) for slab in {piece[2] for piece in pieces}}
+
+
+def epoch_of(bus: BlockBus, slab: int) -> Epoch:
+    known = bus.descriptor(slab)
+    return EPOCH_UNKNOWN if known is None else known.epoch
+
+
+def lost_before_flush(bus: BlockBus, written: Epochs) -> UnflushedLost | None:
+    """After a flush of these slabs. None: what was written to them, from those epochs on, is on the media (I8); else the
+    copies in sync have lost in between what they had not flushed."""
+    for slab, epoch in written.items():
+        known = bus.descriptor(slab)
+        if known is not None and known.lost_epoch > epoch:
+            return UnflushedLost(
+                f"slab {slab}: the drives of all its copies lost power, or failed to flush, before epoch {known.lost_epoch}: "
+                f"what was written since epoch {epoch} was not flushed and may be lost: write it again"
+            )
+    return None
+
+
 def write(bus: BlockBus, pieces: Iterable[Piece], data: Data, done: WriteDone) -> None:
     """Write `data` to `pieces` (no holes among them), in order. `data` must stay until `done`."""
     short = cut(pieces)
@@ -104,6 +129,7 @@ class Delivery:
     def __init__(self, bus: BlockBus, pieces: list[Piece], data: Data) -> None:
         self._ended = trio.Event()
         self._error: CsvfsError | None = None
+        self.epochs = epochs(bus, pieces)
         write(bus, pieces, data, self._done)
 
     def _done(self, error: CsvfsError | None) -> None:

@@ -17,8 +17,12 @@ from csvfs.units import BLOCK_SIZE
 BLOCK_HEAD = struct.Struct("<QQQIIIHH")  # slab, sequence, completed_below, epoch, block, count, drive, flags
 assert BLOCK_HEAD.size == 40  # PROTOCOL.md
 BLOCK_COUNT_MAX = 256  # 1 MiB
-FLUSH_HEAD = struct.Struct("<Q")  # completed_below; u16 drive indexes follow
-FLUSH_DRIVES_MAX = 1_024
+FLUSH_HEAD = struct.Struct("<Q")  # completed_below; rows follow
+FLUSH_ROW = struct.Struct("<HIQ")  # drive index, epoch, slab
+FLUSH_ROWS_MAX = 1_024
+FLUSH_REFUSED = struct.Struct("<HB")  # in the answer: number of a row, why
+FLUSH_LATER_EPOCH = 1  # the copy is at a later epoch
+FLUSH_NOT_SERVED = 2  # the copy is not in service, not there, or at an earlier epoch
 _CHECKSUMS = [struct.Struct(f"<{count}I") for count in range(BLOCK_COUNT_MAX + 1)]
 _SLAB = struct.Struct("<Q")
 NEVER_WRITTEN = 0
@@ -26,6 +30,8 @@ READ_COMPRESSED = 1  # flag of a READ: its answer's payload may be an lz4 frame,
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 EPOCH_UNKNOWN = Epoch(0)
+
+FlushRow = tuple[int, Epoch, SlabId]  # drive index, epoch, slab
 
 ROLE_ABSENT = 0
 ROLE_IN_SYNC = 1
@@ -63,17 +69,32 @@ def unpack_checksums(packed: memoryview | bytes, count: int) -> tuple[int, ...]:
     return _CHECKSUMS[count].unpack(packed)
 
 
-def pack_flush(completed_below: int, indexes: list[int]) -> bytes:
+def pack_flush(completed_below: int, rows: Iterable[FlushRow]) -> bytes:
     """Head of a FLUSH."""
-    return FLUSH_HEAD.pack(completed_below) + struct.pack(f"<{len(indexes)}H", *indexes)
+    return FLUSH_HEAD.pack(completed_below) + b"".join(FLUSH_ROW.pack(*row) for row in rows)
 
 
-def unpack_drive_indexes(packed: memoryview | bytes) -> tuple[int, ...]:
-    """Raises ProtocolError unless there are 1 to FLUSH_DRIVES_MAX whole indexes."""
-    count, rest = divmod(len(packed), 2)
-    if rest or not 0 < count <= FLUSH_DRIVES_MAX:
-        raise ProtocolError(f"{len(packed)} bytes of drive indexes in a FLUSH")
-    return struct.unpack(f"<{count}H", packed)
+def unpack_flush_rows(packed: memoryview | bytes) -> list[FlushRow]:
+    """Raises ProtocolError unless there are 1 to FLUSH_ROWS_MAX whole rows."""
+    count, rest = divmod(len(packed), FLUSH_ROW.size)
+    if rest or not 0 < count <= FLUSH_ROWS_MAX:
+        raise ProtocolError(f"{len(packed)} bytes of rows in a FLUSH")
+    return [(index, Epoch(epoch), SlabId(slab)) for index, epoch, slab in FLUSH_ROW.iter_unpack(packed)]
+
+
+def pack_flush_refused(refused: Iterable[tuple[int, int]]) -> bytes:
+    """Head of the answer to a FLUSH."""
+    return b"".join(FLUSH_REFUSED.pack(number, why) for number, why in refused)
+
+
+def unpack_flush_refused(packed: memoryview | bytes, row_count: int) -> dict[int, int]:
+    """Why, by the number of the row. Raises ProtocolError on anything else."""
+    if len(packed) % FLUSH_REFUSED.size:
+        raise ProtocolError(f"{len(packed)} bytes of refused rows in the answer to a FLUSH")
+    refused = dict(FLUSH_REFUSED.iter_unpack(packed))
+    if any(number >= row_count or why not in (FLUSH_LATER_EPOCH, FLUSH_NOT_SERVED) for number, why in refused.items()):
+        raise ProtocolError(f"the answer to a FLUSH of {row_count} rows refuses others")
+    return refused
 
 
 @dataclass(slots=True, frozen=True)
@@ -88,11 +109,15 @@ class Member:
 
 @dataclass(slots=True, frozen=True)
 class SlabDescriptor:
-    """Who holds a slab, as of `epoch`. A larger epoch replaces a smaller one wherever it is seen."""
+    """Who holds a slab, as of `epoch`. A larger epoch replaces a smaller one wherever it is seen.
+
+    lost_epoch   the last epoch that began with a copy that may lack what was written before it and not flushed (0: none)
+    """
 
     slab: SlabId
     epoch: Epoch
     members: tuple[Member, ...]
+    lost_epoch: Epoch = EPOCH_UNKNOWN
 
     @property
     def in_sync(self) -> tuple[Member, ...]:
@@ -104,21 +129,23 @@ class SlabDescriptor:
         return tuple(member for member in self.members if member.role != ROLE_ABSENT)
 
     def to_wire(self) -> list:
-        return [self.slab, self.epoch, [[m.drive, m.node, m.role, m.since] for m in self.members]]
+        value = [self.slab, self.epoch, [[m.drive, m.node, m.role, m.since] for m in self.members]]
+        return [*value, self.lost_epoch] if self.lost_epoch else value
 
     @staticmethod
     def from_wire(value: object) -> "SlabDescriptor":
         """Raises ProtocolError on anything but a descriptor (PROTOCOL.md, "Slab descriptor")."""
         try:
-            slab, epoch, rows = cast(Iterable[Any], value)
+            slab, epoch, rows, *rest = cast(Iterable[Any], value)
+            (lost_epoch,) = rest or (EPOCH_UNKNOWN,)
             members = tuple(
                 Member(DriveId(id_bytes(drive)), NodeName(str(node)), int(role), Epoch(int(since)))
                 for drive, node, role, since in rows
             )
-            descriptor = SlabDescriptor(SlabId(int(slab)), Epoch(int(epoch)), members)
+            descriptor = SlabDescriptor(SlabId(int(slab)), Epoch(int(epoch)), members, Epoch(int(lost_epoch)))
         except (TypeError, ValueError) as error:
             raise ProtocolError(f"not a slab descriptor: {error}") from None
         roles_known = all(member.role in (ROLE_ABSENT, ROLE_IN_SYNC, ROLE_JOINING) for member in members)
-        if not roles_known or descriptor.slab < 0 or descriptor.epoch < 0:
+        if not roles_known or descriptor.slab < 0 or not 0 <= descriptor.lost_epoch <= descriptor.epoch:
             raise ProtocolError(f"slab descriptor of slab {slab} has numbers out of range")
         return descriptor

@@ -73,7 +73,9 @@ def _message(frame: frames.Frame) -> None:
     elif frame.kind in (frames.Kind.WRITE, frames.Kind.HEAL):
         block_messages.unpack_checksums(frame.head, len(frame.payload) // 4096)
     elif frame.kind == frames.Kind.FLUSH:
-        block_messages.unpack_drive_indexes(frame.head)
+        block_messages.unpack_flush_rows(frame.head)
+    elif frame.kind == frames.Kind.WRITTEN:
+        block_messages.unpack_flush_refused(frame.head, 7)
 
 
 def _frame(data: bytes) -> None:

@@ -7,6 +7,7 @@ Rules      H1  A read returns the content of one write of that block, whole: nev
                stays, until something is written.
            H4  After a power cut of all copies that had it, a block may fall back, but not behind the last flush
                that was answered.
+           H5  The writer of what may be gone by that is told so by its next flush, if it lives.
 Order      writes of one block are numbered in the order in which they were issued: programs hold a lease.
 """
 
@@ -40,7 +41,7 @@ def content(key: Key, number: int) -> bytes:
 
 
 class BlockHistory:
-    __slots__ = ("acked", "flushed", "gone_upto", "in_flight", "issued")
+    __slots__ = ("acked", "by", "flushed", "gone_upto", "in_flight", "issued", "lost_by")
 
     def __init__(self) -> None:
         self.issued = 0  # the last write
@@ -48,6 +49,8 @@ class BlockHistory:
         self.flushed = 0  # survives everything
         self.gone_upto = 0  # writes behind `acked` up to this one were not carried out, and never will be
         self.in_flight: set[int] = set()  # of writers that live
+        self.by: object = None  # who wrote what was acknowledged last
+        self.lost_by: object = None  # whose acknowledged write may be gone, and who has not been told
 
 
 class History:
@@ -77,12 +80,13 @@ class History:
         block.in_flight.add(block.issued)
         return block.issued
 
-    def acknowledge(self, key: Key, number: int) -> None:
+    def acknowledge(self, key: Key, number: int, by: object) -> None:
         """The program was told that it is written."""
         block = self.block(key)
         self.writes += 1
         block.in_flight.discard(number)
         block.acked = max(block.acked, number)
+        block.by = by
 
     def abandon(self, key: Key, number: int) -> None:
         """Its writer is dead, or was told that it is out: old or new."""
@@ -94,9 +98,20 @@ class History:
         wanted = set(slabs)
         return [(key, block.acked) for key, block in self._blocks.items() if key[0] in wanted]
 
-    def end_flush(self, begun: list[tuple[Key, int]]) -> None:
-        """The program was told that all acknowledged before is on the media."""
+    def lost_of(self, by: object, slabs: Iterable[int]) -> set[Key]:
+        """Of which blocks acknowledged writes of this writer may be gone, without its having been told."""
+        wanted = set(slabs)
+        return {key for key, block in self._blocks.items() if key[0] in wanted and block.lost_by is by}
+
+    def told_of_loss(self, by: object, slabs: Iterable[int]) -> None:
+        for key in self.lost_of(by, slabs):
+            self.block(key).lost_by = None
+
+    def end_flush(self, begun: list[tuple[Key, int]], lost: set[Key]) -> None:
+        """The program was told that all acknowledged before is on the media. `lost`: `lost_of` when it began. Raises Violation."""
         self.flushes += 1
+        for key in lost:
+            raise Violation(f"slab {key[0]} block {key[1]}: flushed, but what was written had been lost with all copies (H5)")
         for key, number in begun:
             block = self.block(key)
             block.flushed = max(block.flushed, number)
@@ -105,6 +120,8 @@ class History:
         """All copies that had what was not flushed have lost it (H4)."""
         for key, block in self._blocks.items():
             if key[0] == slab:
+                if block.acked > block.flushed:
+                    block.lost_by = block.by
                 block.acked = block.flushed
                 block.gone_upto = 0
 

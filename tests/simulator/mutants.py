@@ -202,6 +202,16 @@ def _I8_flush_answers_early() -> list[Patch]:
     return [(Flushes, "request", mutant)]
 
 
+def _I8_lost_power_without_a_word() -> list[Patch]:
+    """A copy whose drive lost what it had not flushed goes on as if nothing had been."""
+    true = BlockService.install
+
+    async def mutant(self: BlockService, *args: Any, **options: Any) -> None:
+        await true(self, *args, **{**options, "accepts_loss": True})
+
+    return [(BlockService, "install", mutant)]
+
+
 def _I9_not_verified() -> list[Patch]:
     """Blocks are returned as they lie on the drive; their checksums are made up to match."""
 
@@ -228,6 +238,7 @@ MUTANTS: dict[str, Callable[[], list[Patch]]] = {
     "I7 in sync without a resync": _I7_resync_skips,
     "I7 pulled blocks overwrite newer ones": _I7_pull_overwrites,
     "I8 a flush is answered early": _I8_flush_answers_early,
+    "I8 lost power without a word": _I8_lost_power_without_a_word,
     "I9 blocks are not verified": _I9_not_verified,
 }
 # Its copies do not become equal, or the volume cannot be read: seen before anybody is told something wrong.

@@ -287,6 +287,9 @@ class World:
         if after.epoch == before.epoch + 1 and not old & new:
             raise Violation(f"slab {after.slab} epoch {after.epoch} shares no copy with the one before (I1)")
         self._lost_power.difference_update((after.slab, drive) for drive in new - old)
+        if after.lost_epoch == after.epoch:
+            # It goes on with what is left, for good.
+            self._lost_power.difference_update((after.slab, drive) for drive in new)
 
     def _check_power(self) -> None:
         for slab, descriptor in self._descriptors.items():

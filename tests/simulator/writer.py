@@ -21,6 +21,7 @@ from csvfs.ids import DriveId, Epoch, SlabId
 from csvfs.mount.guard import Guard
 from csvfs.net.calls import CallTable
 from csvfs.net.link import Link
+from csvfs.volume import file_io
 from csvfs.wire.block_messages import SlabDescriptor
 from tests.simulator import faults
 from tests.simulator.coordinator import WRITE_TIMEOUT_MS
@@ -46,6 +47,7 @@ class Writer:
         self.held: int | None = None
         self._asking: int | None = None
         self.in_flight: set[tuple[Key, int]] = set()
+        self.dirty: file_io.Epochs = {}  # as FileState.dirty_slabs
         self._recalled = trio.Event()
         self._idle = trio.Event()
         self._released = trio.Event()
@@ -224,12 +226,17 @@ class Writer:
                 if not self.process.alive or error is not None:
                     self.history.abandon(block, number)
                 else:
-                    self.history.acknowledge(block, number)
+                    self.history.acknowledge(block, number, self)
+                    self._note_dirty(block[0], epochs[block[0]])
             if not self.in_flight:
                 self._idle.set()
 
+        epochs = file_io.epochs(self.bus, [(0, count, key[0], key[1])])
         self.world.trace_write(self.process, issued)
         self.bus.write(SlabId(key[0]), key[1], data, done)
+
+    def _note_dirty(self, slab: int, epoch: Epoch) -> None:
+        self.dirty[slab] = min(epoch, self.dirty.get(slab, epoch))
 
     async def finish_writes(self) -> None:
         while self.in_flight:
@@ -253,13 +260,20 @@ class Writer:
     async def _flush(self, region: Any) -> None:
         """As fsync of a file whose size did not change: the data alone."""
         await self.finish_writes()
-        begun = self.history.begin_flush([region.slab])
+        begun, lost = self.history.begin_flush([region.slab]), self.history.lost_of(self, [region.slab])
+        written = {region.slab: self.dirty.pop(region.slab)} if region.slab in self.dirty else {}
         try:
             await self.bus.flush([SlabId(region.slab)])
         except Fenced:
             raise
         except CsvfsError as error:
+            for slab, epoch in written.items():
+                self._note_dirty(slab, epoch)
             self.world.trace(f"{self.process.name} flush of slab {region.slab} fails: {error}")
             return
-        self.history.end_flush(begun)
+        if (told := file_io.lost_before_flush(self.bus, written)) is not None:
+            self.world.trace(f"{self.process.name} flush of slab {region.slab}: {told}")
+            self.history.told_of_loss(self, [region.slab])
+            return
+        self.history.end_flush(begun, lost)
         self.world.trace(f"{self.process.name} flushed slab {region.slab}")

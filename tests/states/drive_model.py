@@ -190,7 +190,7 @@ class DriveServer:
                 self._install(epoch, role, alone=number in args["alone"])
             except CsvfsError as error:
                 refused.append([drive, slab, str(error)])
-        return {"refused": refused}
+        return {"refused": refused, "lost": []}
 
     def _install(self, epoch: int, role: int, *, alone: bool) -> None:
         if not self.exists:

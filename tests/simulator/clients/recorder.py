@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tests.simulator.clients.checker import Operation, Verdict, judge
 from tests.simulator.clients.models import (
     CELL,
+    CELLS_PER_PAGE,
     DIRECTORY,
     ROOT,
     file_step,
@@ -108,6 +110,7 @@ class Recorder:
                 if not (operation.reads and (operation.unknown or _is_early(operation, unanswered)))
                 for part in (parts(operation) if what != NAMES else names_parts(operation, told))
             ]
+            known += [replace(write, name="within") for what in group for write in _seen_to_the_old_end(self.operations[what])]
             first, step = _beginning(group, names, known)
             verdict = judge(known, first, step)
             undecided += verdict.undecided
@@ -142,6 +145,22 @@ class Recorder:
 
 def _node(operation: Operation) -> str:
     return operation.who.partition(".")[0]
+
+
+def _seen_to_the_old_end(operations: list[Operation]) -> list[Operation]:
+    """Writes beyond the end of the file, in the midst of a page, beside which a read on the same node got half that page: what
+    they wrote before the old end may be seen before the file is longer, as on any file system (ext4 sets the size last)."""
+    halves = [read for read in operations if read.name == "read" and not read.unknown and len(read.answer) == 1]
+    return [
+        write
+        for write in operations
+        if write.name == "write" and not write.unknown
+        and any(
+            write.args[0] <= read.args[0] * CELLS_PER_PAGE < write.args[0] + len(write.args[1])
+            and read.begun <= write.ended and write.begun <= read.ended and _node(read) == _node(write)
+            for read in halves
+        )
+    ]  # fmt: skip
 
 
 def _is_early(operation: Operation, unanswered: dict[int, str]) -> bool:
