@@ -12,6 +12,7 @@ from csvfs.errors import (
     Conflict,
     CsvfsError,
     DriveFailed,
+    InputOutputError,
     LeaseLost,
     NoSpace,
     NotFound,
@@ -22,6 +23,7 @@ from csvfs.mount import write_path
 from csvfs.mount.file_state import LEASE_NONE, LEASE_READ
 from csvfs.mount.operations import VolumeOperations
 from csvfs.mount.write_path import FUSE_WRITE_CACHE, WRITE_APPEND
+from csvfs.volume import file_io
 from tests.mount_nodes import Cluster, Node, cluster
 
 BLOCK = 4096
@@ -482,6 +484,38 @@ async def test_fsync_of_a_file_that_did_not_change_asks_nobody() -> None:
         c.coordinator.calls.clear()
         await node.table.fsync(FILE)
         assert c.coordinator.calls == [] and len(node.bus.flushed) == 1
+
+
+async def test_a_write_waits_for_blocks_that_it_has_to_keep_and_no_copy_has_now(monkeypatch) -> None:
+    """Simulator seed 302623: it got EAGAIN, where a read would have waited."""
+    monkeypatch.setattr(file_io, "RETRY_S", 0.001)
+    async with cluster() as c:
+        node = await prepared(c)
+        read, failures = node.bus.read, [Unavailable("no drive server")] * 9
+
+        async def fails_first(slab: int, block: int, count: int) -> bytes:
+            if failures:
+                raise failures.pop()
+            return await read(slab, block, count)
+
+        monkeypatch.setattr(node.bus, "read", fails_first)
+        monkeypatch.setattr(node.bus, "local", False)
+        await node.write(FILE, 100, b"n" * 10)  # in a block
+        assert not failures
+        failures = [Unavailable("no drive server")] * 9
+        await node.table.truncate(FILE, {"size": 4 * BLOCK - 100, "mtime_ns": 1})
+        await node.write(FILE, 4 * BLOCK, b"n" * 10)  # beyond the end, whose last block gets zeros
+        assert not failures
+        await node.table.truncate(FILE, {"size": 4 * BLOCK + 5, "mtime_ns": 1})
+        failures = [Unavailable("no drive server")] * 9
+        await node.table.truncate(FILE, {"size": 9 * BLOCK, "mtime_ns": 1})
+        assert not failures
+        expected = b"o" * 100 + b"n" * 10 + b"o" * (4 * BLOCK - 210) + bytes(100) + b"n" * 5
+        assert await node.read(FILE, 0, 9 * BLOCK) == expected.ljust(9 * BLOCK, b"\0")
+        monkeypatch.setattr(node.table._writes, "_io_timeout_s", 0.01)
+        failures = [Unavailable("no drive server")] * 999
+        with pytest.raises(InputOutputError):
+            await node.write(FILE, 100, b"n" * 10)
 
 
 async def test_I8_a_failed_flush_is_reported_until_the_file_is_closed() -> None:

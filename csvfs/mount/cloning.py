@@ -27,7 +27,7 @@ from csvfs.mount.write_path import GAP_BLOCKS_MAX, WritePath
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume import file_io
 from csvfs.volume.extents import FILE_BLOCKS_MAX
-from csvfs.volume.file_io import BlockBus
+from csvfs.volume.file_io import BlockBus, NotRead
 
 PIN_S = 1.0  # below Options.recall_timeout_ms
 
@@ -118,13 +118,19 @@ class Cloning:
             if pieces is None:
                 await self._leases.acquire(source, LEASE_WRITE, block, 1)
                 continue
+            not_read: NotRead | None = None
             source.writers += 1
             try:
                 size = max(0, min(size, source.size - offset))
-                content = b"".join(await file_io.read(self._bus, pieces))
+                content = await file_io.read_kept(self._bus, pieces)
+            except NotRead as error:
+                not_read = error
             finally:
                 source.writers -= 1
                 source.notify()
+            if not_read is not None:
+                await file_io.wait_again(not_read, deadline)
+                continue
             return bytes(content[offset % BLOCK_SIZE :][:size])
 
     async def _writable(self, state: FileState, deadline: float) -> None:
@@ -183,7 +189,7 @@ class Cloning:
             return 0
         if (target_block + count) * BLOCK_SIZE > into.size:
             losses = into.losses
-            await self._writes.zero_tail(into)
+            await self._writes.zero_tail(into, time.monotonic() + self._io_timeout_s)
             await self._writes.clear_gap(into, target_block)
             if into.losses != losses:  # what lies behind the end was not known all the time
                 raise LeaseLost(f"the write lease of inode {into.ino} was lost; the clone is tried again")

@@ -163,7 +163,7 @@ class Holes:
             count = max(1, min(grows_upto - end, GAP_BLOCKS_MAX))
             if state.lease < LEASE_WRITE or (grows_upto > end and not state.extents.covers(end, count)):
                 await self._leases.acquire(state, LEASE_WRITE, end, count)
-            elif await self._writes.counted(state, work()):
+            elif await self._writes.counted(state, work(), deadline):
                 return
 
     # -- lseek -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from bisect import bisect_right
 
 import trio
 
-from csvfs.errors import Fenced, InputOutputError, TimedOut, Unavailable
+from csvfs.errors import Fenced, TimedOut, Unavailable
 from csvfs.mount.access_times import AccessTimes
 from csvfs.mount.file_state import FileState
 from csvfs.mount.guard import Guard
@@ -24,7 +24,6 @@ from csvfs.volume.extents import FILE_BLOCKS_MAX, Piece
 from csvfs.volume.file_io import ZEROS, BlockBus, Data
 from csvfs.wire.block_messages import BLOCK_COUNT_MAX
 
-RETRY_S = 0.2
 _BLOCK_SHIFT = BLOCK_SIZE.bit_length() - 1
 _BLOCK_MASK = BLOCK_SIZE - 1
 
@@ -128,7 +127,7 @@ class ReadPath:
                     try:
                         return await self._read_leased(state, offset, wanted, pieces)
                     except Unavailable as error:
-                        await self._wait_again(error, deadline)
+                        await file_io.wait_again(error, deadline)  # a recall need not wait for us meanwhile
                         continue
                 if first + count > FILE_BLOCKS_MAX:
                     first = count = 0  # of no file; the lease will say where this one ends
@@ -151,12 +150,6 @@ class ReadPath:
             raise TimedOut(f"inode {state.ino} could not be read within {self._io_timeout_s:g} s")
         with trio.move_on_after(left_s):
             await state.wait_change()
-
-    async def _wait_again(self, error: Unavailable, deadline: float) -> None:
-        """No copy can be reached now; a recall need not wait for us meanwhile. Raises InputOutputError."""
-        if time.monotonic() + RETRY_S >= deadline:
-            raise InputOutputError(f"not read within {self._io_timeout_s:g} s: {error}")
-        await trio.sleep(RETRY_S)
 
     async def _read_leased(self, state: FileState, offset: int, size: int, pieces: list[Piece]) -> list[Data]:
         if not state.atime_seen:

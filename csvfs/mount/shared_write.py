@@ -20,12 +20,11 @@ from typing import Any
 
 import trio
 
-from csvfs.errors import BadRequest, InputOutputError, TimedOut, Unavailable
+from csvfs.errors import BadRequest, TimedOut, Unavailable
 from csvfs.mount.file_state import LEASE_NONE, LEASE_OPEN, LEASE_READ, LEASE_WRITE, SIZE, FileState
 from csvfs.mount.guard import Guard
 from csvfs.mount.inheritance import Inheritance
 from csvfs.mount.leases import Coordinator, Leases, window_of
-from csvfs.mount.read_path import RETRY_S
 from csvfs.mount.request_journal import RequestJournal, current_request
 from csvfs.mount.segments import MEMBER, SEGMENT_SIZE, Segments, SegmentWrite, Use, segments_of
 from csvfs.units import BLOCK_SIZE
@@ -147,9 +146,7 @@ class SharedWrite:
                 try:
                     buffers = await self._read(state, segments, offset, wanted, pieces)
                 except Unavailable as error:
-                    if time.monotonic() + RETRY_S >= deadline:
-                        raise InputOutputError(f"not read within {self._io_timeout_s:g} s: {error}") from None
-                    await trio.sleep(RETRY_S)
+                    await file_io.wait_again(error, deadline)
                 else:
                     return file_io.clip(buffers, offset & _BLOCK_MASK, wanted)
             return None

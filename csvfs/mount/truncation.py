@@ -83,7 +83,7 @@ class Truncation:
         state.regate()
         try:
             if size > before:
-                await self._writes.zero_tail(state)
+                await self._writes.zero_tail(state, deadline)
                 await self._writes.clear_gap(state, -(-size // BLOCK_SIZE))
             else:
                 state.size = size

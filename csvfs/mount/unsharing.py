@@ -97,7 +97,7 @@ class Unsharing:
         pieces = state.extents.pieces(block, end - block)
         if pieces is None:
             raise LeaseLost(f"the write lease of inode {state.ino} was lost; the write is tried again")
-        content = bytearray(b"".join(await file_io.read(self._bus, pieces)))
+        content = await file_io.read_kept(self._bus, pieces)
         if low < high:
             at = (low - block) * BLOCK_SIZE
             new = blocks[(low - first) * BLOCK_SIZE : (high - first) * BLOCK_SIZE]

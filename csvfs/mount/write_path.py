@@ -37,7 +37,7 @@ from csvfs.mount.unsharing import Unsharing, around
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume import file_io
 from csvfs.volume.extents import Piece
-from csvfs.volume.file_io import BlockBus, Delivery, WriteDone
+from csvfs.volume.file_io import BlockBus, Delivery, NotRead, WriteDone
 from csvfs.wire.block_messages import BLOCK_COUNT_MAX
 
 FUSE_WRITE_CACHE = fuse_abi.WRITE_CACHE
@@ -204,7 +204,7 @@ class WritePath:
             await self._prepare(request)
             if request.append or (not request.cached and request.end > state.size):
                 break
-            if await self.counted(state, self._overwrite(state, request.offset, request.within())):
+            if await self.counted(state, self._overwrite(state, request.offset, request.within()), request.deadline):
                 return
         # The lock comes before lease and count: who waits for it keeps neither a recall nor a truncation
         # waiting.
@@ -217,7 +217,7 @@ class WritePath:
                 else:
                     work = self._extend(state, at, request.data, request.offset)
                 is_moved = request.append and at + len(request.data) <= state.size and at != request.offset
-                if await self.counted(state, work, retries=not request.append):
+                if await self.counted(state, work, request.deadline, retries=not request.append):
                     if is_moved:
                         self._forget_pages(state)
                     return
@@ -237,8 +237,12 @@ class WritePath:
                 return
             await self._leases.acquire(state, LEASE_WRITE, *missing, direct=request.direct)
 
-    async def counted(self, state: FileState, work: Coroutine[Any, Any, None], retries: bool = True) -> bool:
-        """Do it while recalls and truncations wait for it. False: the lease was lost, try again."""
+    async def counted(
+        self, state: FileState, work: Coroutine[Any, Any, None], deadline: float, *, retries: bool = True
+    ) -> bool:
+        """Do it while recalls and truncations wait for it. False: the lease was lost, or what it has to keep could not be
+        read; try again. Raises InputOutputError when the latter lasts until the deadline."""
+        not_read: NotRead | None = None
         state.writers += 1
         try:
             await work
@@ -246,10 +250,14 @@ class WritePath:
             if not retries:
                 raise  # part of it may be there: at the new end it would be there twice
             return False
+        except NotRead as error:
+            not_read = error
         finally:
             state.writers -= 1
             state.notify()
-        return True
+        if not_read is not None:
+            await file_io.wait_again(not_read, deadline)
+        return not_read is None
 
     async def wait_writable(self, state: FileState, cached: bool, deadline: float) -> None:
         """Until nothing parks this write and this node may serve; then no await until the lease is looked
@@ -364,12 +372,22 @@ class WritePath:
         blocks[head : head + len(data)] = data
         return memoryview(blocks)
 
+    async def _kept_block(self, state: FileState, block: int, deadline: float | None) -> bytes | bytearray:
+        """As _valid_block; with a deadline it waits meanwhile. Raises InputOutputError."""
+        while True:
+            try:
+                return await self._valid_block(state, block)
+            except NotRead as error:
+                if deadline is None:
+                    raise
+                await file_io.wait_again(error, deadline)
+
     async def _valid_block(self, state: FileState, block: int) -> bytes | bytearray:
         """One block as the file has it: zeros where it has nothing, and beyond its end."""
         valid = min(BLOCK_SIZE, state.size - (block << _BLOCK_SHIFT))
         if valid <= 0:
             return bytes(BLOCK_SIZE)
-        content = bytearray((await file_io.read(self._bus, _pieces(state, block, 1)))[0])
+        content = await file_io.read_kept(self._bus, _pieces(state, block, 1))
         content[valid:] = bytes(BLOCK_SIZE - valid)
         return content
 
@@ -400,15 +418,18 @@ class WritePath:
                 await self._prepare(request)
                 if not state.extents.allocated(offset >> _BLOCK_SHIFT, 1):
                     return
-                if await self.counted(state, self._overwrite(state, offset, request.within())):
+                if await self.counted(state, self._overwrite(state, offset, request.within()), deadline):
                     return
         finally:
             state.stuck.pop(request.token, None)
 
     # -- the end of the file ---------------------------------------------------------------------
 
-    async def zero_tail(self, state: FileState) -> None:
-        """W1: make the rest of the last block zeros, on all members."""
+    async def zero_tail(self, state: FileState, deadline: float | None = None) -> None:
+        """W1: make the rest of the last block zeros, on all members.
+
+        Args    deadline: for who does not come again; until then it waits here for what it has to keep. None: NotRead.
+        """
         size = state.size
         if not size & _BLOCK_MASK or state.tail_zero == size:
             return
@@ -416,7 +437,7 @@ class WritePath:
         if state.extents.allocated(block, 1):
             claim = await self._claim(state, block, block + 1)
             try:
-                content = memoryview(await self._valid_block(state, block))
+                content = memoryview(await self._kept_block(state, block, deadline))
                 if not await self._replaced(state, block, block + 1, content):
                     delivery = self._deliver(state, block, block + 1, content)
                     error = await delivery.wait()

@@ -4,12 +4,13 @@ Place      volume floor. Knows pieces and blocks; nothing of leases, sizes or th
 Limits     one message carries at most BLOCK_COUNT_MAX blocks; longer pieces are cut here.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import trio
 
-from csvfs.errors import CsvfsError, UnflushedLost
+from csvfs.errors import CsvfsError, InputOutputError, Unavailable, UnflushedLost
 from csvfs.ids import Epoch
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume.extents import Piece
@@ -20,6 +21,7 @@ ZEROS = bytes(BLOCK_COUNT_MAX * BLOCK_SIZE)
 Data = bytes | memoryview
 WriteDone = Callable[[CsvfsError | None], None]
 Epochs = dict[int, Epoch]  # by slab
+RETRY_S = 0.2  # between tries to read what no copy answers for
 
 
 class BlockBus(Protocol):
@@ -68,6 +70,25 @@ async def read(bus: BlockBus, pieces: Iterable[Piece]) -> list[Data]:
         data = bus.read_local(slab, slab_block, count)
         buffers.append(await bus.read(slab, slab_block, count) if data is None else data)
     return buffers
+
+
+class NotRead(Unavailable):
+    """What a write has to keep of blocks cannot be read now. Nothing was written."""
+
+
+async def read_kept(bus: BlockBus, pieces: Iterable[Piece]) -> bytearray:
+    """As `read`, for a write that keeps some of it. Raises Corrupt, NotRead. Cancel safe."""
+    try:
+        return bytearray(b"".join(await read(bus, pieces)))
+    except Unavailable as error:
+        raise NotRead(str(error)) from None
+
+
+async def wait_again(error: Unavailable, deadline: float) -> None:
+    """No copy can be reached now. deadline: as of `time.monotonic`. Raises InputOutputError: that has been so for too long."""
+    if time.monotonic() + RETRY_S >= deadline:
+        raise InputOutputError(f"not read within the io_timeout: {error}")
+    await trio.sleep(RETRY_S)
 
 
 class Landing:

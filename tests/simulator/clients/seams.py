@@ -36,6 +36,7 @@ import csvfs.mount.shared_write
 import csvfs.mount.truncation
 import csvfs.mount.write_path
 import csvfs.net.detours
+import csvfs.volume.file_io
 from coordinator.lease_table import SessionKey
 from coordinator.leases import Leases
 from tests.simulator import freezing, seams
@@ -54,6 +55,7 @@ SEGMENT_SIZE = 4096  # and their files are small
 _TIMED_MODULES = (
     coordinator.lost, coordinator.scrub, coordinator.session_desk, coordinator.shared_write, csvfs.mount.cloning, csvfs.mount.holes,
     csvfs.mount.operations, csvfs.mount.read_path, csvfs.mount.shared_write, csvfs.mount.truncation, csvfs.mount.write_path,
+    csvfs.volume.file_io,
 )  # fmt: skip
 
 
