@@ -340,3 +340,37 @@ async def test_I8_an_fsync_behind_the_end_of_the_sharing_still_has_others_flush(
         await node.table.fsync(FILE)
         await node.table.fsync(FILE)
         assert coordinator.names().count("segments_flush") == 1
+
+
+async def test_I8_all_is_given_back_when_a_flush_that_is_under_way_has_ended_and_a_segment_owes_meanwhile() -> None:
+    """What is being flushed is not dirty any more, and not on the media yet."""
+    async with sharing() as (node, coordinator, state):
+        await write(node, 0, b"1")
+        begun, goes_on = trio.Event(), trio.Event()
+        true = node.bus.flush
+
+        async def flush(slabs: Any) -> None:
+            begun.set()
+            await goes_on.wait()
+            await true(slabs)
+
+        node.bus.flush = flush  # type: ignore[method-assign]
+        answers: list[Any] = []
+
+        async def recall(segment: int) -> None:
+            answers.append(await node.table.recall_segment(FILE, segment, 0))
+
+        coordinator.c.nursery.start_soon(node.table.fsync, FILE)
+        await begun.wait()
+        assert not state.dirty_slabs
+        await recall(0)
+        assert answers.pop()["owes"]
+        coordinator.c.nursery.start_soon(recall, MEMBER)
+        for _ in range(50):
+            await trio.lowlevel.checkpoint()
+        assert not answers
+        goes_on.set()
+        with trio.fail_after(5):
+            while not answers:
+                await trio.lowlevel.checkpoint()
+        assert not answers[0]["owes"]

@@ -300,3 +300,54 @@ def test_a_key_stands_for_one_segment_of_one_inode() -> None:
     for ino in (1, 77, (1 << 62) + 5):
         for segment in (MEMBER, 0, 1, SEGMENTS_MAX - 1):
             assert place_of(key_of(ino, segment)) == (ino, segment)
+
+
+async def test_I8_who_owed_a_flush_before_a_takeover_is_asked_for_it_after_it_though_it_has_no_segment(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        ino, (first, second) = await shared_file(cluster, "n2", "n3")
+        await first.ask_segment(ino, 0, WRITE)
+        await second.ask_segment(ino, 0, WRITE)  # the first has not flushed what it wrote there
+        first.segments.clear()  # and does not claim anything
+        await cluster.kill_host("n1")
+        await cluster.start_host("n1")
+        await cluster.wait_serving()
+        await second.call("segments_flush", ino=ino)
+        assert first.flushes == 1
+        await second.call("segments_flush", ino=ino)
+        assert first.flushes == 1
+
+
+async def test_a_sharing_ends_though_too_many_requests_wait_for_leases_just_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_write, "RETRY_S", 0.01)
+    async with cluster_of(tmp_path) as cluster:
+        ino, (first, second) = await shared_file(cluster, "n1", "n2")
+        await first.ask_segment(ino, 0, WRITE)
+        service = await cluster.wait_serving()
+        table = service.shared_write.segments.table
+        true, refused = type(table).begin, []
+
+        def begin(self: Any, *args: Any) -> Any:
+            if self is table and len(refused) < 3:
+                refused.append(args)
+                raise Unavailable("too many requests wait for leases")
+            return true(self, *args)
+
+        monkeypatch.setattr(type(table), "begin", begin)
+        with trio.fail_after(60):
+            await second.acquire(ino, WRITE)
+        assert len(refused) == 3 and service.leases.table.writer(ino) == session_of(service, second).key
+
+
+def session_of(service: Any, mount: Mount) -> Any:
+    return next(session for session in service.desk.sessions if session.writer == f"mount/{mount.node}")
+
+
+async def test_a_session_that_ends_while_a_sharing_begins_for_it_leaves_no_lease_behind(tmp_path):
+    async with cluster_of(tmp_path) as cluster:
+        ino, (first, _second) = await shared_file(cluster, "n1", "n2")
+        service = await cluster.wait_serving()
+        session = session_of(service, first)
+        await service.desk.evict(session, "a test")
+        with pytest.raises(Fenced, match="evicted"):
+            await service.shared_write.share(session, {"ino": ino, "kind": WRITE, "direct": True})
+        assert service.leases.table.held(session.key, ino) == NONE
