@@ -41,6 +41,8 @@ class _Answers:
     """What has become of the copies in one round: flushed at the epoch we know, or why not."""
 
     def __init__(self) -> None:
+        self.missing = 0  # answers
+        self.ended = trio.Event()  # one for all: each costs its waiter a turn
         self.flushed: set[Copy] = set()
         self.passed: set[SlabId] = set()  # a copy is at a later epoch
         self.not_served: set[Copy] = set()
@@ -55,15 +57,17 @@ class _Answers:
 class _Flush:
     """One FLUSH of one node, with the copies that its rows are of."""
 
-    __slots__ = ("copies", "ended", "error", "link", "refused", "rows")
+    __slots__ = ("answers", "copies", "error", "is_answered", "link", "refused", "rows")
 
-    def __init__(self, link: Link, copies: list[Copy], rows: list[FlushRow]) -> None:
+    def __init__(self, link: Link, copies: list[Copy], rows: list[FlushRow], answers: _Answers) -> None:
         self.link = link
         self.copies = copies
         self.rows = rows
-        self.ended = trio.Event()
+        self.answers = answers
+        self.is_answered = False
         self.refused: dict[int, int] = {}
-        self.error: CsvfsError | None = TimedOut(f"no answer to a flush within {FLUSH_TIMEOUT_S:g} s")
+        self.error: CsvfsError | None = None
+        answers.missing += 1
 
     def send(self, completed_below: int) -> None:
         self.link.request(Kind.FLUSH, pack_flush(completed_below, self.rows), None, self._answered)
@@ -75,9 +79,18 @@ class _Flush:
                 self.refused = unpack_flush_refused(frame.head, len(self.rows))
             except ProtocolError as nonsense:
                 self.error = nonsense
-        self.ended.set()
+        self.is_answered = True
+        self.answers.missing -= 1
+        if not self.answers.missing:
+            self.answers.ended.set()
 
-    def judge(self, answers: _Answers) -> None:
+    def judge(self) -> None:
+        answers = self.answers
+        if not self.is_answered:
+            self.error = TimedOut(f"no answer to a flush within {FLUSH_TIMEOUT_S:g} s")
+        if not self.refused and self.error is None:
+            answers.flushed.update(self.copies)
+            return
         for number, (drive, slab) in enumerate(self.copies):
             why = self.refused.get(number)
             if self.error is not None:
@@ -109,8 +122,9 @@ class Media:
         while due := self._due(wanted, flushed):
             answers = await self._flush_nodes(due)
             flushed |= answers.flushed
-            drives = {node: [drive for drive, _ in copies] for node, copies in due.items()}
-            answers.failures = await without_excused(self._links, drives, answers.failures)
+            if answers.failures:
+                drives = {node: [drive for drive, _ in copies] for node, copies in due.items()}
+                answers.failures = await without_excused(self._links, drives, answers.failures)
             if answers.failures or answers.not_served or answers.passed:
                 await self._ask_owner(wanted, answers, gives_up_at)
 
@@ -132,11 +146,11 @@ class Media:
         self._links.engine.hot()
         for request in requests:
             request.send(below)
-        with trio.move_on_after(FLUSH_TIMEOUT_S):
-            for request in requests:
-                await request.ended.wait()
+        if answers.missing:
+            with trio.move_on_after(FLUSH_TIMEOUT_S):
+                await answers.ended.wait()
         for request in requests:
-            request.judge(answers)
+            request.judge()
         return answers
 
     async def _requests(self, node: NodeName, copies: list[Copy], answers: _Answers) -> list[_Flush]:
@@ -156,7 +170,7 @@ class Media:
             except CsvfsError as error:
                 answers.failures[drive] = error
         parts = [served[first : first + FLUSH_ROWS_MAX] for first in range(0, len(served), FLUSH_ROWS_MAX)]
-        return [_Flush(server.link, [copy for copy, _ in part], [row for _, row in part]) for part in parts]
+        return [_Flush(server.link, [copy for copy, _ in part], [row for _, row in part], answers) for part in parts]
 
     async def _ask_owner(self, slabs: set[SlabId], answers: _Answers, gives_up_at: float) -> None:
         """Have the owner say what has become of slabs, and take the failed members out; raises when one of them cannot be
@@ -166,7 +180,7 @@ class Media:
                 self._bus.fenced(error)
                 raise error
         reason = "the owners of slabs have not decided"
-        with trio.move_on_after(self._owner_patience_s) as patience:
+        with trio.move_on_after(self._owner_patience_s):
             for slab in slabs:
                 descriptor = self._bus.known(slab)
                 errors = {m.drive: wrong for m in descriptor.writable if (wrong := answers.error(m.drive, slab))}
@@ -181,7 +195,7 @@ class Media:
                     if any(isinstance(error, DriveFailed) for error in errors.values()):
                         raise DriveFailed(f"flush of slab {slab} failed: {reason}")
                     await trio.sleep(ASK_INTERVAL_S)
-        if patience.cancelled_caught and trio.current_time() >= gives_up_at:
+        if trio.current_time() >= gives_up_at:
             raise TimedOut(f"not flushed after {self._io_timeout_s:g} s: {reason}")
 
     async def trim(self, items: list[tuple[SlabId, int, int]]) -> None:
