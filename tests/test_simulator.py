@@ -54,7 +54,7 @@ def _seeds_of(output: str) -> list[str]:
 
 @pytest.mark.slow
 def test_no_seed_loses_acknowledged_or_flushed_data_and_every_volume_heals() -> None:
-    """Histories of all blocks hold (H1 to H4), in-sync sets follow I1, and in the end all copies are equal."""
+    """Histories of all blocks hold (H1 to H5), in-sync sets follow I1, and in the end all copies are equal."""
     share = SEEDS // PROCESSES
     check([simulate("--seeds", f"{first}..{first + share - 1}") for first in range(1, SEEDS + 1, share)], SEEDS)
 

@@ -25,7 +25,7 @@ clients = partial(simulate, "--world", "clients")
 SEEDS = {1: 800, FIRST_SEED_WITH_HAND_OVER + 1: 850, FIRST_SEED_WITH_SHARED_WRITE + 1: 350}
 # Seeds that found something when they were first run, beyond those of the range.
 KNOWN_SEEDS = (3033, 3075, 3102, 3116, 3183, 3188, 21325, 21342, 21367, 22496, 23817, 24461, 25279, 50081,
-               100078, 200206, 200763, 214013, 215316, 300496, 300686)  # fmt: skip
+               100078, 200206, 200763, 214013, 215316, 300496, 300521, 300686, 301759, 302319, 302429, 302623)  # fmt: skip
 
 
 @pytest.mark.slow
