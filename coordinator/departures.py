@@ -170,6 +170,10 @@ class Departures:
         if departed is not None and not departed.adopting:
             await self.forget(departed)
 
+    def nodes(self) -> list[NodeName]:
+        """Those with a departed session."""
+        return list(self._of_node)
+
     def drop(self, departed: Departed) -> None:
         """It counts no more."""
         self._weak.discard(departed.id)

@@ -137,6 +137,7 @@ class Service:
         self._settings = settings
         self._nursery: trio.Nursery | None = None
         self._call_count = 0
+        self._metadata_book = book
         self.log = MetadataLog(bus, metadata.image, book.slabs, setup.slab_blocks)
         self.batches = Batches(metadata, self.log, may_serve, soon)
         self._data_book = DataBook(metadata, self.batches.run, self._wait_durable)
@@ -265,7 +266,7 @@ class Service:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled, or until another coordinator is at work: raises that."""
-        self.desk.load()
+        self.desk.load(self.setup.term, max(slab.lost_epoch for slab in self._metadata_book.all()))
         self._janitor.load()
         self._metadata.locks.prepare()
         self._metadata.quotas.prepare()
@@ -325,7 +326,7 @@ class Service:
         """
         node, incarnation = NodeName(field(args, "node", str)), Incarnation(arguments.number(args, "incarnation"))
         link.require_node(node)
-        session = await self.desk.welcome(node, incarnation, inherit=arguments.flag(args, "inherit"))
+        session = await self.desk.welcome(node, incarnation, inherit=arguments.flag(args, "inherit"), term=arguments.number_or_zero(args, "term"))
         if link.closed is not None:
             raise link.closed
         self._check_serving()

@@ -21,13 +21,15 @@ from coordinator.metadata import Metadata
 from coordinator.sessions import Session, Sessions
 from coordinator.shared_write import SharedWrite
 from csvfs.errors import CsvfsError, Fenced, NotFound
-from csvfs.ids import DriveId, Incarnation, InodeNo, NodeName, SlabId
+from csvfs.ids import DriveId, Epoch, Incarnation, InodeNo, NodeName, SlabId
 
 log = logging.getLogger(__name__)
 
 CLAIMING_TIMES_MAX = 15  # reclaim_timeout, for all parts together
 ABSENT_TIMES_MAX = 5  # reclaim_timeout, for a mount of a node that is alive to say hello
 _EVICTED = "evicted/"  # rows of table settings: name -> the last incarnation evicted, in decimal
+_LOST_EPOCH = "lost_epoch"  # likewise: of the last loss of metadata that had not been flushed, and the term that began after it
+_WHOLE_SINCE = "whole_since"
 
 
 class SessionDesk:
@@ -57,11 +59,18 @@ class SessionDesk:
         self._evictions: dict[Session, trio.Event] = {}
         self._inheriting: dict[NodeName, trio.Lock] = {}
         self._due, self._due_evictions = trio.open_memory_channel[tuple[Session, str]](float("inf"))
+        self._whole_since = 0  # what an earlier term has granted may not be in the metadata
+        self._lost_epoch = Epoch(0)
+        self._loss_unnoted = False
         self._open = trio.Event()
         self._claimed = trio.Event()
 
-    def load(self) -> None:
-        """The sessions of the coordinator before: they have to reclaim what they hold."""
+    def load(self, term: int, lost_epoch: Epoch) -> None:
+        """The sessions of the coordinator before: they have to reclaim what they hold.
+
+        lost_epoch   the largest of the metadata slabs'. If it is new, nobody is believed that he holds anything: what he was
+                     given since the last flush may not be in the metadata, and be given to others.
+        """
         marks = self._departures.marks()
         for known in self._metadata.sessions.sessions():
             key = (NodeName(known.node), Incarnation(known.incarnation))
@@ -73,6 +82,29 @@ class SessionDesk:
         for name, value in self._metadata.database.rows("SELECT name, value FROM settings"):
             if name.startswith(_EVICTED):
                 self._evicted[NodeName(name.removeprefix(_EVICTED))] = Incarnation(int(value))
+            elif name == _LOST_EPOCH:
+                self._lost_epoch = Epoch(int(value))
+            elif name == _WHOLE_SINCE:
+                self._whole_since = int(value)
+        if lost_epoch > self._lost_epoch:
+            self._lost_epoch, self._whole_since, self._loss_unnoted = lost_epoch, term, True
+            for session in self.sessions:
+                session.final = True
+                self._begin(session, "what it was given may not be in the metadata, whose drives all lost power")
+
+    async def _note_loss(self) -> None:
+        """Behind the evictions. Whoever was to go on for a session of before begins anew."""
+        for node in self._departures.nodes():
+            await self._departures.forget_node(node)
+        rows = ((_LOST_EPOCH, self._lost_epoch), (_WHOLE_SINCE, self._whole_since))
+
+
+        def note() -> None:
+            for name, value in rows:
+                self._set(name, value)
+
+        await self._batches.run(note)
+        self._loss_unnoted = False
 
     # -- the grace period ------------------------------------------------------------------------
 
@@ -112,6 +144,8 @@ class SessionDesk:
                 await claimed.wait()
         for session in self.sessions.unclaimed:
             await self.evict(session, "it did not reclaim its leases after the takeover")
+        if self._loss_unnoted:
+            await self._note_loss()
         self._open.set()
 
     def _is_awaited(self, session: Session, began_s: float) -> bool:
@@ -128,14 +162,20 @@ class SessionDesk:
 
     # -- coming ----------------------------------------------------------------------------------
 
-    async def welcome(self, node: NodeName, incarnation: Incarnation, inherit: bool = False) -> Session:
+    async def welcome(self, node: NodeName, incarnation: Incarnation, inherit: bool = False, term: int = 0) -> Session:
         """The session of a mount that says hello; its earlier incarnations are evicted first.
 
         inherit  It goes on for an earlier process of the same mount, which is dead: what that holds becomes its own.
                  Where that cannot be, `Session.inherited` of what is returned is None.
+        term     The last that it knows; 0: none.
         Raises   Fenced: it was evicted, or a later incarnation is known.
         """
         self._check_not_evicted(node, incarnation)
+        if 0 < term < self._whole_since:
+            raise Fenced(
+                f"mount of {node}, incarnation {incarnation}: all drives of the volume's metadata lost power since term {term}, "
+                "and what it was given may not be there; it has to start anew"
+            )
         self.sessions.check_newest(node, incarnation)
         self._newest[node] = max(incarnation, self._newest.get(node, Incarnation(0)))
         if inherit:
@@ -201,7 +241,7 @@ class SessionDesk:
     async def _adopt(self, node: NodeName, incarnation: Incarnation) -> None:
         """The next process of a mount that was evicted goes on for it, without its leases (departures.py)."""
         departed = self._departures.of_node(node)
-        if departed is None or departed.adopting or departed.incarnation >= incarnation:
+        if self._loss_unnoted or departed is None or departed.adopting or departed.incarnation >= incarnation:
             return
         departed.adopting = True  # it is not forgotten meanwhile
         try:
@@ -340,10 +380,14 @@ class SessionDesk:
 
     def _keep_evicted(self, session: Session) -> None:
         """In a batch: who was evicted stays evicted, also for the next coordinator."""
-        incarnation = max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
+        self._set(
+            f"{_EVICTED}{session.node}", max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
+        )
+
+    def _set(self, name: str, value: int) -> None:
+        """In a batch."""
         self._metadata.database.run(
-            "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)",
-            (f"{_EVICTED}{session.node}", str(incarnation).encode()),
+            "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)", (name, str(value).encode())
         )
 
     # -- what they tell --------------------------------------------------------------------------

@@ -395,7 +395,7 @@ class Mount:
 
     async def _greet(self, link: Link) -> None:
         link.on_frame = self._on_frame
-        hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation, "inherit": self.inherits}
+        hello = {"volume": NAME, "node": self.node, "incarnation": self.incarnation, "inherit": self.inherits, "term": self.term}
         answer = self.hello = await link.call("hello", hello, timeout_s=60)
         self.inherits = False
         if answer["term"] > self.term:

@@ -262,7 +262,7 @@ async def test_it_introduces_itself_claims_its_leases_and_only_then_calls(
         one = w.elect(1)
         assert await w.session.call("lookup", {"parent": 1, "name": b"x"}) == {"answered": "lookup"}
         assert [name for name, _ in one.calls] == ["hello", "reclaim", "lookup"]
-        assert one.named("hello") == [{"volume": "Volume1", "node": "n1", "incarnation": 4, "inherit": False}]
+        assert one.named("hello") == [{"volume": "Volume1", "node": "n1", "incarnation": 4, "inherit": False, "term": 0}]
         assert one.named("reclaim") == [{"leases": w.leases.held, "last": True}]
 
 

@@ -6,8 +6,8 @@ import pytest
 import trio
 
 from csvfs.block import drive_watch
-from csvfs.errors import UnflushedLost
-from csvfs.ids import Epoch, SlabId
+from csvfs.errors import Fenced, UnflushedLost
+from csvfs.ids import Epoch, Incarnation, NodeName, SlabId
 from csvfs.units import BLOCK_SIZE
 from csvfs.volume import file_io
 from tests.coordinator_cluster import NAME, TestCluster
@@ -56,7 +56,7 @@ def members(mount, written):
 
 async def test_I8_whoever_flushes_what_all_copies_lost_with_their_power_is_told(tmp_path, nursery):
     nodes, mount, ino, written = await start_volume(tmp_path, nursery)
-    await restart(nodes, ["n1", "n2", "n3"], boot=b"another")
+    await restart(nodes, members(mount, written), boot=b"another")  # the metadata is on the third as well
     with trio.fail_after(120):
         await mount.bus.flush(written)
     lost = file_io.lost_before_flush(mount.bus, written)
@@ -99,7 +99,35 @@ async def test_a_coordinator_ends_when_the_drives_lack_what_it_wrote_and_the_nex
         while nodes.hosts["n1"].owned.get(NAME) is None or nodes.hosts["n1"].owned[NAME].term == term:
             await trio.sleep(0.01)
         await nodes.wait_serving()
-        await mount.make(b"another")
+        await (await nodes.mount("n2")).make(b"another")
+
+
+async def test_I4_nobody_is_believed_to_hold_what_the_metadata_may_have_lost(tmp_path, nursery):
+    """What a mount was given since the last flush may be free there, and be given to another file."""
+    nodes, mount, ino, _ = await start_volume(tmp_path, nursery)
+    term = (await nodes.wait_serving()).setup.term
+    nodes.reclaim_timeout_ms = 500
+    mount.may_claim = trio.Event()  # it would claim what it has
+    await restart(nodes, ["n1", "n2", "n3"], boot=b"another")
+    with trio.fail_after(120):
+        while mount.link is not None and mount.link.closed is None:
+            await trio.sleep(0.01)
+        for _ in range(2):  # the next coordinator knows it as well
+            while (await nodes.wait_serving()).setup.term == term:
+                await trio.sleep(0.01)
+            service = await nodes.wait_serving()
+            await service.desk.wait_open()
+            with pytest.raises(Fenced):
+                await service.desk.welcome(NodeName("n3"), Incarnation(1), term=term)
+            with pytest.raises(Fenced):  # nor of a mount of which the metadata does not know any more
+                await service.desk.welcome(NodeName("n2"), Incarnation(7), term=term)
+            assert not list(service.desk.sessions) and service.leases.table.writer(ino) is None
+            term_before = service.setup.term
+            await nodes.kill_host("n1")
+            await nodes.start_host("n1")
+            while (await nodes.wait_serving()).setup.term == term_before:
+                await trio.sleep(0.01)
+        assert (await (await nodes.wait_serving()).desk.welcome(NodeName("n2"), Incarnation(7), term=term_before)).reclaimed
 
 
 async def test_I8_an_fsync_of_a_file_that_was_lost_unflushed_fails_until_it_is_closed_and_written_again():

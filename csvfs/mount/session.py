@@ -243,7 +243,7 @@ class Session:
         link.on_frame = lambda link, frame: self._calls.handle(link, frame, nursery)
         try:
             sent_ns = self._clock()
-            asked = {**self._hello_args, "inherit": self._inherit}
+            asked = {**self._hello_args, "inherit": self._inherit, "term": self._term}
             hello = await link.call("hello", asked, timeout_s=HELLO_TIMEOUT_S)
             if self._inherit and not hello.get("inherited"):
                 raise NotInheritedError(f"the session of the mount before could not be taken over from {link.peer}")
