@@ -268,8 +268,8 @@ def tar(site: Site) -> str:
 def copies(site: Site) -> str:
     site.sh("truncate -s 256M holes && head -c 3000000 /dev/urandom | dd of=holes bs=1M seek=100 conv=notrunc status=none")
     for how in ("--sparse=always", "--sparse=auto", "--sparse=never", "--reflink=auto"):
-        site.sh(f"cp {how} holes copy && cmp holes copy")
-        site.sh("cmp holes copy && rm copy", site.there)
+        site.sh(f"cp {how} holes twin && cmp holes twin")
+        site.sh("cmp holes twin && rm twin", site.there)
     return "cp --sparse=always, auto, never, --reflink=auto: equal on both nodes"
 
 
