@@ -22,6 +22,7 @@ from csvfs.errors import (
 from csvfs.mount import write_path
 from csvfs.mount.file_state import LEASE_NONE, LEASE_READ
 from csvfs.mount.operations import VolumeOperations
+from csvfs.mount.request_journal import current_request
 from csvfs.mount.write_path import FUSE_WRITE_CACHE, WRITE_APPEND
 from csvfs.volume import file_io
 from tests.mount_nodes import Cluster, Node, cluster
@@ -516,6 +517,45 @@ async def test_a_write_waits_for_blocks_that_it_has_to_keep_and_no_copy_has_now(
         failures = [Unavailable("no drive server")] * 999
         with pytest.raises(InputOutputError):
             await node.write(FILE, 100, b"n" * 10)
+
+
+async def test_I4_an_append_that_waited_goes_behind_what_others_have_appended_meanwhile(monkeypatch) -> None:
+    """It cannot read the block that it begins in; its lease moves on, and what its place was is another node's by then."""
+    monkeypatch.setattr(file_io, "RETRY_S", 0.001)
+    async with cluster() as c:
+        one = await prepared(c)
+        two = c.node("n2")
+        await one.table.truncate(FILE, {"size": BLOCK + 100, "mtime_ns": 1})
+        read, waits = one.bus.read, trio.Event()
+        goes_on: list[bool] = []
+
+        async def fails_first(slab: int, block: int, count: int) -> bytes:
+            if not goes_on:
+                waits.set()
+                raise Unavailable("no drive server")
+            return await read(slab, block, count)
+
+        monkeypatch.setattr(one.bus, "read", fails_first)
+        monkeypatch.setattr(one.bus, "local", False)
+        journal = one.table._writes._journal
+        journal.begin(70)
+
+        async def append() -> None:
+            token = current_request.set(70)
+            await one.write(FILE, BLOCK + 100, b"1" * 50, WRITE_APPEND)
+            current_request.reset(token)
+            goes_on.append(False)
+
+        c.nursery.start_soon(append)
+        await waits.wait()
+        await two.write(FILE, BLOCK + 100, b"2" * 50, WRITE_APPEND)
+        goes_on.append(True)
+        with trio.fail_after(30):
+            while len(goes_on) < 2:
+                await trio.sleep(0.001)
+        journal.done(70)
+        content = await two.read(FILE, BLOCK, BLOCK)
+        assert (content[:100], content[100:]) == (b"o" * 100, b"2" * 50 + b"1" * 50)
 
 
 async def test_I8_a_failed_flush_is_reported_until_the_file_is_closed() -> None:

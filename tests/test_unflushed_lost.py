@@ -92,7 +92,7 @@ async def test_I8_nothing_is_lost_while_one_copy_keeps_its_power(tmp_path, nurse
 
 async def test_a_coordinator_ends_when_the_drives_lack_what_it_wrote_and_the_next_reads_them_again(tmp_path, nursery):
     """Its next commits would stand behind a gap in the log."""
-    nodes, mount, _, _ = await start_volume(tmp_path, nursery)
+    nodes, _, _, _ = await start_volume(tmp_path, nursery)
     term = (await nodes.wait_serving()).setup.term
     await restart(nodes, ["n1", "n2", "n3"], boot=b"another")
     with trio.fail_after(120):

@@ -47,6 +47,7 @@ class RequestJournal:
         self._free = [at for at in range(WORDS - 2, _FIRST - 2, -2) if not uniques[(at - _FIRST) // 2]]
         self._old: dict[int, list[Slot]] = {}  # by request, of the process before; not asked for again yet
         self._open: dict[int, list[Slot]] = {}  # by request under way
+        self._old_places: set[Slot] = set()  # where the process before may have written
         for at, unique in zip(range(_FIRST, WORDS, 2), uniques, strict=True):
             if unique:
                 value = self._words[at + 1]
@@ -118,13 +119,28 @@ class RequestJournal:
         slots = self._open.get(unique)
         if slots is None:
             return end
-        known = next((slot for slot in slots if slot[1] == _APPEND), None) or self._take_old(unique, _APPEND)
-        if known is not None:
-            if known not in slots:
+        known = next((slot for slot in slots if slot[1] == _APPEND), None)
+        if known is None:
+            known = self._take_old(unique, _APPEND)
+            if known is not None:
                 slots.append(known)
+                self._old_places.add(known)
+        if known is not None:
             return known[2]
         self._note(slots, unique, _APPEND, end)
         return end
+
+    def take_place_back(self) -> bool:
+        """The append that the task works for has written nothing, and may go elsewhere. False: the process before may have."""
+        slots = self._open.get(current_request.get(), [])
+        slot = next((slot for slot in slots if slot[1] == _APPEND), None)
+        if slot is None:
+            return True
+        if slot in self._old_places:
+            return False
+        slots.remove(slot)
+        self._release(slot)
+        return True
 
     # -- segments --------------------------------------------------------------------------------
 
@@ -169,6 +185,7 @@ class RequestJournal:
         at, what, number = slot
         self._words[at] = 0
         self._free.append(at)
+        self._old_places.discard(slot)
         if what < _SEGMENT:
             self._bound.discard(number)
             self._ops.pop(number, None)

@@ -221,6 +221,9 @@ class WritePath:
                     if is_moved:
                         self._forget_pages(state)
                     return
+                # Meanwhile others may append. Nothing of ours is there, unless the process before has begun with it.
+                if request.append and not self._journal.take_place_back():
+                    raise LeaseLost(f"inode {state.ino}: what an append has to keep cannot be read, and part of it may be there")
 
     async def _prepare(self, request: "_Request") -> None:
         """Until lease and layout are there and nothing parks the write; no await between that and the
