@@ -7,7 +7,7 @@ Links      `links` are those of the writer `coordinator` with the term as incarn
 Errors     Fenced means that another coordinator has taken the volume: it goes up and ends the service.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,19 +75,18 @@ class DriveControl:
 
     # -- epochs ----------------------------------------------------------------------------------
 
-    async def install(self, descriptors: Iterable[SlabDescriptor]) -> Failures:
+    async def install(self, descriptors: Iterable[SlabDescriptor], accepted: Mapping[SlabId, int]) -> Failures:
         """Install each descriptor's epoch on its in-sync and joining members.
 
+        accepted the opening of the drive of a slab's only in-sync copy, since which what it had not flushed is known to be
+                 lost: the descriptor says so.
         Returns  the (slab, drive) pairs where it did not succeed. Raises Fenced.
         """
         by_node: dict[NodeName, list[list[Any]]] = {}
         alone: set[SlabId] = set()  # of the only in-sync copies: these go on even if their server started anew
-        accepted: set[SlabId] = set()  # and even if it lost power: whoever wrote there before hears of it
         for descriptor in descriptors:
             if len(descriptor.in_sync) == 1:
                 alone.add(descriptor.slab)
-            if descriptor.lost_epoch == descriptor.epoch:
-                accepted.add(descriptor.slab)
             for member in descriptor.writable:
                 item = [member.drive, descriptor.slab, descriptor.epoch, member.role]
                 by_node.setdefault(member.node, []).append(item)
@@ -95,7 +94,7 @@ class DriveControl:
         fenced: list[Fenced] = []
         async with trio.open_nursery() as nursery:
             for node, items in by_node.items():
-                nursery.start_soon(self._install_on_node, node, items, (alone, accepted), failures, fenced)
+                nursery.start_soon(self._install_on_node, node, items, alone, accepted, failures, fenced)
         if fenced:
             raise fenced[0]
         return failures
@@ -104,22 +103,25 @@ class DriveControl:
         self,
         node: NodeName,
         items: list[list[Any]],
-        alone_and_accepted: tuple[set[SlabId], set[SlabId]],
+        alone: set[SlabId],
+        accepted: Mapping[SlabId, int],
         failures: Failures,
         fenced: list[Fenced],
     ) -> None:
         for start in range(0, len(items), INSTALL_ITEMS_MAX):
             part = items[start : start + INSTALL_ITEMS_MAX]
-            alone, accepted = (
-                [number for number, item in enumerate(part) if item[1] in slabs] for slabs in alone_and_accepted
-            )
+            args = {
+                "term": self.term, "items": part,
+                "alone": [number for number, item in enumerate(part) if item[1] in alone],
+                "accepted": [[number, accepted[item[1]]] for number, item in enumerate(part) if item[1] in accepted],
+            }  # fmt: skip
             try:
-                args = {"term": self.term, "items": part, "alone": alone, "accepted": accepted}
                 answer = await self.call(node, "install", args)
                 for drive, slab, reason in answer["refused"]:
                     failures[SlabId(slab), DriveId(drive)] = DriveFailed(str(reason))
-                for drive, slab, reason in answer["lost"]:
-                    failures[SlabId(slab), DriveId(drive)] = UnflushedLost(str(reason))
+                for drive, slab, reason, opens in answer["lost"]:
+                    failures[SlabId(slab), DriveId(drive)] = lost = UnflushedLost(str(reason))
+                    lost.opens = int(opens)
             except Fenced as error:
                 fenced.append(error)
                 return

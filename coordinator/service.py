@@ -266,7 +266,7 @@ class Service:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled, or until another coordinator is at work: raises that."""
-        self.desk.load(self.setup.term, max(slab.lost_epoch for slab in self._metadata_book.all()))
+        self.desk.load(self.setup.term, {slab.slab: slab.lost_epoch for slab in self._metadata_book.all()})
         self._janitor.load()
         self._metadata.locks.prepare()
         self._metadata.quotas.prepare()

@@ -22,14 +22,15 @@ from coordinator.sessions import Session, Sessions
 from coordinator.shared_write import SharedWrite
 from csvfs.errors import CsvfsError, Fenced, NotFound
 from csvfs.ids import DriveId, Epoch, Incarnation, InodeNo, NodeName, SlabId
+from csvfs.wire.control import pack_value, unpack_value
 
 log = logging.getLogger(__name__)
 
 CLAIMING_TIMES_MAX = 15  # reclaim_timeout, for all parts together
 ABSENT_TIMES_MAX = 5  # reclaim_timeout, for a mount of a node that is alive to say hello
 _EVICTED = "evicted/"  # rows of table settings: name -> the last incarnation evicted, in decimal
-_LOST_EPOCH = "lost_epoch"  # likewise: of the last loss of metadata that had not been flushed, and the term that began after it
-_WHOLE_SINCE = "whole_since"
+_LOST_EPOCHS = "lost_epochs"  # likewise: msgpack list of [metadata slab, the epoch of its last loss of what was not flushed]
+_WHOLE_SINCE = "whole_since"  # the term that began after the last of these, in decimal
 
 
 class SessionDesk:
@@ -60,16 +61,16 @@ class SessionDesk:
         self._inheriting: dict[NodeName, trio.Lock] = {}
         self._due, self._due_evictions = trio.open_memory_channel[tuple[Session, str]](float("inf"))
         self._whole_since = 0  # what an earlier term has granted may not be in the metadata
-        self._lost_epoch = Epoch(0)
+        self._lost_epochs: dict[SlabId, Epoch] = {}
         self._loss_unnoted = False
         self._open = trio.Event()
         self._claimed = trio.Event()
 
-    def load(self, term: int, lost_epoch: Epoch) -> None:
+    def load(self, term: int, lost_epochs: dict[SlabId, Epoch]) -> None:
         """The sessions of the coordinator before: they have to reclaim what they hold.
 
-        lost_epoch   the largest of the metadata slabs'. If it is new, nobody is believed that he holds anything: what he was
-                     given since the last flush may not be in the metadata, and be given to others.
+        lost_epochs  of the metadata slabs. If one is new, nobody is believed that he holds anything: what he was given since
+                     the last flush may not be in the metadata, and be given to others.
         """
         marks = self._departures.marks()
         for known in self._metadata.sessions.sessions():
@@ -82,12 +83,12 @@ class SessionDesk:
         for name, value in self._metadata.database.rows("SELECT name, value FROM settings"):
             if name.startswith(_EVICTED):
                 self._evicted[NodeName(name.removeprefix(_EVICTED))] = Incarnation(int(value))
-            elif name == _LOST_EPOCH:
-                self._lost_epoch = Epoch(int(value))
+            elif name == _LOST_EPOCHS:
+                self._lost_epochs = {SlabId(slab): Epoch(epoch) for slab, epoch in unpack_value(value)}
             elif name == _WHOLE_SINCE:
                 self._whole_since = int(value)
-        if lost_epoch > self._lost_epoch:
-            self._lost_epoch, self._whole_since, self._loss_unnoted = lost_epoch, term, True
+        if any(epoch > self._lost_epochs.get(slab, 0) for slab, epoch in lost_epochs.items()):
+            self._lost_epochs, self._whole_since, self._loss_unnoted = lost_epochs, term, True
             for session in self.sessions:
                 session.final = True
                 self._begin(session, "what it was given may not be in the metadata, whose drives all lost power")
@@ -96,12 +97,10 @@ class SessionDesk:
         """Behind the evictions. Whoever was to go on for a session of before begins anew."""
         for node in self._departures.nodes():
             await self._departures.forget_node(node)
-        rows = ((_LOST_EPOCH, self._lost_epoch), (_WHOLE_SINCE, self._whole_since))
-
 
         def note() -> None:
-            for name, value in rows:
-                self._set(name, value)
+            self._set(_LOST_EPOCHS, pack_value([[slab, epoch] for slab, epoch in self._lost_epochs.items()]))
+            self._set(_WHOLE_SINCE, str(self._whole_since).encode())
 
         await self._batches.run(note)
         self._loss_unnoted = False
@@ -380,15 +379,12 @@ class SessionDesk:
 
     def _keep_evicted(self, session: Session) -> None:
         """In a batch: who was evicted stays evicted, also for the next coordinator."""
-        self._set(
-            f"{_EVICTED}{session.node}", max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
-        )
+        incarnation = max(session.incarnation, self._evicted.get(session.node, Incarnation(0)))
+        self._set(f"{_EVICTED}{session.node}", str(incarnation).encode())
 
-    def _set(self, name: str, value: int) -> None:
+    def _set(self, name: str, value: bytes) -> None:
         """In a batch."""
-        self._metadata.database.run(
-            "INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)", (name, str(value).encode())
-        )
+        self._metadata.database.run("INSERT OR REPLACE INTO settings(name, value) VALUES(?,?)", (name, value))
 
     # -- what they tell --------------------------------------------------------------------------
 

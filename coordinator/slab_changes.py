@@ -39,6 +39,7 @@ class SlabChanges:
         self.on_settled: Callable[[SlabDescriptor], None] = lambda descriptor: None
         # What was written to the slab before and not flushed may be lost. It is committed, and not in service yet.
         self.on_unflushed_lost: Callable[[SlabDescriptor], None] = lambda descriptor: None
+        self._accepted: dict[SlabId, int] = {}  # losses that are committed: of which opening of the drive
         self._equalizing = trio.Lock()
 
     async def failed(
@@ -104,7 +105,7 @@ class SlabChanges:
                 return failures
             descriptors = {slab: self.book.current(slab) for slab in pending}
             await self.book.wait_durable()  # another task's change may be executed, and not committed yet
-            refused = await self.control.install(descriptors.values())
+            refused = await self.control.install(descriptors.values(), self._accepted)
             drops: dict[SlabId, dict[DriveId, CsvfsError]] = {}
             for (slab, drive), error in refused.items():
                 drops.setdefault(slab, {})[drive] = error
@@ -126,12 +127,17 @@ class SlabChanges:
         drops: dict[SlabId, dict[DriveId, CsvfsError]],
         failures: dict[SlabId, CsvfsError],
     ) -> None:
+        accepted: dict[SlabId, int] = {}
+
         def drop(descriptor: SlabDescriptor) -> SlabDescriptor:
+            accepted.pop(descriptor.slab, None)  # of an earlier try
             if descriptor.epoch != installed[descriptor.slab].epoch:
                 return descriptor  # It changed meanwhile: a refusal of the older epoch says nothing.
             errors = drops[descriptor.slab]
-            if any(isinstance(error, UnflushedLost) for error in errors.values()):
-                return slab_state.accept_unflushed_loss(descriptor)
+            for error in errors.values():
+                if isinstance(error, UnflushedLost):
+                    accepted[descriptor.slab] = error.opens
+                    return slab_state.accept_unflushed_loss(descriptor)
             return slab_state.drop_members(descriptor, errors)
 
         for slab, outcome in (await self.book.change(drops, drop)).items():
@@ -140,7 +146,8 @@ class SlabChanges:
                 failures[slab] = LastCopy(f"{outcome} ({reasons})")
             elif isinstance(outcome, CsvfsError):
                 failures[slab] = outcome
-            elif outcome.lost_epoch == outcome.epoch:
+            elif slab in accepted:
+                self._accepted[slab] = accepted[slab]
                 log.error("slab %d goes on at epoch %d without what was not flushed: %s", slab, outcome.epoch, reasons)
                 self.on_unflushed_lost(outcome)
             else:
@@ -156,6 +163,7 @@ class SlabChanges:
     def _note_settled(self, descriptor: SlabDescriptor) -> None:
         if self._settled.get(descriptor.slab, 0) < descriptor.epoch:
             self._settled[descriptor.slab] = descriptor.epoch
+            self._accepted.pop(descriptor.slab, None)
             self.settled_count += 1
             self.on_settled(descriptor)
 
@@ -168,6 +176,7 @@ class SlabChanges:
         """The slab was removed."""
         self._changed_at.pop(slab, None)
         self._settled.pop(slab, None)
+        self._accepted.pop(slab, None)
 
     async def drop_node(self, node: NodeName, reason: str) -> list[SlabId]:
         """Take all copies on a node that cannot be reached out of their slabs.

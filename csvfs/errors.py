@@ -174,7 +174,12 @@ class Lost(CsvfsError):
 
 
 class UnflushedLost(CsvfsError):
-    """All copies in sync may have lost what was written and not flushed: their machines lost power."""
+    """All copies in sync may have lost what was written and not flushed: their machines lost power.
+
+    `opens`: of a drive that refuses to go on without a word, how often it has been opened (does not go over a wire).
+    """
+
+    opens: int = 0
 
 
 class DriveFailed(CsvfsError):

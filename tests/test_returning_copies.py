@@ -90,7 +90,7 @@ class _Control:
         self._node = node
         self._error = error
 
-    async def install(self, descriptors: Any) -> dict:
+    async def install(self, descriptors: Any, accepted: Any) -> dict:
         return {}
 
     async def stamp(self, *args: Any) -> None:
@@ -217,8 +217,11 @@ async def test_I1_a_copy_that_lost_power_is_known_by_it_through_further_restarts
         items = [[victim.drive_id, SLAB, 2, ROLE_IN_SYNC]]
         args = {"term": 2, "items": items, "alone": [0]}
         answer = await links.call("n1", "install", args, timeout_s=30)
-        assert [row[:2] for row in answer["lost"]] == [[victim.drive_id, SLAB]] and await lost()  # to be written down first
-        answer = await links.call("n1", "install", {**args, "accepted": [0]}, timeout_s=30)
+        ((*which, _, opens),) = answer["lost"]
+        assert which == [victim.drive_id, SLAB] and await lost()  # to be written down first
+        answer = await links.call("n1", "install", {**args, "accepted": [[0, opens - 1]]}, timeout_s=30)
+        assert answer["lost"], "what was accepted was an earlier loss"
+        answer = await links.call("n1", "install", {**args, "accepted": [[0, opens]]}, timeout_s=30)
         assert answer == {"refused": [], "lost": []}
         with trio.fail_after(60):
             while await lost():

@@ -445,11 +445,12 @@ class BlockService:
         term: int,
         *,
         alone: bool,
-        accepts_loss: bool = False,
+        accepts_loss: int | None = None,
     ) -> None:
         """Set a copy's epoch and role, and put it in service (I1: the epoch only grows).
 
-        Args     alone: it is the slab's only in-sync copy. accepts_loss: and what it had not flushed is known to be lost.
+        Args     alone: it is the slab's only in-sync copy. accepts_loss: and what it had not flushed is known to be
+                 lost, since the opening of the drive with this number.
         Raises   Unavailable: it is not, and has not been in service since this process started: it may lack
                  what was acknowledged since, so it has to leave the in-sync set and be resynced (I7).
                  UnflushedLost: it is alone, and its drive has lost what was not flushed: that has to be committed before
@@ -462,11 +463,14 @@ class BlockService:
                 f"slab {slab} on drive {served.drive_id.hex()[:8]}: its server has started anew, so only a resync "
                 "makes it in sync again"
             )
-        if role == ROLE_IN_SYNC and copy not in served.in_service and drive.contents_lost and not accepts_loss:
-            raise UnflushedLost(
+        opens = drive.superblock.opens
+        if role == ROLE_IN_SYNC and copy not in served.in_service and drive.contents_lost and accepts_loss != opens:
+            lost = UnflushedLost(
                 f"slab {slab} on drive {served.drive_id.hex()[:8]}: what was not flushed is lost: its machine lost power, "
                 "or its flush failed"
             )
+            lost.opens = opens
+            raise lost
         if role == ROLE_IN_SYNC and copy not in served.in_service and drive.unclean:
             # It is the last copy: what a killed writer left torn becomes old or new.
             # In a thread: after a power cut every chunk is active, and nobody uses a copy not in service.

@@ -156,7 +156,7 @@ class Media:
     async def _requests(self, node: NodeName, copies: list[Copy], answers: _Answers) -> list[_Flush]:
         try:
             server = self._links.ready(node) or await self._links.connected(node)
-            for drive in {drive for drive, _ in copies}:
+            for drive in dict.fromkeys(drive for drive, _ in copies):
                 if not server.serves(drive):
                     server = await self._links.serving(node, drive)
         except CsvfsError as error:

@@ -37,11 +37,18 @@ def _client(link: Link) -> Client:
     return client
 
 
-def _item_numbers(args: dict[str, Any], name: str) -> set[int]:
-    numbers = optional_field(args, name, list) or []
-    if not all(isinstance(number, int) for number in numbers):
-        raise BadRequest(f"argument {name!r} must be numbers of items")
-    return set(numbers)
+def _numbers(values: list[Any]) -> list[int]:
+    if not all(isinstance(number, int) for number in values):
+        raise BadRequest("items are named by their numbers")
+    return values
+
+
+def _accepted(args: dict[str, Any]) -> dict[int, int]:
+    """By the number of an item: the opening of its drive whose loss is known."""
+    rows = optional_field(args, "accepted", list) or []
+    if not all(isinstance(row, list) and len(row) == 2 for row in rows):
+        raise BadRequest("accepted must be [[item, opens]]")
+    return {number: opens for number, opens in (_numbers(row) for row in rows)}  # noqa: C416
 
 
 def _active_chunks(copy: SlabCopy) -> list[int]:
@@ -175,7 +182,7 @@ class DriveCalls:
     async def install(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         term = self._check_term(link, args)
         volume = _client(link).volume
-        alone, accepted = _item_numbers(args, "alone"), _item_numbers(args, "accepted")
+        alone, accepted = set(_numbers(optional_field(args, "alone", list) or [])), _accepted(args)
         rows = self._rows(args, 4)
         refused: list[list[Any]] = []
         lost: list[list[Any]] = []
@@ -188,10 +195,10 @@ class DriveCalls:
                     raise BadRequest(f"role {role!r} at epoch {epoch!r} cannot be installed")
                 await self._service.install(
                     served, volume, SlabId(slab), Epoch(epoch), role, term,
-                    alone=number in alone, accepts_loss=number in accepted,
+                    alone=number in alone, accepts_loss=accepted.get(number),
                 )  # fmt: skip
             except UnflushedLost as error:
-                lost.append([drive_id, slab, str(error)])
+                lost.append([drive_id, slab, str(error), error.opens])
             except CsvfsError as error:
                 refused.append([drive_id, slab, str(error)])
         return {"refused": refused, "lost": lost}

@@ -207,7 +207,7 @@ def _I8_lost_power_without_a_word() -> list[Patch]:
     true = BlockService.install
 
     async def mutant(self: BlockService, *args: Any, **options: Any) -> None:
-        await true(self, *args, **{**options, "accepts_loss": True})
+        await true(self, *args, **{**options, "accepts_loss": args[0].opened().superblock.opens})
 
     return [(BlockService, "install", mutant)]
 

@@ -48,7 +48,7 @@ def _install_before_commit() -> list[Patch]:
         known = self.book.current(slab)
         if drives and known.epoch <= epoch:
             changed = csvfs.block.slab_state.drop_members(known, drives)
-            await self.control.install([changed])
+            await self.control.install([changed], {})
             await self.book.change([slab], lambda descriptor: changed)
         await self.settle([slab])
         return self.book.current(slab)
