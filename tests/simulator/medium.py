@@ -174,7 +174,8 @@ class Medium:
                 self.area_durable[start : start + PAGE] = self.area[start : start + PAGE]
             else:
                 lost += 1
-        lost += sum(1 for number in self._dirty if self.pages.get(number) != self.durable.get(number))
+        # Also what a failed flush has forgotten to be dirty.
+        lost += sum(self.pages.get(number) != self.durable.get(number) for number in self.pages.keys() | self.durable)
         self._dirty.clear()
         self.pages = dict(self.durable)
         self.area = Area(self.area_durable)

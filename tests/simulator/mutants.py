@@ -23,6 +23,7 @@ from csvfs.block.served_drives import ServedDrives
 from csvfs.block.slab_copy import SlabCopy
 from csvfs.block.writer_marks import MarkBook
 from csvfs.errors import LastCopy
+from csvfs.ids import Epoch
 from csvfs.mount.guard import Guard
 from csvfs.wire.block_messages import ROLE_ABSENT, ROLE_IN_SYNC, SlabDescriptor
 from tests.simulator import faults
@@ -167,7 +168,12 @@ def _I6_fence_without_effect() -> list[Patch]:
     def no_bump(descriptor: SlabDescriptor) -> SlabDescriptor:
         return descriptor
 
-    return [(BlockService, "fence", mutant), (csvfs.block.slab_state, "bump", no_bump)]
+    def with_bump(descriptor: SlabDescriptor) -> SlabDescriptor:
+        """A loss is no fence: that still takes a new epoch."""
+        return replace(descriptor, epoch=Epoch(descriptor.epoch + 1), lost_epoch=Epoch(descriptor.epoch + 1))
+
+    state = csvfs.block.slab_state
+    return [(BlockService, "fence", mutant), (state, "bump", no_bump), (state, "accept_unflushed_loss", with_bump)]
 
 
 def _I7_resync_skips() -> list[Patch]:

@@ -161,9 +161,9 @@ class Machine:
         for process in list(self.processes.values()):
             process.kill("power cut", quietly=True)
         self._scope.cancel()
-        lost = sum(medium.power_cut(self.world.rng) for medium in self.media)
-        self.world.trace(f"{self.name} lost power and {lost} unflushed pages")
-        self.world.power_lost(self)
+        lost = [medium.power_cut(self.world.rng) for medium in self.media]
+        self.world.trace(f"{self.name} lost power and {sum(lost)} unflushed pages")
+        self.world.power_lost([medium for medium, pages in zip(self.media, lost, strict=True) if pages])
 
     def power_on(self) -> None:
         if not self.up:

@@ -259,9 +259,12 @@ class World:
             process.paused = False
         self.network.kick()
 
-    def power_lost(self, machine: Machine) -> None:
-        """A machine's page cache is gone: slabs of which all in-sync copies have lost theirs may fall back."""
-        drives = [drive for drive, medium in self._drive_of.items() if medium in machine.media]
+    def power_lost(self, media: list[Medium]) -> None:
+        """These have lost what was not flushed: slabs of which all in-sync copies have may fall back.
+
+        A drive that had flushed everything lost nothing, and need not say that it did.
+        """
+        drives = [drive for drive, medium in self._drive_of.items() if medium in media]
         self._lost_power.update((slab, drive) for slab in self._descriptors for drive in drives)
         self._check_power()
 
