@@ -10,7 +10,7 @@ import trio
 from csvfs.block import server_links, writer_marks
 from csvfs.block.slab_state import bump, drop_members
 from csvfs.errors import Corrupt, Disconnected, Fenced, StaleEpoch, Unavailable
-from csvfs.ids import Incarnation
+from csvfs.ids import Epoch, Incarnation, SlabId
 from csvfs.units import BLOCK_SIZE, MIB
 from tests.block_cluster import SLAB, BlockCluster, write
 
@@ -388,10 +388,8 @@ async def test_a_server_that_hangs_is_given_up_though_its_connection_stands(clus
     assert [member.node for member in cluster.owner.descriptors[SLAB].in_sync] == ["n1", "n2"]
 
 
-async def test_members_that_can_be_reached_again_are_written_to_though_their_owner_still_waits(cluster, monkeypatch):
-    """Cut off from all members, a writer asks its owner, which can drop none and waits. The cut is over before that."""
-    bus = cluster.bus("mount/n2")
-    await write(bus, 0, block_of(1))
+async def begun_while_cut_off(cluster, bus, monkeypatch, work, *args):
+    """Begin something without any member, until the owner is asked, which can drop none and waits. Then they are there."""
     asked = trio.Event()
 
     async def wait_with_the_decision(*failed):
@@ -399,12 +397,19 @@ async def test_members_that_can_be_reached_again_are_written_to_though_their_own
         await trio.sleep_forever()
 
     monkeypatch.setattr(cluster.owner, "slab_failed", wait_with_the_decision)
-    monkeypatch.setattr(bus, "_owner_patience_s", 0.2)
+    for patient in (bus, bus._media):
+        monkeypatch.setattr(patient, "_owner_patience_s", 0.2)
     with monkeypatch.context() as cut, trio.fail_after(60):
         cut.setattr(bus.links, "_directory", lambda node: None)
         bus.links.check_servers()
-        cluster.nursery.start_soon(write, bus, 0, block_of(2))
+        cluster.nursery.start_soon(work, *args)
         await asked.wait()
+
+
+async def test_members_that_can_be_reached_again_are_written_to_though_their_owner_still_waits(cluster, monkeypatch):
+    bus = cluster.bus("mount/n2")
+    await write(bus, 0, block_of(1))
+    await begun_while_cut_off(cluster, bus, monkeypatch, write, bus, 0, block_of(2))
     with trio.fail_after(60):
         while any(contents(server, 0) != block_of(2) for server in cluster.servers):
             await trio.sleep(0.01)
@@ -416,28 +421,39 @@ async def test_I8_a_flush_goes_on_when_its_members_can_be_reached_again_though_t
     """Simulator seed 300521: it went on asking the owner to drop all copies, until the fsync of another node failed."""
     bus = cluster.bus("mount/n2")
     await write(bus, 0, block_of(1))
-    asked = trio.Event()
-
-    async def wait_with_the_decision(*failed):
-        asked.set()
-        await trio.sleep_forever()
-
-    monkeypatch.setattr(cluster.owner, "slab_failed", wait_with_the_decision)
-    monkeypatch.setattr(bus._media, "_owner_patience_s", 0.2)
     flushed = trio.Event()
 
     async def flush():
         await bus.flush([SLAB])
         flushed.set()
 
-    with monkeypatch.context() as cut, trio.fail_after(60):
-        cut.setattr(bus.links, "_directory", lambda node: None)
-        bus.links.check_servers()
-        cluster.nursery.start_soon(flush)
-        await asked.wait()
-        assert not flushed.is_set()
+    await begun_while_cut_off(cluster, bus, monkeypatch, flush)
+    assert not flushed.is_set()
     with trio.fail_after(60):
         await flushed.wait()
+
+
+async def test_I8_a_drive_that_fails_in_a_later_round_of_a_flush_leaves_what_it_had_flushed_in_the_first(
+    cluster, monkeypatch
+):
+    """It was taken out of all slabs of the flush: each had one copy less for nothing."""
+    other = SlabId(SLAB + 1)
+    await cluster.create_slab(other)
+    bus = cluster.bus("mount/n2")
+    for slab in (SLAB, other):
+        await write(bus, 0, block_of(1), slab)
+    await cluster.owner.slab_failed(other, Epoch(1), [cluster.servers[0].drive_id], "its epoch passes")
+    failing, slab_failed = cluster.servers[1].copy().drive, cluster.owner.slab_failed
+
+    async def fails_from_now_on(*failed):
+        failing.failure = "flush: Input/output error"
+        return await slab_failed(*failed)
+
+    monkeypatch.setattr(cluster.owner, "slab_failed", fails_from_now_on)
+    with trio.fail_after(60):
+        await bus.flush([SLAB, other])
+    assert [member.node for member in bus.known(other).in_sync] == ["n3"]
+    assert [member.node for member in bus.known(SLAB).in_sync] == ["n1", "n2", "n3"]
 
 
 async def test_I8_a_flush_of_a_copy_that_is_not_in_service_takes_it_out(cluster):

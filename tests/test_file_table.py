@@ -519,6 +519,46 @@ async def test_a_write_waits_for_blocks_that_it_has_to_keep_and_no_copy_has_now(
             await node.write(FILE, 100, b"n" * 10)
 
 
+@pytest.mark.parametrize("clones", [False, True])
+async def test_I5_no_recall_waits_for_the_last_block_that_a_truncation_or_a_clone_has_to_keep(monkeypatch, clones) -> None:
+    """They begin anew when it can be read. A node that does not answer a recall for long is evicted."""
+    monkeypatch.setattr(file_io, "RETRY_S", 0.001)
+    async with cluster() as c:
+        node = await prepared(c)
+        clone = FILE + 1
+        c.coordinator.add_file(clone)
+        await node.write(clone, 0, b"c" * 200)
+        await node.table.truncate(clone, {"size": 100, "mtime_ns": 1})
+        read, waits, done = node.bus.read, trio.Event(), trio.Event()
+        may_read: list[bool] = []
+
+        async def fails_first(slab: int, block: int, count: int) -> bytes:
+            if not may_read:
+                waits.set()
+                raise Unavailable("no drive server")
+            return await read(slab, block, count)
+
+        monkeypatch.setattr(node.bus, "read", fails_first)
+        monkeypatch.setattr(node.bus, "local", False)
+
+        async def grow() -> None:
+            if clones:
+                await node.table.copy_range(FILE, 0, clone, 8 * BLOCK, 4 * BLOCK)
+            else:
+                await node.table.truncate(clone, {"size": 9 * BLOCK, "mtime_ns": 1})
+            done.set()
+
+        c.nursery.start_soon(grow)
+        await waits.wait()
+        with trio.fail_after(5):
+            await node.table.recall(clone, LEASE_NONE, False)
+        may_read.append(True)
+        with trio.fail_after(30):
+            await done.wait()
+        expected = (b"c" * 100).ljust(8 * BLOCK, b"\0") + (b"o" * (4 * BLOCK) if clones else bytes(BLOCK))
+        assert await c.node("n2").read(clone, 0, 12 * BLOCK) == expected
+
+
 async def test_I4_an_append_that_waited_goes_behind_what_others_have_appended_meanwhile(monkeypatch) -> None:
     """It cannot read the block that it begins in; its lease moves on, and what its place was is another node's by then."""
     monkeypatch.setattr(file_io, "RETRY_S", 0.001)

@@ -130,6 +130,22 @@ async def test_I4_nobody_is_believed_to_hold_what_the_metadata_may_have_lost(tmp
         assert (await (await nodes.wait_serving()).desk.welcome(NodeName("n2"), Incarnation(7), term=term_before)).reclaimed
 
 
+async def test_I4_a_loss_of_one_metadata_slab_counts_though_another_lost_at_a_later_epoch(tmp_path, nursery):
+    nodes = await TestCluster(tmp_path, nursery).start()
+    await nodes.create_volume(copies=2)
+    await nodes.start_host("n1")
+    desk = (await nodes.wait_serving()).desk
+    first, second = SlabId(1), SlabId(2)
+    for term, epochs, whole_since in (
+        (5, {first: Epoch(9)}, 5),
+        (6, {first: Epoch(9), second: Epoch(0)}, 5),  # nothing new
+        (7, {first: Epoch(9), second: Epoch(3)}, 7),
+        (8, {first: Epoch(9), second: Epoch(3)}, 7),
+    ):
+        desk.load(term, epochs)
+        assert desk._whole_since == whole_since
+
+
 async def test_I8_an_fsync_of_a_file_that_was_lost_unflushed_fails_until_it_is_closed_and_written_again():
     async with cluster() as c:
         node = await prepared(c)

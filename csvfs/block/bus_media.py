@@ -126,7 +126,7 @@ class Media:
                 drives = {node: [drive for drive, _ in copies] for node, copies in due.items()}
                 answers.failures = await without_excused(self._links, drives, answers.failures)
             if answers.failures or answers.not_served or answers.passed:
-                await self._ask_owner(wanted, answers, gives_up_at)
+                await self._ask_owner(due, answers, gives_up_at)
 
     def _due(self, wanted: set[SlabId], flushed: set[Copy]) -> dict[NodeName, list[Copy]]:
         due: dict[NodeName, list[Copy]] = {}
@@ -172,18 +172,22 @@ class Media:
         parts = [served[first : first + FLUSH_ROWS_MAX] for first in range(0, len(served), FLUSH_ROWS_MAX)]
         return [_Flush(server.link, [copy for copy, _ in part], [row for _, row in part], answers) for part in parts]
 
-    async def _ask_owner(self, slabs: set[SlabId], answers: _Answers, gives_up_at: float) -> None:
+    async def _ask_owner(self, due: dict[NodeName, list[Copy]], answers: _Answers, gives_up_at: float) -> None:
         """Have the owner say what has become of slabs, and take the failed members out; raises when one of them cannot be
-        missed. Not when it does not decide for long: we may have been cut off from what it reaches, and try again."""
+        missed. Not when it does not decide for long: we may have been cut off from what it reaches, and try again.
+
+        due     what this round was to flush: a copy that has flushed before is not asked about because its drive fails now.
+        """
         for error in answers.failures.values():
             if isinstance(error, Fenced):
                 self._bus.fenced(error)
                 raise error
         reason = "the owners of slabs have not decided"
         with trio.move_on_after(self._owner_patience_s):
-            for slab in slabs:
+            for slab, drives in _by_slab(due).items():
                 descriptor = self._bus.known(slab)
-                errors = {m.drive: wrong for m in descriptor.writable if (wrong := answers.error(m.drive, slab))}
+                members = [member.drive for member in descriptor.writable if member.drive in drives]
+                errors = {drive: wrong for drive in members if (wrong := answers.error(drive, slab))}
                 if errors:
                     reason = str(next(iter(errors.values())))
                 elif slab in answers.passed:
@@ -219,3 +223,11 @@ class Media:
             await self._links.call(node, "trim", {"items": rows}, timeout_s=TRIM_TIMEOUT_S)
         except CsvfsError as error:
             errors.append(error)
+
+
+def _by_slab(due: dict[NodeName, list[Copy]]) -> dict[SlabId, set[DriveId]]:
+    drives: dict[SlabId, set[DriveId]] = {}
+    for copies in due.values():
+        for drive, slab in copies:
+            drives.setdefault(slab, set()).add(drive)
+    return drives

@@ -151,17 +151,19 @@ class Cloning:
             for ino in sorted(states):
                 await locks.enter_async_context(states[ino].tail)
             while time.monotonic() < deadline:
-                async with AsyncExitStack() as pins:
-                    if not await self._pin([states[ino] for ino in sorted(states)], pins, deadline):
-                        continue
-                    missing = self._missing(into, target_block + count)
-                    if missing is not None:
-                        await self._leases.acquire(into, LEASE_WRITE, *missing)
-                    if missing is None or self._missing(into, target_block + count) is None:
-                        try:
-                            return await self._clone(source, block, into, target_block, count)
-                        except LeaseLost:
+                try:
+                    async with AsyncExitStack() as pins:
+                        if not await self._pin([states[ino] for ino in sorted(states)], pins, deadline):
                             continue
+                        missing = self._missing(into, target_block + count)
+                        if missing is not None:
+                            await self._leases.acquire(into, LEASE_WRITE, *missing)
+                        if missing is None or self._missing(into, target_block + count) is None:
+                            return await self._clone(source, block, into, target_block, count)
+                except LeaseLost:
+                    continue
+                except NotRead as error:
+                    await file_io.wait_again(error, deadline)  # recalls do not wait for that
         raise TimedOut(f"inode {source.ino}: no clone of it could be made within {self._io_timeout_s:g} s")
 
     async def _pin(self, states: list[FileState], pins: AsyncExitStack, deadline: float) -> bool:
@@ -189,7 +191,7 @@ class Cloning:
             return 0
         if (target_block + count) * BLOCK_SIZE > into.size:
             losses = into.losses
-            await self._writes.zero_tail(into, time.monotonic() + self._io_timeout_s)
+            await self._writes.zero_tail(into)
             await self._writes.clear_gap(into, target_block)
             if into.losses != losses:  # what lies behind the end was not known all the time
                 raise LeaseLost(f"the write lease of inode {into.ino} was lost; the clone is tried again")

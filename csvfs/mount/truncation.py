@@ -16,7 +16,9 @@ from csvfs.mount.file_state import BLOCKS, LEASE_WRITE, SIZE, FileState
 from csvfs.mount.leases import Coordinator, Leases
 from csvfs.mount.write_path import GAP_BLOCKS_MAX, WritePath
 from csvfs.units import BLOCK_SIZE
+from csvfs.volume import file_io
 from csvfs.volume.extents import BLOCKS_MAX
+from csvfs.volume.file_io import NotRead
 
 
 class Truncation:
@@ -74,16 +76,23 @@ class Truncation:
         while True:
             await self._writes.wait_writable(state, False, deadline)
             missing = self._missing(state, size)
-            if missing is None:
-                break
-            await self._leases.acquire(state, LEASE_WRITE, *missing)
+            if missing is not None:
+                await self._leases.acquire(state, LEASE_WRITE, *missing)
+                continue
+            try:
+                return await self._begin(state, size)
+            except NotRead as error:
+                await file_io.wait_again(error, deadline)  # recalls do not wait for that
+
+    async def _begin(self, state: FileState, size: int) -> int:
+        """The part of `_prepare` that recalls wait for. Raises NotRead: as if it had not begun."""
         before = state.size
         state.writers += 1
         state.truncating = True
         state.regate()
         try:
             if size > before:
-                await self._writes.zero_tail(state, deadline)
+                await self._writes.zero_tail(state)
                 await self._writes.clear_gap(state, -(-size // BLOCK_SIZE))
             else:
                 state.size = size

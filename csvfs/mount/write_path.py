@@ -375,16 +375,6 @@ class WritePath:
         blocks[head : head + len(data)] = data
         return memoryview(blocks)
 
-    async def _kept_block(self, state: FileState, block: int, deadline: float | None) -> bytes | bytearray:
-        """As _valid_block; with a deadline it waits meanwhile. Raises InputOutputError."""
-        while True:
-            try:
-                return await self._valid_block(state, block)
-            except NotRead as error:
-                if deadline is None:
-                    raise
-                await file_io.wait_again(error, deadline)
-
     async def _valid_block(self, state: FileState, block: int) -> bytes | bytearray:
         """One block as the file has it: zeros where it has nothing, and beyond its end."""
         valid = min(BLOCK_SIZE, state.size - (block << _BLOCK_SHIFT))
@@ -428,11 +418,8 @@ class WritePath:
 
     # -- the end of the file ---------------------------------------------------------------------
 
-    async def zero_tail(self, state: FileState, deadline: float | None = None) -> None:
-        """W1: make the rest of the last block zeros, on all members.
-
-        Args    deadline: for who does not come again; until then it waits here for what it has to keep. None: NotRead.
-        """
+    async def zero_tail(self, state: FileState) -> None:
+        """W1: make the rest of the last block zeros, on all members. Raises NotRead: what it has to keep cannot be read."""
         size = state.size
         if not size & _BLOCK_MASK or state.tail_zero == size:
             return
@@ -440,7 +427,7 @@ class WritePath:
         if state.extents.allocated(block, 1):
             claim = await self._claim(state, block, block + 1)
             try:
-                content = memoryview(await self._kept_block(state, block, deadline))
+                content = memoryview(await self._valid_block(state, block))
                 if not await self._replaced(state, block, block + 1, content):
                     delivery = self._deliver(state, block, block + 1, content)
                     error = await delivery.wait()
