@@ -23,17 +23,28 @@ from csvfs.wire.frames import Frame, Kind
 
 log = logging.getLogger(__name__)
 
+# So long a `hello` waits for a volume that is being taken over; less than a mount waits for the answer (session.py,
+# HELLO_TIMEOUT_S). To have each mount come again and again would cost a handshake a time, just when all cores are busy.
+TAKING_S_MAX = 3.0
+
 Question = Callable[[], Awaitable[Any]]
 
 
 class FrontDesk:
-    """`find`: the service of a volume by name; raises NotCoordinator, Unavailable. `nursery`: for slow answers."""
+    """`find`: the service of a volume by name; raises NotCoordinator, Unavailable. `wait_taken`: until it is no longer being
+    taken over, or at once when it is not. `nursery`: for slow answers."""
 
     def __init__(
-        self, node: NodeName, find: Callable[[str], Service], may_serve: Callable[[], bool], nursery: trio.Nursery
+        self,
+        node: NodeName,
+        find: Callable[[str], Service],
+        wait_taken: Callable[[str], Awaitable[None]],
+        may_serve: Callable[[], bool],
+        nursery: trio.Nursery,
     ) -> None:
         self._node = node
         self._find = find
+        self._wait_taken = wait_taken
         self._may_serve = may_serve
         self._nursery = nursery
         self._service_of: dict[Link, Service] = {}  # links of sessions
@@ -62,17 +73,34 @@ class FrontDesk:
             link.reply(frame.request_id, {"node": self._node, "refused": link.engine.refusals.counts})
             return
         try:
-            service = self._find(field(args, "volume", str))
-            if not self._may_serve():
-                raise LeaseLost(f"node {self._node} lost its lease in the cluster store and serves nothing")
+            volume = field(args, "volume", str)
             if name == "hello":
-                question: Question = partial(self._hello, service, link, args)
-            else:
-                question = _question(service, name, args)
+                self._nursery.start_soon(self._greet, link, frame.request_id, volume, args)
+                return
+            service = self._service(volume)
+            question = _question(service, name, args)
         except CsvfsError as error:
             link.reply_error(frame.request_id, error)
             return
         self._nursery.start_soon(_answer, service, link, frame.request_id, question)
+
+    def _service(self, volume: str) -> Service:
+        service = self._find(volume)
+        if not self._may_serve():
+            raise LeaseLost(f"node {self._node} lost its lease in the cluster store and serves nothing")
+        return service
+
+    async def _greet(self, link: Link, request_id: int, volume: str, args: dict[str, Any]) -> None:
+        with trio.move_on_after(TAKING_S_MAX):
+            await self._wait_taken(volume)
+        if link.closed is not None:
+            return
+        try:
+            service = self._service(volume)
+        except CsvfsError as error:
+            link.reply_error(request_id, error)
+            return
+        await _answer(service, link, request_id, partial(self._hello, service, link, args))
 
     async def _hello(self, service: Service, link: Link, args: dict[str, Any]) -> Any:
         reply = await service.hello(link, args)

@@ -72,6 +72,7 @@ class OwnedVolume:
         self.term = term
         self.scope = trio.CancelScope()
         self.service: Service | None = None
+        self.taken = trio.Event()  # it is served, or finished
         self.finished = False
         self.taken_at = trio.current_time()
 
@@ -132,7 +133,7 @@ class Host:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.engine.run_forever)
-                desk = FrontDesk(self.node, self._find_service, self._may_serve, nursery)
+                desk = FrontDesk(self.node, self._find_service, self._wait_taken, self._may_serve, nursery)
                 await nursery.start(keep_view_forever, self._store, self.view)
                 if self.engine.identity is not None:
                     await nursery.start(follow_revoked_forever, self._store, self.engine.identity.revoke)
@@ -268,6 +269,7 @@ class Host:
         finally:
             owned.service = None
             owned.finished = True
+            owned.taken.set()
             given_up = await self._give_up(owned)
             try:
                 await trio.sleep(self._pause_s(owned, has_failed))  # what failed would fail at once again
@@ -324,6 +326,8 @@ class Host:
     async def _serve_online(self, owned: OwnedVolume, setup: VolumeSetup) -> None:
         def serving(service: Service | None) -> None:
             owned.service = service
+            if service is not None:
+                owned.taken.set()
 
         await self._serve(
             setup,
@@ -398,6 +402,11 @@ class Host:
         if owned.service is None:
             raise Unavailable(f"volume {name} is being taken over by node {self.node}; try again")
         return owned.service
+
+    async def _wait_taken(self, name: str) -> None:
+        """For the front desk."""
+        if (owned := self.owned.get(name)) is not None:
+            await owned.taken.wait()
 
 
 def _wants_coordinator(value: dict[str, Any]) -> bool:

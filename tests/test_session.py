@@ -430,6 +430,23 @@ async def test_a_coordinator_that_moved_without_a_word_is_left_at_once(
         assert two.named("statfs") == [{}]
 
 
+async def test_a_host_that_does_not_answer_a_hello_is_left_when_the_volume_is_elsewhere(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """It may be taking the volume over for a while, and be stopped meanwhile."""
+    async with world() as w, trio.open_nursery() as nursery:
+        one = Coordinator(1, w.metadata)
+        one.faults["hello"] = [trio.Event()]
+        w.coordinators[1] = one
+        w.owner.move_to(1)
+        nursery.start_soon(w.session.call, "statfs", {})
+        await trio.sleep(0.2)
+        assert one.named("hello")
+        two = w.elect(2)
+        await trio.sleep(0.05)
+        assert two.named("statfs") == [{}] and all(link.closed for link in one.links)
+
+
 async def test_a_coordinator_that_hangs_is_noticed_by_its_silence(autojump_clock: trio.abc.Clock) -> None:
     async with world() as w:
         one = w.elect(1)

@@ -222,7 +222,7 @@ class Session:
                     await self._owner.wait_change(None)
                     continue
                 try:
-                    lost = await self._open(address, nursery)
+                    lost = await self._open_there(address, nursery)
                 except Fenced as fenced:
                     self._fence(fenced)
                     nursery.cancel_scope.cancel()
@@ -234,6 +234,23 @@ class Session:
                     continue
                 retry_s = RETRY_S_MIN
                 await self._until_lost_or_moved(lost, address)
+
+    async def _open_there(self, address: Address, nursery: trio.Nursery) -> trio.Event:
+        """As `_open`, as long as the coordinator is said to be there: a host that hangs may keep us waiting."""
+        attempt, watching = trio.CancelScope(), trio.CancelScope()
+
+        async def watch_owner() -> None:
+            with watching:
+                await self._owner.wait_change(address)
+                attempt.cancel()
+
+        nursery.start_soon(watch_owner)
+        try:
+            with attempt:
+                return await self._open(address, nursery)
+        finally:
+            watching.cancel()
+        raise NotCoordinator(f"the coordinator is no longer at {address}")
 
     async def _open(self, address: Address, nursery: trio.Nursery) -> trio.Event:
         """Connect, introduce ourselves, reclaim; returns what is set when the link is lost."""
