@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import trio
 
+from coordinator.at_once import ask_all
 from csvfs.block.pace import SPEED_DEFAULT
 from csvfs.block.placement import DriveSpace
 from csvfs.errors import CsvfsError, DriveFailed, Fenced, ProtocolError, Unavailable, UnflushedLost
@@ -153,12 +154,19 @@ class DriveControl:
     async def fence(self, node: NodeName, writer: str, min_incarnation: Incarnation) -> None:
         await self.call(node, "fence", {"writer": writer, "min_incarnation": min_incarnation})
 
-    async def settle_writer(self, node: NodeName, writer: str, min_incarnation: Incarnation) -> None:
-        """An evicted writer is over: what it marked and was not made equal is nobody's."""
-        await self.call(node, "settle", {"writer": writer, "min_incarnation": min_incarnation})
+    async def settle_writer_on(self, nodes: Iterable[NodeName], writer: str, min_incarnation: Incarnation) -> None:
+        """An evicted writer is over: what it marked and was not made equal is nobody's. Raises the first error."""
+        args = {"writer": writer, "min_incarnation": min_incarnation}
+        await ask_all(nodes, lambda node: self.call(node, "settle", args))
 
-    async def active(self, node: NodeName, writer: str | None) -> list[tuple[DriveId, SlabId, list[int]]]:
-        """Chunks with writes of `writer` (None: anybody) not known to be complete on all members."""
+    async def active_on(
+        self, nodes: Iterable[NodeName], writer: str | None
+    ) -> list[tuple[DriveId, SlabId, list[int]]]:
+        """Chunks with writes of `writer` (None: anybody) not known to be complete on all members. Raises the first error."""
+        answers = await ask_all(nodes, lambda node: self._active(node, writer))
+        return [row for rows in answers.values() for row in rows]
+
+    async def _active(self, node: NodeName, writer: str | None) -> list[tuple[DriveId, SlabId, list[int]]]:
         rows = await self.call(node, "active", {"writer": writer})
         try:
             return [(DriveId(id_bytes(drive)), SlabId(int(slab)), list(chunks)) for drive, slab, chunks in rows]

@@ -10,9 +10,11 @@ Order      refuse its calls; fence its incarnation on every drive server (I6), d
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
+from coordinator.at_once import ask_all
 from coordinator.cluster_facts import ClusterFacts
 from coordinator.drive_control import DriveControl
 from coordinator.sessions import Session
@@ -66,15 +68,15 @@ class Eviction:
     async def _fence_and_equalize(self, session: Session, written: set[SlabId]) -> None:
         minimum = Incarnation(session.incarnation + 1)
         nodes = self._facts.drive_nodes()
-        reached = [node for node in nodes if await self._fence(node, session.writer, minimum)]
+        fenced = await ask_all(nodes, partial(self._fence, writer=session.writer, minimum=minimum))
+        reached = [node for node in nodes if fenced[node]]
         for node in nodes:
             if node not in reached:
                 await self._do_without(node)
         chunks: dict[SlabId, set[int]] = {}
-        for node in reached:
-            for drive, slab, marked in await self._control.active(node, session.writer):
-                if slab < METADATA_SLAB_ID_MIN and self._is_writable_member(slab, drive):
-                    chunks.setdefault(slab, set()).update(marked)
+        for drive, slab, marked in await self._control.active_on(reached, session.writer):
+            if slab < METADATA_SLAB_ID_MIN and self._is_writable_member(slab, drive):
+                chunks.setdefault(slab, set()).update(marked)
         written.update(chunks)
         lost: list[SlabId] = []
         if chunks:
@@ -89,8 +91,7 @@ class Eviction:
                 "%d slabs that %s was writing have no copy that can be reached", len(lost), session.writer
             )
             return
-        for node in reached:
-            await self._control.settle_writer(node, session.writer, minimum)
+        await self._control.settle_writer_on(reached, session.writer, minimum)
 
     async def _fence(self, node: NodeName, writer: str, minimum: Incarnation) -> bool:
         if self._facts.server(node) is None:

@@ -14,8 +14,9 @@ import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from coordinator.at_once import ask_each
 from coordinator.cluster_facts import ClusterFacts
-from coordinator.drive_control import DriveControl
+from coordinator.drive_control import Copy, DriveControl
 from coordinator.slab_changes import SLABS_PER_CHANGE_MAX, SlabChanges
 from csvfs.block import slab_state
 from csvfs.errors import CsvfsError, Fenced, NotFound
@@ -79,6 +80,16 @@ class Census:
     epochs: dict[SlabId, dict[DriveId, Epoch]] = field(default_factory=dict)  # of copies in service, as installed
     patience_over: bool = False
 
+    def add(self, node: NodeName, drive: DriveId, copies: list[Copy]) -> None:
+        """copies: those of the volume on a drive."""
+        self.node_of[drive] = node
+        for copy in copies:
+            if copy.contents_lost:
+                self.lost.add(drive)
+            self.copies.setdefault(copy.slab, {})[drive] = copy.in_service
+            if copy.in_service:
+                self.epochs.setdefault(copy.slab, {})[drive] = copy.epoch
+
     def judge(self, descriptor: SlabDescriptor) -> Judgement:
         """See judge."""
         slab = descriptor.slab
@@ -116,38 +127,27 @@ async def take_census(
     patience_over: bool = True,
 ) -> Census:
     """Ask every node for the volume's copies; nodes that cannot be asked are left out. Raises Fenced."""
+    async def ask(node: NodeName) -> tuple[Incarnation, dict[DriveId, list[Copy]]]:
+        await control.register_term(node)
+        incarnation = await control.incarnation(node)
+        copies: dict[DriveId, list[Copy]] = {}
+        for drive in facts.drives_of(node):
+            try:
+                copies[drive] = await control.copies(node, drive)
+            except Fenced:
+                raise
+            except CsvfsError as error:
+                log.warning("drive %s of node %s is left out: %s", drive.hex()[:8], node, error)
+        return incarnation, copies
+
     census = Census(patience_over=patience_over)
-    for node in nodes:
-        if facts.server(node) is None:
-            continue
-        found: dict[SlabId, dict[DriveId, bool]] = {}
-        try:
-            await control.register_term(node)
-            incarnation = await control.incarnation(node)
-            for drive in facts.drives_of(node):
-                try:
-                    copies = await control.copies(node, drive)
-                except Fenced:
-                    raise
-                except CsvfsError as error:
-                    log.warning("drive %s of node %s is left out: %s", drive.hex()[:8], node, error)
-                    continue
-                census.node_of[drive] = node
-                for copy in copies:
-                    if copy.volume == volume:
-                        if copy.contents_lost:
-                            census.lost.add(drive)
-                        found.setdefault(copy.slab, {})[drive] = copy.in_service
-                        if copy.in_service:
-                            census.epochs.setdefault(copy.slab, {})[drive] = copy.epoch
-        except Fenced:
-            raise
-        except CsvfsError as error:
-            log.warning("the drive server of node %s is left out: %s", node, error)
-            continue
+    answers, errors = await ask_each([node for node in nodes if facts.server(node) is not None], ask)
+    for node, error in errors.items():
+        log.warning("the drive server of node %s is left out: %s", node, error)
+    for node, (incarnation, drives) in answers.items():
         census.nodes[node] = incarnation
-        for slab, copies_of_slab in found.items():
-            census.copies.setdefault(slab, {}).update(copies_of_slab)
+        for drive, copies in drives.items():
+            census.add(node, drive, [copy for copy in copies if copy.volume == volume])
     return census
 
 
@@ -209,10 +209,9 @@ async def _stamp_kept(changes: SlabChanges, slabs: set[SlabId]) -> None:
     nodes = {member.node for slab in slabs for member in changes.book.current(slab).in_sync}
     chunks: dict[SlabId, set[int]] = {}
     try:
-        for node in sorted(nodes):
-            for drive, slab, marked in await changes.control.active(node, None):
-                if slab in slabs and any(member.drive == drive for member in changes.book.current(slab).in_sync):
-                    chunks.setdefault(slab, set()).update(marked)
+        for drive, slab, marked in await changes.control.active_on(sorted(nodes), None):
+            if slab in slabs and any(member.drive == drive for member in changes.book.current(slab).in_sync):
+                chunks.setdefault(slab, set()).update(marked)
         await changes.equalize(chunks)
     except Fenced:
         raise

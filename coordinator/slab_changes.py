@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import trio
 
+from coordinator.at_once import ask_each
 from coordinator.drive_control import DriveControl
 from coordinator.slab_book import SlabBook
 from csvfs.block import slab_state
@@ -257,25 +258,20 @@ class SlabChanges:
         miss."""
         if not chunks:
             return True  # the new epoch was all it took
-        descriptor = self.book.current(slab)
-        source, failing = descriptor.in_sync[0], descriptor.in_sync[0]
-        try:
-            for member in descriptor.in_sync:
-                failing = member
-                await self.control.stamp(member, slab, descriptor.epoch, chunks)
-            for member in descriptor.writable:
-                failing = member
-                if member is not source:
-                    await self.control.pull(member, source, descriptor, chunks)
-        except Fenced:
-            raise
-        except CsvfsError as error:
+        descriptor, control = self.book.current(slab), self.control
+        source = descriptor.in_sync[0]
+        others = [member for member in descriptor.writable if member is not source]
+        _, errors = await ask_each(
+            descriptor.in_sync, lambda member: control.stamp(member, slab, descriptor.epoch, chunks)
+        )
+        if not errors:
+            _, errors = await ask_each(others, lambda member: control.pull(member, source, descriptor, chunks))
+        for failing, error in errors.items():
             if failing is not source and await self._is_sources_fault(error, descriptor):
                 failing = source
             await self.failed(slab, descriptor.epoch, [failing.drive], f"cannot be made equal: {error}")
             return False
-        for member in descriptor.writable:
-            await self._tell_equal(member, descriptor, chunks)
+        await ask_each(descriptor.writable, lambda member: self._tell_equal(member, descriptor, chunks))
         return True
 
     async def _tell_equal(self, member: Member, descriptor: SlabDescriptor, chunks: list[int]) -> None:

@@ -71,13 +71,11 @@ async def _secure_once(
     _check_fenced(book, census)
     chunks: dict[SlabId, set[int]] = {slab: set() for slab in book.slabs}
     writable = {(d.slab, member.drive) for d in book.all() for member in d.writable}
-    for node in census.nodes:
-        for drive, slab, marked in await control.active(node, None):
-            if (slab, drive) in writable:
-                chunks[slab].update(marked)
+    for drive, slab, marked in await control.active_on(census.nodes, None):
+        if (slab, drive) in writable:
+            chunks[slab].update(marked)
     await changes.equalize(chunks)
-    for node in census.nodes:
-        await control.settle_writer(node, WRITER, Incarnation(control.term))
+    await control.settle_writer_on(census.nodes, WRITER, Incarnation(control.term))
 
 
 def _check_fenced(book: MetadataBook, census: Census) -> None:

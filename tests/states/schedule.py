@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import trio
 
+import coordinator.at_once
 import coordinator.drive_control
 import coordinator.eviction
 import coordinator.slab_book
@@ -27,7 +28,7 @@ from csvfs.errors import CsvfsError
 from csvfs.wire.block_messages import Member, SlabDescriptor
 
 _STEPPED = (
-    coordinator.drive_control, coordinator.eviction, coordinator.slab_book, coordinator.slab_changes,
+    coordinator.at_once, coordinator.drive_control, coordinator.eviction, coordinator.slab_book, coordinator.slab_changes,
     coordinator.takeover, csvfs.block.bus, csvfs.block.bus_media,
     csvfs.block.bus_writes,
 )  # fmt: skip
