@@ -253,9 +253,10 @@ SEEN_AS_UNHEALED = {"I5 served before it is judged"}
 EMPHASIS = {
     "I3 chunks are never marked active": ("kill mid-write", "break"),
     "I5 a node that is cut off goes on serving": ("partition", "store cut", faults.READS),
+    "I6 a fence closes nothing": ("pause",),
 }
-# Seeds that caught a mutant which few do (this one: 1 of 100). They are tried first.
-CATCHING_SEEDS = {"I5 a node that is cut off goes on serving": (154, 166)}
+# Seeds that caught a mutant which few do (these: 1 of 100). They are tried first.
+CATCHING_SEEDS = {"I5 a node that is cut off goes on serving": (154, 166), "I6 a fence closes nothing": (13,)}
 
 
 @contextmanager
