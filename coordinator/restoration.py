@@ -127,6 +127,7 @@ async def take_census(
     patience_over: bool = True,
 ) -> Census:
     """Ask every node for the volume's copies; nodes that cannot be asked are left out. Raises Fenced."""
+
     async def ask(node: NodeName) -> tuple[Incarnation, dict[DriveId, list[Copy]]]:
         await control.register_term(node)
         incarnation = await control.incarnation(node)

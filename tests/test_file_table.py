@@ -519,6 +519,21 @@ async def test_a_write_waits_for_blocks_that_it_has_to_keep_and_no_copy_has_now(
             await node.write(FILE, 100, b"n" * 10)
 
 
+def reads_fail(node: Node, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
+    """No copy can be read: an event that is set when one is tried, and one to set when they can be again."""
+    read, tried, may_read = node.bus.read, trio.Event(), trio.Event()
+
+    async def fails_first(slab: int, block: int, count: int) -> bytes:
+        if not may_read.is_set():
+            tried.set()
+            raise Unavailable("no drive server")
+        return await read(slab, block, count)
+
+    monkeypatch.setattr(node.bus, "read", fails_first)
+    monkeypatch.setattr(node.bus, "local", False)
+    return tried, may_read
+
+
 @pytest.mark.parametrize("clones", [False, True])
 async def test_I5_no_recall_waits_for_the_last_block_that_a_truncation_or_a_clone_has_to_keep(monkeypatch, clones) -> None:
     """They begin anew when it can be read. A node that does not answer a recall for long is evicted."""
@@ -529,17 +544,8 @@ async def test_I5_no_recall_waits_for_the_last_block_that_a_truncation_or_a_clon
         c.coordinator.add_file(clone)
         await node.write(clone, 0, b"c" * 200)
         await node.table.truncate(clone, {"size": 100, "mtime_ns": 1})
-        read, waits, done = node.bus.read, trio.Event(), trio.Event()
-        may_read: list[bool] = []
-
-        async def fails_first(slab: int, block: int, count: int) -> bytes:
-            if not may_read:
-                waits.set()
-                raise Unavailable("no drive server")
-            return await read(slab, block, count)
-
-        monkeypatch.setattr(node.bus, "read", fails_first)
-        monkeypatch.setattr(node.bus, "local", False)
+        waits, may_read = reads_fail(node, monkeypatch)
+        done = trio.Event()
 
         async def grow() -> None:
             if clones:
@@ -552,7 +558,7 @@ async def test_I5_no_recall_waits_for_the_last_block_that_a_truncation_or_a_clon
         await waits.wait()
         with trio.fail_after(5):
             await node.table.recall(clone, LEASE_NONE, False)
-        may_read.append(True)
+        may_read.set()
         with trio.fail_after(30):
             await done.wait()
         expected = (b"c" * 100).ljust(8 * BLOCK, b"\0") + (b"o" * (4 * BLOCK) if clones else bytes(BLOCK))
@@ -566,17 +572,8 @@ async def test_I4_an_append_that_waited_goes_behind_what_others_have_appended_me
         one = await prepared(c)
         two = c.node("n2")
         await one.table.truncate(FILE, {"size": BLOCK + 100, "mtime_ns": 1})
-        read, waits = one.bus.read, trio.Event()
-        goes_on: list[bool] = []
-
-        async def fails_first(slab: int, block: int, count: int) -> bytes:
-            if not goes_on:
-                waits.set()
-                raise Unavailable("no drive server")
-            return await read(slab, block, count)
-
-        monkeypatch.setattr(one.bus, "read", fails_first)
-        monkeypatch.setattr(one.bus, "local", False)
+        waits, may_read = reads_fail(one, monkeypatch)
+        appended = trio.Event()
         journal = one.table._writes._journal
         journal.begin(70)
 
@@ -584,15 +581,14 @@ async def test_I4_an_append_that_waited_goes_behind_what_others_have_appended_me
             token = current_request.set(70)
             await one.write(FILE, BLOCK + 100, b"1" * 50, WRITE_APPEND)
             current_request.reset(token)
-            goes_on.append(False)
+            appended.set()
 
         c.nursery.start_soon(append)
         await waits.wait()
         await two.write(FILE, BLOCK + 100, b"2" * 50, WRITE_APPEND)
-        goes_on.append(True)
+        may_read.set()
         with trio.fail_after(30):
-            while len(goes_on) < 2:
-                await trio.sleep(0.001)
+            await appended.wait()
         journal.done(70)
         content = await two.read(FILE, BLOCK, BLOCK)
         assert (content[:100], content[100:]) == (b"o" * 100, b"2" * 50 + b"1" * 50)

@@ -101,7 +101,8 @@ class Truncation:
             while state.writes or state.writers > 1 or any(read in state.reads for read in reads):
                 await state.wait_change()
         except BaseException:
-            state.size = before
+            if size <= before:  # else it is as it was, or another one was granted after a loss of the lease
+                state.size = before
             state.truncating = False
             raise
         finally:
